@@ -1,0 +1,46 @@
+# make demo and make test need Python >= 3.11 and make, nothing else. Name another interpreter with PYTHON=python3.12.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format bench clean
+
+help: ## list these targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(INSTALLED) ## plan Llama-2-7B for a 24 GB card, then plan, train and report a small model on this machine
+	$(BIN)/python -m badam_cli.demo
+
+test: $(INSTALLED) ## the tests that every change must pass
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(INSTALLED) ## the long tests
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(INSTALLED) ## lint, format, types, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## measure what the documentation claims
+	$(BIN)/python -m benchmarks
+
+clean: ## remove the virtual environment and build output
+	rm -rf $(VENV) build dist *.egg-info
+
+# The stamp is newer than what it was made from, so a repeated make installs nothing. torch goes first: with the
+# constraint it is settled before any package that depends on it is looked at.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; name one with: make PYTHON=python3.12" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	touch $@
