@@ -1,0 +1,67 @@
+"""One exception family, each member with the exit code a command returns for it.
+
+An error says what happened, the number that matters, and what to do next; the last part is ``advice``, so that a
+command can print it on a line of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BadamError(Exception):
+    """Base of every error a user can cause or meet. ``exit_code`` is what a command returns for it."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, advice: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return self.message if self.advice is None else f"{self.message} {self.advice}"
+
+
+class InputError(BadamError):
+    """Something the user gave is missing, malformed or unknown."""
+
+
+class PlanError(InputError):
+    """A plan or a measured run cannot be read: missing, truncated, of another version, or edited into nonsense."""
+
+
+class DataError(InputError):
+    """Training data is empty, unreadable or lacks the columns that training needs."""
+
+
+class StateError(InputError):
+    """A saved optimizer state does not belong to this model or partition."""
+
+
+class DoesNotFit(BadamError):
+    """The answer is no: the configuration needs more memory than the card has."""
+
+    exit_code = 1
+
+
+class OutOfMemory(BadamError):
+    """The device refused an allocation in a run."""
+
+    exit_code = 3
+
+
+def near_matches(name: str, known: Iterable[str], limit: int = 5) -> list[str]:
+    """Known names that resemble ``name``, best first; case and punctuation do not matter."""
+
+    def fold(text: str) -> str:
+        return "".join(character for character in text.lower() if character.isalnum())
+
+    folded = {}
+    for candidate in known:
+        folded.setdefault(fold(candidate), candidate)
+    wanted = fold(name)
+    inside = [original for key, original in folded.items() if wanted and (wanted in key or key in wanted)]
+    close = [folded[key] for key in difflib.get_close_matches(wanted, list(folded), n=limit, cutoff=0.5)]
+    return list(dict.fromkeys([*close, *sorted(inside, key=len)]))[:limit]

@@ -1,0 +1,219 @@
+"""The plan: the one contract between planner, trainer and report.
+
+The planner writes it, the trainer runs it, the report shows it; nothing else passes between them. It is frozen,
+versioned and plain JSON on disk. This module imports no torch: reading a plan takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from badam.errors import PlanError
+from badam.vocabulary import Category, Phase
+
+SCHEMA_VERSION = 1
+
+Method = Literal[
+    "badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"
+]
+Engine = Literal["single", "zero3", "fsdp2"]
+Strategy = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
+SwitchMode = Literal["random", "ascending", "descending", "fixed"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Checkpointing = Literal["all", "none", "list"]
+Loss = Literal["full", "chunked"]
+Attention = Literal["sdpa", "eager"]
+WriteBack = Literal["stochastic", "nearest"]
+Bytes = NonNegativeInt
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class Record(BaseModel):
+    """A frozen record that refuses unknown fields, so a typing error in a hand-edited file is found, not ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_enum_values=False)
+
+
+class ModelSpec(Record):
+    """Which model, with everything needed to build its module tree again without network."""
+
+    id: str
+    source: Literal["catalogue", "hub", "directory", "config"]
+    config: dict[str, Any]  # the transformers configuration, as written by to_dict()
+    config_digest: str  # sha256 of the configuration, see config_digest()
+    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
+    parameters: PositiveInt  # entries of all distinct parameters; tied ones count once
+
+
+class Target(Record):
+    """The device the plan is for."""
+
+    gpu: str
+    num_gpus: PositiveInt = 1
+    engine: Engine = "single"
+    total_bytes: Bytes  # what the driver reports as the card's memory
+    usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
+    context_bytes: Bytes = 0  # taken by the process's device context, outside torch
+    workspace_bytes: Bytes = 0  # matrix-multiplication workspace, allocated through torch
+
+
+class BlockPlan(Record):
+    """One block of the partition and what is predicted while it is active."""
+
+    name: str
+    prefixes: tuple[str, ...] = Field(min_length=1)  # module paths; a parameter belongs if its path starts with one
+    parameters: PositiveInt
+    peak_allocated_bytes: Bytes | None = None
+    peak_phase: Phase | None = None
+    peak_by_phase: dict[Phase, Bytes] = Field(default_factory=dict)
+    backward_relative: float | None = None  # predicted backward work with this block active / with all active
+    checkpointed_layers: tuple[str, ...] = ()  # module paths
+
+
+class Partition(Record):
+    """How the parameters are cut into blocks, in model order."""
+
+    strategy: Strategy
+    blocks: tuple[BlockPlan, ...] = Field(min_length=1)
+
+
+class Schedule(Record):
+    """Which block is active when; see badam.schedule."""
+
+    switch_mode: SwitchMode = "random"
+    switch_every: int = 50  # optimizer steps per visit; 0 or less never switches
+    seed: NonNegativeInt = 0
+
+
+class OptimizerSpec(Record):
+    """The base optimizer that runs inside a block."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(default=1e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    fused: bool = True
+    write_back: WriteBack = "stochastic"
+    max_grad_norm: float = Field(default=1.0, ge=0)  # 0 switches clipping off
+
+
+class Training(Record):
+    """What one optimizer step consists of."""
+
+    batch_size: PositiveInt
+    seq_len: PositiveInt
+    grad_accum: PositiveInt = 1
+    dtype: Dtype = "bfloat16"
+    checkpointing: Checkpointing = "all"
+    loss: Loss = "full"
+    attention: Attention = "sdpa"
+    optimizer: OptimizerSpec = OptimizerSpec()
+
+
+class Prediction(Record):
+    """What the rehearsal says the plan needs, for the block where the peak is highest."""
+
+    peak_allocated_bytes: Bytes
+    peak_reserved_bytes: Bytes
+    peak_device_bytes: Bytes
+    formula_bytes: Bytes  # 2M + 16M/D, model states only (arXiv 2404.02827, section 2.2)
+    by_category: dict[Category, Bytes]  # at the peak; sums to peak_allocated_bytes
+    by_phase: dict[Phase, Bytes]  # highest allocated bytes within each phase
+    peak_phase: Phase
+    peak_module: str
+    peak_block: str
+    step_seconds: Seconds | None = None
+
+
+class Provenance(Record):
+    """Where a record comes from."""
+
+    versions: dict[str, str]
+    command: str
+    date: str  # ISO 8601, UTC
+
+
+class Plan(Record):
+    """Everything a training run needs to know, and what is predicted of it."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: ModelSpec
+    target: Target
+    method: Method = "badam"
+    partition: Partition
+    schedule: Schedule = Schedule()
+    training: Training
+    prediction: Prediction | None = None
+    provenance: Provenance
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def config_digest(config: dict[str, Any]) -> str:
+    """sha256 of a model configuration, independent of key order."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def record_digest(record: Record) -> str:
+    """sha256 of a record's canonical JSON; ties a measured run to the plan that it ran."""
+    return hashlib.sha256(record.model_dump_json().encode()).hexdigest()
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read and validate a plan.
+
+    Raises:
+        PlanError: if the file is missing, truncated, not JSON, of another version or has a wrong field; the message
+            names the field, what was found and what is expected.
+    """
+    return load_record(Path(path), Plan, "plan", "Write a new one with badam-plan MODEL --gpu NAME.")
+
+
+def load_record(path: Path, kind: type[RecordT], word: str, advice: str) -> RecordT:
+    """Read and validate a record of class ``kind`` from a JSON file; errors call it a ``word``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PlanError(f"Cannot read the {word} {path}: {error.strerror or error}.", advice=advice) from error
+    except UnicodeDecodeError as error:
+        raise PlanError(f"The {word} {path} is not UTF-8 text (byte {error.start}).", advice=advice) from error
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(
+            f"The {word} {path} is not complete JSON: {error.msg} at line {error.lineno}, column {error.colno}.",
+            advice=advice,
+        ) from error
+    found = content.get("schema_version") if isinstance(content, dict) else None
+    if found != SCHEMA_VERSION:
+        raise PlanError(
+            f"The {word} {path} has schema_version {found!r}; this version reads {SCHEMA_VERSION}.", advice=advice
+        )
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        found_text = "" if first["type"] == "missing" else f"; found {str(first['input'])[:80]!r}"
+        raise PlanError(f"The {word} {path}, field {field}: {first['msg']}{found_text}{more}.", advice=advice) from error
+
+
+def save_record(record: Record, path: str | Path) -> None:
+    """Write a record as JSON: whole or not at all, through a temporary name in the same directory."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PlanError(f"Cannot write {path}: {error.strerror or error}.", advice="Choose another path.") from error

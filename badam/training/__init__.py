@@ -1,0 +1,1 @@
+"""Assembles model, data, method and trainer from a plan, and runs it."""

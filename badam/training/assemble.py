@@ -1,0 +1,124 @@
+"""From a plan to the live objects of a training run.
+
+The trainer calls these functions on real tensors and the planner's rehearsal calls them on fake ones; nothing about
+model, optimizer or checkpointing is described anywhere else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from badam.block_optimizer import BlockOptimizer
+from badam.checkpointing import checkpoint_layers
+from badam.errors import InputError
+from badam.plan import ModelSpec, Plan, Training
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+RUNNABLE_METHODS = ("badam", "adam")
+
+
+def model_config(spec: ModelSpec) -> PretrainedConfig:
+    """The transformers configuration of a plan's model.
+
+    Raises:
+        InputError: if the installed transformers does not know the model type, or refuses the configuration.
+    """
+    from transformers import AutoConfig
+
+    facts = dict(spec.config)
+    model_type = facts.pop("model_type", None)
+    try:
+        return cast("PretrainedConfig", AutoConfig.for_model(str(model_type), **facts))
+    except ValueError as error:
+        raise InputError(
+            f"transformers {_version('transformers')} does not know the model type {model_type!r} of {spec.id}: {error}"
+        ) from error
+
+
+def build_model(spec: ModelSpec, training: Training, *, weights: str | None = None) -> PreTrainedModel:
+    """Build a plan's model in training mode, in the plan's dtype, with its attention implementation.
+
+    Args:
+        spec: which model.
+        training: dtype and attention.
+        weights: a Hub id or directory to load safetensors from; None initializes at random.
+    """
+    import transformers
+
+    classification = spec.task == "sequence-classification"
+    auto: Any = (
+        transformers.AutoModelForSequenceClassification if classification else transformers.AutoModelForCausalLM
+    )
+    options: dict[str, Any] = {"dtype": getattr(torch, training.dtype), "attn_implementation": training.attention}
+    config = model_config(spec)
+    config.use_cache = False  # a key-value cache has no use in training and would be held through the step
+    if weights is None:
+        model = auto.from_config(config, **options)
+    else:
+        model = auto.from_pretrained(weights, config=config, use_safetensors=True, **options)
+    return cast("PreTrainedModel", model.train())
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, with and without weight decay: vectors (norms, biases) are not decayed."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    exempt = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, plan: Plan, *, start_block: int | None = None) -> BlockOptimizer:
+    """The plan's optimizer over ``model``: AdamW inside blocks; full Adam is the partition with one block.
+
+    Args:
+        model: the model to train.
+        plan: partition, schedule and optimizer settings.
+        start_block: index of the block to begin with; None leaves it to the schedule.
+
+    Raises:
+        InputError: if the plan's method has no optimizer here.
+    """
+    if plan.method not in RUNNABLE_METHODS:
+        raise InputError(
+            f"The method {plan.method} cannot be run by this version.",
+            advice=f"Methods that can: {', '.join(RUNNABLE_METHODS)}.",
+        )
+    spec = plan.training.optimizer
+    base = torch.optim.AdamW(
+        parameter_groups(model, spec.weight_decay),
+        lr=spec.learning_rate,
+        betas=spec.betas,
+        eps=spec.eps,
+        fused=spec.fused,
+    )
+    return BlockOptimizer(
+        base,
+        list(model.named_parameters()),
+        block_prefix_list=[list(block.prefixes) for block in plan.partition.blocks],
+        switch_block_every=plan.schedule.switch_every,
+        start_block=start_block,
+        switch_mode=plan.schedule.switch_mode,
+        verbose=0,
+        write_back=spec.write_back,
+        seed=plan.schedule.seed,
+    )
+
+
+def prepare_checkpointing(model: nn.Module, optimizer: BlockOptimizer, plan: Plan) -> None:
+    """Checkpoint the layers that the plan lists for the active block, and follow every switch."""
+    wanted = [block.checkpointed_layers for block in plan.partition.blocks]
+    if not any(wanted):
+        return
+    checkpointing = checkpoint_layers(model, wanted[optimizer.current_block_idx])
+    optimizer.register_switch_hook(lambda switched: checkpointing.set_layers(wanted[switched.current_block_idx]))
+
+
+def _version(distribution: str) -> str:
+    from importlib.metadata import version
+
+    return version(distribution)

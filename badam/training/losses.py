@@ -1,0 +1,105 @@
+"""The two losses a plan can name.
+
+``full`` is what transformers' own forward does: logits of every position at once, 10 bytes per token and vocabulary
+entry in forward and 12 in backward. ``chunked`` never holds more than :data:`CHUNK_TOKENS` positions of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from badam import phases
+from badam.errors import InputError
+from badam.vocabulary import Phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK_TOKENS = 1024
+"""Positions whose logits exist at the same time under the chunked loss: 12 * 1024 * V bytes, 1.5 GiB at V = 128k."""
+
+IGNORE_INDEX = -100
+_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+
+def full_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], num_items: Tensor | int | None) -> Tensor:
+    """The model's own loss, with the logits of all positions.
+
+    Args:
+        model: a transformers model that computes its loss from ``labels``.
+        batch: the model's inputs with ``labels``.
+        num_items: number of label tokens to divide by; None divides by those of this batch.
+
+    Returns:
+        A scalar. The logits are released with the model's output on return, before backward begins.
+    """
+    extra = {} if num_items is None else {"num_items_in_batch": num_items}
+    head = model.get_output_embeddings()
+    if head is None:
+        return cast(Tensor, model(**batch, **extra).loss)
+    handle = head.register_forward_pre_hook(lambda *_: phases.enter(Phase.LOSS))
+    try:
+        return cast(Tensor, model(**batch, **extra).loss)
+    finally:
+        handle.remove()
+
+
+def check_chunked(model: PreTrainedModel) -> nn.Module:
+    """The output projection of a model whose loss can be computed in chunks.
+
+    Raises:
+        InputError: if the model does more between its last hidden state and its logits than project and soft-cap.
+    """
+    head = model.get_output_embeddings()
+    name = type(model).__name__
+    if head is None or model.base_model is model or not name.endswith(("ForCausalLM", "LMHeadModel")):
+        raise InputError(f"The chunked loss needs a causal language model; {name} is none.", advice="Use --loss full.")
+    config = model.config.get_text_config()
+    for attribute in _LOGIT_SCALES:
+        if getattr(config, attribute, None) not in (None, 1, 1.0):
+            raise InputError(
+                f"The chunked loss does not scale logits, but {name} sets {attribute}={getattr(config, attribute)}.",
+                advice="Use --loss full.",
+            )
+    return cast(nn.Module, head)
+
+
+def chunked_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], num_items: Tensor | int | None) -> Tensor:
+    """Next-token cross entropy, :data:`CHUNK_TOKENS` positions of logits at a time.
+
+    Each chunk's logits are computed again in backward, so that neither direction holds those of two chunks.
+    Equal to :func:`full_loss` up to the order of summation.
+
+    Raises:
+        InputError: see :func:`check_chunked`.
+    """
+    head = check_chunked(model)
+    labels = batch["labels"]
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    hidden = model.base_model(**inputs).last_hidden_state
+    phases.enter(Phase.LOSS)
+    targets = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].reshape(-1)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for rows, wanted in zip(
+        hidden.reshape(-1, hidden.shape[-1]).split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
+    ):
+        total = total + cast(
+            Tensor,
+            checkpoint(_chunk_loss, head, rows, wanted, softcap, use_reentrant=False, preserve_rng_state=False),
+        )
+    return total / ((targets != IGNORE_INDEX).sum() if num_items is None else num_items)
+
+
+def _chunk_loss(head: nn.Module, rows: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    """Summed cross entropy of ``rows`` [n, hidden] against ``targets`` [n]."""
+    logits = head(rows).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")

@@ -1,0 +1,39 @@
+"""Forward and loss of one micro-batch: the code that the trainer runs and the planner rehearses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from badam import phases
+from badam.plan import Loss
+from badam.training.losses import chunked_loss, full_loss
+from badam.vocabulary import Phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def forward_loss(
+    model: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    loss: Loss,
+    *,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """Run forward and return the scalar loss; on return the phase is BACKWARD, and the caller's next act.
+
+    Args:
+        model: the model, in training mode.
+        batch: ``input_ids`` and ``labels``, int64 of shape [batch, length] (labels [batch] for classification).
+            Padding is on the right, where the causal mask hides it, so no ``attention_mask`` is given: with one,
+            transformers would leave the memory-saving attention path.
+        loss: which of the losses to compute, see badam.training.losses.
+        num_items: label tokens of the whole optimizer step, to divide the summed loss by under accumulation.
+    """
+    phases.enter(Phase.FORWARD)
+    scalar = (chunked_loss if loss == "chunked" else full_loss)(model, batch, num_items)
+    phases.enter(Phase.BACKWARD)
+    return scalar

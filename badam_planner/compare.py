@@ -1,0 +1,337 @@
+"""Predicted against measured: pure functions from a plan and a measured run to one result object.
+
+Nothing here prints; :mod:`badam_planner.report` renders a :class:`Comparison` as text, JSON or HTML.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from badam.errors import InputError
+from badam.plan import BlockPlan, Plan, Prediction, record_digest
+from badam.profiling.record import BlockMeasurement, MeasuredRun, Measurement
+from badam.vocabulary import STEP_PHASES, Category, Phase
+
+EXACT_CATEGORIES = (Category.PARAMETER, Category.MASTER, Category.GRADIENT, Category.OPTIMIZER_STATE)
+"""What a measurement can tell apart, because the run holds these tensors; the rest is one sum under ACTIVATION."""
+
+PHASE_ORDER = (Phase.SETUP, *STEP_PHASES)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A predicted and a measured amount in bytes; None where one side has no figure."""
+
+    predicted: int | None
+    measured: int | None
+
+    @property
+    def error_bytes(self) -> int | None:
+        """Predicted less measured: positive where the prediction was too high."""
+        return None if self.predicted is None or self.measured is None else self.predicted - self.measured
+
+    @property
+    def error_fraction(self) -> float | None:
+        """The error as a fraction of the measured amount; None where there is nothing to divide by."""
+        error = self.error_bytes
+        if error is None:
+            return None
+        if error == 0:
+            return 0.0
+        return error / self.measured if self.measured else None
+
+
+@dataclass(frozen=True, slots=True)
+class TotalRow:
+    """A peak over the whole run: ``allocated``, ``reserved`` or ``device``."""
+
+    name: str
+    memory: Pair
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseRow:
+    """The highest allocated bytes within one phase, and the median seconds that it took per optimizer step."""
+
+    phase: Phase
+    memory: Pair
+    seconds: float | None
+
+    @property
+    def name(self) -> str:
+        return self.phase.value
+
+
+@dataclass(frozen=True, slots=True)
+class CategoryRow:
+    """One part of the peak. ``category`` is None for measured bytes that the run did not attribute."""
+
+    category: Category | None
+    memory: Pair
+
+    @property
+    def name(self) -> str:
+        if self.category is Category.ACTIVATION:
+            return "activation and rest"
+        return "not attributed" if self.category is None else self.category.value
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRow:
+    """One block's peak and its backward time, recomputation included.
+
+    ``predicted_backward_seconds`` takes its scale from the run and its shape from the plan: the predicted backward
+    work of the compared blocks, scaled so that their sum equals the measured one. It tests how backward time is
+    distributed over blocks, not how fast the machine is.
+    """
+
+    name: str
+    memory: Pair
+    predicted_phase: Phase | None
+    measured_phase: Phase | None
+    steps: int
+    backward_seconds: float | None
+    predicted_backward_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether every judged error is within the tolerance, and the largest of them.
+
+    Judged are the totals and the peak of every block that was visited. Phases and categories explain an error; they
+    are not judged, since a small part may be far off without consequence.
+    """
+
+    tolerance: float
+    worst_name: str
+    worst: Pair
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Everything that a report shows about one plan and one run of it."""
+
+    plan: Plan
+    run: MeasuredRun
+    totals: tuple[TotalRow, ...]
+    phases: tuple[PhaseRow, ...]
+    categories: tuple[CategoryRow, ...]
+    blocks: tuple[BlockRow, ...]
+    verdict: Verdict
+    predicted_fits: bool
+    measured_fits: bool | None  # None where the run could not measure what the whole process takes on the device
+    notes: tuple[str, ...]
+
+    @property
+    def allocated(self) -> Pair:
+        """The peak that the category rows sum to."""
+        return self.totals[0].memory
+
+    @property
+    def prediction(self) -> Prediction:
+        assert self.plan.prediction is not None, "compare() refuses plans without a prediction"
+        return self.plan.prediction
+
+    @property
+    def measurement(self) -> Measurement:
+        return self.run.measurement
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Several comparisons together: how far off the allocated peak was, and where the decision was wrong."""
+
+    comparisons: tuple[Comparison, ...]
+    median_error: float  # of the absolute errors of the allocated peak, as a fraction
+    worst: Comparison
+    wrong_fits: int  # predicted to fit, measured not to
+    false_refusals: int  # predicted not to fit, measured to fit
+    undecided: int  # runs that could not measure device memory
+
+
+def compare(plan: Plan, run: MeasuredRun, *, tolerance: float = 0.05) -> Comparison:
+    """Lay a plan's prediction beside what a run of it measured.
+
+    Args:
+        plan: a plan with a prediction.
+        run: a run of the same model configuration; other differences are noted, not refused.
+        tolerance: largest accepted absolute error, as a fraction of the measured bytes.
+
+    Raises:
+        InputError: if the plan has no prediction, or the run is of another model.
+    """
+    prediction, measurement = plan.prediction, run.measurement
+    if prediction is None:
+        raise InputError(
+            "The plan holds no prediction, so there is nothing to compare the run with.",
+            advice=f"Write one that does: badam-plan {plan.model.id} --gpu {plan.target.gpu}.",
+        )
+    if plan.model.config_digest != run.model.config_digest:
+        raise InputError(
+            f"The plan is for {plan.model.id} ({plan.model.parameters:,} parameters) and the run is of "
+            f"{run.model.id} ({run.model.parameters:,} parameters); their configurations differ.",
+            advice="Give the plan that the run was started with.",
+        )
+    totals = _total_rows(prediction, measurement)
+    blocks = _block_rows(plan.partition.blocks, measurement.blocks)
+    device = measurement.peak_device_bytes
+    return Comparison(
+        plan=plan,
+        run=run,
+        totals=totals,
+        phases=_phase_rows(prediction, measurement),
+        categories=_category_rows(prediction, measurement),
+        blocks=blocks,
+        verdict=_judge(totals, blocks, tolerance),
+        predicted_fits=prediction.peak_device_bytes <= plan.target.usable_bytes,
+        measured_fits=None if device is None else device <= plan.target.usable_bytes,
+        notes=tuple(_notes(plan, run, blocks)),
+    )
+
+
+def summarize(comparisons: Sequence[Comparison]) -> Accuracy:
+    """The accuracy over several runs; ``comparisons`` must not be empty."""
+    return Accuracy(
+        comparisons=tuple(comparisons),
+        median_error=statistics.median(_size(one.allocated) for one in comparisons),
+        worst=max(comparisons, key=lambda one: _size(one.verdict.worst)),
+        wrong_fits=sum(one.predicted_fits and one.measured_fits is False for one in comparisons),
+        false_refusals=sum(not one.predicted_fits and one.measured_fits is True for one in comparisons),
+        undecided=sum(one.measured_fits is None for one in comparisons),
+    )
+
+
+def explain(comparison: Comparison) -> str:
+    """One sentence on where the difference sits: the part that is most off, and whether the peak moved."""
+    parts = [row for row in comparison.categories if row.memory.error_bytes is not None]
+    part = max(parts, key=lambda row: abs(row.memory.error_bytes or 0), default=None)
+    error = part.memory.error_bytes if part else None
+    predicted, measured = comparison.prediction.peak_phase, comparison.measurement.peak_phase
+    moved = "" if predicted is measured else f"; the peak was predicted in {predicted} and measured in {measured}"
+    if part is None or not error:
+        return f"every part is exact{moved}"
+    return f"the part most off is {part.name}, predicted too {'high' if error > 0 else 'low'}{moved}"
+
+
+def fold_categories(by_category: Mapping[Category, int]) -> dict[Category, int]:
+    """Sum what a measurement cannot tell apart under ACTIVATION; the total does not change."""
+    folded: dict[Category, int] = {}
+    for category, size in by_category.items():
+        kept = category if category in EXACT_CATEGORIES else Category.ACTIVATION
+        folded[kept] = folded.get(kept, 0) + size
+    return folded
+
+
+def _total_rows(prediction: Prediction, measurement: Measurement) -> tuple[TotalRow, ...]:
+    return (
+        TotalRow("allocated", Pair(prediction.peak_allocated_bytes, measurement.peak_allocated_bytes)),
+        TotalRow("reserved", Pair(prediction.peak_reserved_bytes, measurement.peak_reserved_bytes)),
+        TotalRow("device", Pair(prediction.peak_device_bytes, measurement.peak_device_bytes)),
+    )
+
+
+def _phase_rows(prediction: Prediction, measurement: Measurement) -> tuple[PhaseRow, ...]:
+    rows = (
+        PhaseRow(
+            phase,
+            Pair(prediction.by_phase.get(phase), measurement.by_phase.get(phase)),
+            measurement.seconds_by_phase.get(phase),
+        )
+        for phase in PHASE_ORDER
+    )
+    return tuple(row for row in rows if not (row.memory == Pair(None, None) and row.seconds is None))
+
+
+def _category_rows(prediction: Prediction, measurement: Measurement) -> tuple[CategoryRow, ...]:
+    predicted, measured = fold_categories(prediction.by_category), fold_categories(measurement.by_category)
+    rows = [
+        CategoryRow(category, Pair(predicted.get(category, 0), measured.get(category, 0)))
+        for category in (*EXACT_CATEGORIES, Category.ACTIVATION)
+        if category in predicted or category in measured
+    ]
+    # Either record may have been made by code that counts a part twice or leaves one out; the difference gets a row
+    # of its own, so that the parts shown always sum to the totals shown.
+    rest = Pair(
+        prediction.peak_allocated_bytes - sum(predicted.values()),
+        measurement.peak_allocated_bytes - sum(measured.values()),
+    )
+    return tuple(rows if rest == Pair(0, 0) else [*rows, CategoryRow(None, rest)])
+
+
+def _block_rows(planned: Sequence[BlockPlan], seen: Sequence[BlockMeasurement]) -> tuple[BlockRow, ...]:
+    plans = {block.name: block for block in planned}
+    runs = {block.name: block for block in seen if block.steps}
+    predicted_seconds = _scaled_backward(plans, runs)
+    rows = []
+    for name in dict.fromkeys([*plans, *runs]):
+        plan, run = plans.get(name), runs.get(name)
+        rows.append(
+            BlockRow(
+                name=name,
+                memory=Pair(plan and plan.peak_allocated_bytes, run and run.peak_allocated_bytes),
+                predicted_phase=plan and plan.peak_phase,
+                measured_phase=run and run.peak_phase,
+                steps=run.steps if run else 0,
+                backward_seconds=_backward_seconds(run) if run else None,
+                predicted_backward_seconds=predicted_seconds.get(name),
+            )
+        )
+    return tuple(rows)
+
+
+def _backward_seconds(block: BlockMeasurement) -> float | None:
+    """Backward as a user waits for it: the recomputation inside it included."""
+    parts = [block.seconds_by_phase.get(phase) for phase in (Phase.BACKWARD, Phase.RECOMPUTE)]
+    return None if parts[0] is None else sum(part for part in parts if part is not None)
+
+
+def _scaled_backward(plans: Mapping[str, BlockPlan], runs: Mapping[str, BlockMeasurement]) -> dict[str, float]:
+    """Predicted backward seconds by block name; empty where nothing gives a scale."""
+    relative: dict[str, float] = {}
+    measured = 0.0
+    for name, run in runs.items():
+        work = plans[name].backward_relative if name in plans else None
+        seconds = _backward_seconds(run)
+        if work is not None and seconds is not None:
+            relative[name] = work
+            measured += seconds
+    total = sum(relative.values())
+    return {name: work * measured / total for name, work in relative.items()} if total else {}
+
+
+def _judge(totals: Sequence[TotalRow], blocks: Sequence[BlockRow], tolerance: float) -> Verdict:
+    judged = [(row.name, row.memory) for row in totals] + [(f"block {row.name}", row.memory) for row in blocks]
+    name, worst = max(
+        ((name, pair) for name, pair in judged if pair.error_bytes is not None), key=lambda one: _size(one[1])
+    )
+    return Verdict(tolerance, name, worst, _size(worst) <= tolerance)
+
+
+def _size(pair: Pair) -> float:
+    """The absolute error as a fraction; infinite where something was predicted and nothing measured."""
+    fraction = pair.error_fraction
+    return float("inf") if fraction is None else abs(fraction)
+
+
+def _notes(plan: Plan, run: MeasuredRun, blocks: Sequence[BlockRow]) -> Iterable[str]:
+    if run.plan_digest != record_digest(plan):
+        yield "The run was started with another plan file (digests differ); compare with care."
+    for name, ours, theirs in _settings(plan, run):
+        if ours != theirs:
+            yield f"{name}: the plan says {ours}, the run used {theirs}."
+    if run.machine.device == "cpu" and plan.target.gpu != "cpu":
+        yield f"The plan is for {plan.target.gpu}, the run was on a CPU: only allocated bytes compare."
+    elif run.measurement.peak_reserved_bytes is None:
+        yield "This device's allocator reserves nothing: only allocated bytes compare."
+    unseen = sum(row.steps == 0 for row in blocks)
+    if unseen:
+        yield f"{unseen} of {len(blocks)} blocks were not visited, so their peaks were not measured."
+
+
+def _settings(plan: Plan, run: MeasuredRun) -> Iterable[tuple[str, object, object]]:
+    yield "method", plan.method, run.method
+    for field in type(plan.training).model_fields:
+        yield field, getattr(plan.training, field), getattr(run.training, field)

@@ -1,0 +1,42 @@
+"""What the search over partitions returns: plain data for the renderers. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from badam.vocabulary import Category, Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to cut and checkpoint the model, with what is predicted of it. Sizes are bytes."""
+
+    strategy: str
+    num_blocks: int
+    largest_block_parameters: int
+    checkpointing: str
+    formula_bytes: int  # 2M + 16M/D, model states only
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    peak_device_bytes: int
+    peak_phase: Phase
+    peak_module: str
+    peak_block: str
+    headroom_bytes: int  # usable less device peak; negative is too big
+    backward_relative: float  # predicted backward relative to training everything, mean over blocks
+    by_category: dict[Category, int]  # at the peak; sums to peak_allocated_bytes
+    by_phase: dict[Phase, int]  # highest allocated bytes within each phase
+    fits: bool
+    recommended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """All candidates for one model on one card, best first."""
+
+    model_id: str
+    gpu_name: str
+    usable_bytes: int
+    batch_size: int
+    seq_len: int
+    candidates: tuple[Candidate, ...]

@@ -1,0 +1,1 @@
+"""The commands badam-plan, badam-train and badam-report."""
