@@ -30,6 +30,7 @@ from badam.vocabulary import Phase
 Function = Callable[..., Any]
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+_INPUT_GRAD_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 _RANDOM_SETTINGS = ("drop", "jitter")  # dropout, attention_dropout, drop_prob, layerdrop, router jitter
 
 
@@ -56,8 +57,10 @@ def checkpoint_layers(
     Raises:
         InputError: if a path names no module, or a container that is never called.
     """
-    for module in model.modules():
-        _uninstall(module)
+    for module in model.modules():  # an earlier call, or the original of a deep copy, may have left its wrappers
+        wrapper = module.__dict__.get("forward")
+        if isinstance(wrapper, CheckpointedForward):
+            wrapper.uninstall()
     checkpointing = LayerCheckpointing(model, use_reentrant=use_reentrant, preserve_rng_state=preserve_rng_state)
     checkpointing.set_layers(layers)
     return checkpointing
@@ -85,17 +88,15 @@ class LayerCheckpointing:
         """
         if isinstance(layers, str):
             raise InputError(f"layers is the text {layers!r}.", advice="Give a list of module paths.")
-        wanted = {path: self._module(path) for path in layers}
-        for path in [path for path in self._installed if path not in wanted]:
-            _uninstall(self._installed[path].module, self._installed[path])
-            del self._installed[path]
-        for path, module in wanted.items():
-            if path not in self._installed:
-                wrapper = module.__dict__.get("forward")
-                if not isinstance(wrapper, CheckpointedForward):  # one module may be found at two paths
-                    wrapper = CheckpointedForward(module, self._use_reentrant, self._preserve_rng_state)
-                    module.forward = wrapper
-                self._installed[path] = wrapper
+        modules = {path: self._module(path) for path in layers}
+        current = {wrapper.module: wrapper for wrapper in self._installed.values()}
+        for module in current.keys() - set(modules.values()):
+            current.pop(module).uninstall()
+        for module in modules.values():  # one module may be found at two paths
+            if module not in current:
+                current[module] = CheckpointedForward(module, self._use_reentrant, self._preserve_rng_state)
+                current[module].install()
+        self._installed = {path: current[module] for path, module in modules.items()}
 
     def remove(self) -> None:
         """Leave every module as it was found."""
@@ -121,10 +122,24 @@ class CheckpointedForward:
 
     def __init__(self, module: nn.Module, use_reentrant: bool, preserve_rng_state: bool | None) -> None:
         self.module = module
+        self.active = False
         self.replaced: Function | None = module.__dict__.get("forward")  # other wrappers set it on the instance too
         self.settings: dict[str, Any] = {"use_reentrant": use_reentrant}
         if preserve_rng_state is not None:
             self.settings["preserve_rng_state"] = preserve_rng_state
+
+    def install(self) -> None:
+        """Take the place of the module's forward."""
+        self.active = True
+        setattr(self.module, "forward", self)  # noqa: B010 - a method in the eyes of the type checker
+
+    def uninstall(self) -> None:
+        """Give the place back; where another wrapper has covered this one meanwhile, only pass calls through."""
+        self.active = False
+        if self.module.__dict__.get("forward") is self:
+            del self.module.forward
+            if self.replaced is not None:
+                setattr(self.module, "forward", self.replaced)  # noqa: B010
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -137,12 +152,13 @@ class CheckpointedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         left_to_transformers = module.training and getattr(module, "gradient_checkpointing", False) is True
-        if left_to_transformers or not _is_differentiated(module, args, kwargs):
+        if not self.active or left_to_transformers or not _is_differentiated(module, args, kwargs):
             return self._forward(*args, **kwargs)
-        if not getattr(module, "_can_checkpoint_with_cache", False) and _has_cache(kwargs):
-            if not module.training:  # the cache may hold a prefix that the result depends on
+        if not getattr(module, "_can_checkpoint_with_cache", False):  # transformers' mark of layers that only read it
+            without = _without_cache(self._forward, args, kwargs)
+            if without is not None and not module.training:  # the result may depend on what the cache holds
                 return self._forward(*args, **kwargs)
-            kwargs = _without_cache(kwargs)
+            args, kwargs = without or (args, kwargs)
         return _checkpointed(checkpoint, self.settings, module, self._forward, args, kwargs)
 
 
@@ -154,24 +170,29 @@ def enable_for_transformers(model: nn.Module) -> None:
     of each layer by one that skips layers in which nothing is differentiated. The keyword arguments that the user gave
     (reentrant or not, offloading) stay in force. Does nothing where checkpointing is off; may be called again.
     """
-    if getattr(model, "_require_grads_hooks", None) or hasattr(model, "_require_grads_hook"):
-        disable: Function = getattr(model, "disable_input_require_grads")  # noqa: B009 - not an attribute of nn.Module
-        disable()
-    replacements: dict[int, BlockAwareCheckpoint] = {}
     for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
+        state = module.__dict__
+        disable = getattr(module, "disable_input_require_grads", None)
+        if callable(disable) and (state.get("_require_grads_hooks") or state.get("_require_grads_hook")):
+            disable()
+        # A second enable_input_require_grads() forgets the handle of the first, and peft keeps none.
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") in _INPUT_GRAD_HOOKS:
+                del module._forward_hooks[key]
+        function = state.get("_gradient_checkpointing_func")
         if function is not None and not isinstance(function, BlockAwareCheckpoint):
-            replacement = replacements.setdefault(id(function), BlockAwareCheckpoint(function))
-            setattr(module, "_gradient_checkpointing_func", replacement)  # noqa: B010 - not a submodule
+            state["_gradient_checkpointing_func"] = BlockAwareCheckpoint(function)
 
 
 class BlockAwareCheckpoint:
     """A checkpoint function for transformers: called with a layer's forward and its positional arguments."""
 
     def __init__(self, function: Function) -> None:
-        partial = isinstance(function, functools.partial)
-        self.checkpoint: Function = function.func if partial else function
-        self.settings: dict[str, Any] = {"use_reentrant": True, **function.keywords} if partial else {"use_reentrant": True}
+        self.checkpoint = function
+        self.settings: dict[str, Any] = {"use_reentrant": True}  # torch's default
+        if isinstance(function, functools.partial):
+            self.checkpoint = function.func
+            self.settings.update(function.keywords)
 
     def __call__(self, function: Function, *args: Any) -> Any:
         module = _module_of(function)
@@ -180,8 +201,9 @@ class BlockAwareCheckpoint:
             args, kwargs, function = (*function.args, *args), function.keywords, function.func
             if args and args[0] is module:
                 function, args = functools.partial(function, module), args[1:]
-        if module is None:  # a closure: without its layer the reentrant variant cannot tell whether to build a graph
-            return _checkpointed(self.checkpoint, {**self.settings, "use_reentrant": False}, None, function, args, kwargs)
+        if module is None:  # a closure: the reentrant variant would build a graph where nothing is differentiated
+            settings = {**self.settings, "use_reentrant": False}
+            return _checkpointed(self.checkpoint, settings, None, function, args, kwargs)
         if not _is_differentiated(module, args, kwargs):
             return function(*args, **kwargs)
         return _checkpointed(self.checkpoint, self.settings, module, function, args, kwargs)
@@ -265,13 +287,17 @@ def _draws_random_numbers(module: nn.Module) -> bool:
     return False
 
 
-def _has_cache(kwargs: Mapping[str, Any]) -> bool:
-    return bool(kwargs.get("use_cache")) or any(kwargs.get(name) is not None for name in _CACHE_ARGUMENTS)
-
-
-def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _without_cache(
+    function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments with every key-value cache switched off, or None if there was none to begin with."""
+    positional = dict(zip(inspect.signature(function).parameters, args, strict=False))
+    given = {**positional, **kwargs}
+    if not given.get("use_cache") and all(given.get(name) is None for name in _CACHE_ARGUMENTS):
+        return None
     off = {"use_cache": False, **dict.fromkeys(_CACHE_ARGUMENTS)}
-    return {name: off.get(name, value) for name, value in kwargs.items()}
+    named = tuple(off.get(name, value) for name, value in positional.items())
+    return (*named, *args[len(named) :]), {name: off.get(name, value) for name, value in kwargs.items()}
 
 
 def _module_of(function: Function) -> nn.Module | None:
@@ -282,13 +308,3 @@ def _module_of(function: Function) -> nn.Module | None:
         return _module_of(function.func)
     owner = getattr(function, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
-
-
-def _uninstall(module: nn.Module, wrapper: CheckpointedForward | None = None) -> None:
-    """Take a wrapper (any, unless one is given) off ``module``."""
-    found = module.__dict__.get("forward")
-    if not isinstance(found, CheckpointedForward) or (wrapper is not None and found is not wrapper):
-        return
-    del module.forward
-    if found.replaced is not None:
-        module.forward = found.replaced
