@@ -369,6 +369,13 @@ def test_a_cache_in_evaluation_is_used_not_dropped() -> None:
     torch.testing.assert_close(continued, model(input_ids=TOKENS).logits[:, 3:])
 
 
+def test_a_cache_is_written_where_nothing_is_differentiated() -> None:
+    model = llama()
+    checkpoint_layers(model, LLAMA_LAYERS)
+    with torch.no_grad():
+        assert model(input_ids=TOKENS, use_cache=True).past_key_values.get_seq_length() == TOKENS.shape[1]
+
+
 def switch_on(model: nn.Module, use_reentrant: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
