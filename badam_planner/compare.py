@@ -204,6 +204,11 @@ def summarize(comparisons: Sequence[Comparison]) -> Accuracy:
     )
 
 
+def plan_of(run: MeasuredRun, plans: Sequence[Plan]) -> Plan:
+    """The plan among ``plans`` that ``run`` was started with; the first one where none carries its digest."""
+    return next((plan for plan in plans if record_digest(plan) == run.plan_digest), plans[0])
+
+
 def explain(comparison: Comparison) -> str:
     """One sentence on where the difference sits: the part that is most off, and whether the peak moved."""
     parts = [row for row in comparison.categories if row.memory.error_bytes is not None]
@@ -271,9 +276,9 @@ def _block_rows(planned: Sequence[BlockPlan], seen: Sequence[BlockMeasurement]) 
         rows.append(
             BlockRow(
                 name=name,
-                memory=Pair(plan and plan.peak_allocated_bytes, run and run.peak_allocated_bytes),
-                predicted_phase=plan and plan.peak_phase,
-                measured_phase=run and run.peak_phase,
+                memory=Pair(plan.peak_allocated_bytes if plan else None, run.peak_allocated_bytes if run else None),
+                predicted_phase=plan.peak_phase if plan else None,
+                measured_phase=run.peak_phase if run else None,
                 steps=run.steps if run else 0,
                 backward_seconds=_backward_seconds(run) if run else None,
                 predicted_backward_seconds=predicted_seconds.get(name),

@@ -1,0 +1,123 @@
+"""The planner's result for the terminal: one row per candidate, the recommended one marked by more than colour."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from badam.units import format_bytes, format_count, format_gib
+from badam_planner.report.bars import Bar, StackedBars
+from badam_planner.report.text import clean, shorten
+from badam_planner.result import Candidate, SearchResult
+
+ONE_LINE_WIDTH = 100
+"""From this width on a candidate takes one line; below it takes two, and no column is dropped."""
+
+EXPLANATION = (
+    "Sizes in GiB. 2M+16M/D: model states alone. Backward: against training all blocks at once, mean over blocks."
+)
+
+
+def render_candidates(result: SearchResult) -> RenderableType:
+    """The table of candidates with a line on what the columns mean, for ``console.print``."""
+    heading = Text(f"{clean(result.model_id)} on {clean(result.gpu_name)}", style="bold")
+    heading.append(
+        f", {format_bytes(result.usable_bytes)} usable, batch {result.batch_size} x {result.seq_len} tokens", "not bold"
+    )
+    return Group(heading, Text(), _Candidates(result.candidates), Text(EXPLANATION))
+
+
+def render_peak(candidate: Candidate, usable_bytes: int) -> RenderableType:
+    """One bar of what the peak of a candidate is made of."""
+    parts = tuple((category.value, size) for category, size in candidate.by_category.items())
+    limit = usable_bytes - (candidate.peak_device_bytes - candidate.peak_reserved_bytes)
+    return StackedBars((Bar(f"peak in {candidate.peak_phase}", "", parts),), limit)
+
+
+class _Candidates:
+    """A table that chooses its layout when it learns the width of the console."""
+
+    def __init__(self, candidates: tuple[Candidate, ...]) -> None:
+        self._candidates = candidates
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = options.max_width >= ONE_LINE_WIDTH
+        recommended, too_big = (">", "x") if options.ascii_only else ("▶", "✗")
+        columns, padding = (WIDE_COLUMNS, 0) if wide else (NARROW_COLUMNS, 1)
+        rows = []
+        for candidate in self._candidates:
+            mark = recommended if candidate.recommended else (" " if candidate.fits else too_big)
+            rows.append(_wide_figures(candidate, mark) if wide else _narrow_figures(candidate, mark))
+        # The figures are never cut; the place of the peak gets what they leave.
+        figures = [max(map(_width, column)) for column in zip(columns, *rows, strict=False)]
+        peak_width = options.max_width - sum(figures) - (1 + padding) * len(figures)
+        table = _table((*columns, PEAK_HEADING[wide]), padding=padding)
+        for candidate, row in zip(self._candidates, rows, strict=True):
+            style = "bold" if candidate.recommended else ("" if candidate.fits else "dim")
+            table.add_row(*map(Text, row), Text(_place(candidate, peak_width, wide=wide)), style=style)
+        yield table
+        meanings = []
+        if any(candidate.recommended for candidate in self._candidates):
+            meanings.append(f"{recommended} recommended")
+        if not all(candidate.fits for candidate in self._candidates):
+            meanings.append(f"{too_big} does not fit")
+        yield Text("   ".join(meanings))
+
+
+WIDE_COLUMNS = (
+    "  blocks by", "ckpt", "D", "largest", "2M+16M/D", "alloc.", "reserved", "device", "headroom", "backw."
+)  # fmt: skip
+NARROW_COLUMNS = (
+    "  blocks by\n  checkpoint", "D\nlargest", "2M+16M/D\nbackward", "alloc.\nreserved", "device\nheadroom"
+)  # fmt: skip
+PEAK_HEADING = {True: "peak in", False: "peak in\nmodule"}
+TEXT_COLUMNS = frozenset((*WIDE_COLUMNS[:2], NARROW_COLUMNS[0], *PEAK_HEADING.values()))
+
+
+def _table(columns: tuple[str, ...], *, padding: int) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, padding, 0, 0), header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right", no_wrap=True)
+    return table
+
+
+def _width(cell: str) -> int:
+    return max(len(line) for line in cell.split("\n"))
+
+
+def _wide_figures(candidate: Candidate, mark: str) -> tuple[str, ...]:
+    return (
+        f"{mark} {candidate.strategy}",
+        candidate.checkpointing,
+        str(candidate.num_blocks),
+        format_count(candidate.largest_block_parameters),
+        format_gib(candidate.formula_bytes),
+        format_gib(candidate.peak_allocated_bytes),
+        format_gib(candidate.peak_reserved_bytes),
+        format_gib(candidate.peak_device_bytes),
+        _headroom(candidate),
+        f"{candidate.backward_relative:.0%}",
+    )
+
+
+def _narrow_figures(candidate: Candidate, mark: str) -> tuple[str, ...]:
+    return (
+        f"{mark} {candidate.strategy}\n  ckpt {candidate.checkpointing}",
+        f"{candidate.num_blocks}\n{format_count(candidate.largest_block_parameters)}",
+        f"{format_gib(candidate.formula_bytes)}\n{candidate.backward_relative:.0%}",
+        f"{format_gib(candidate.peak_allocated_bytes)}\n{format_gib(candidate.peak_reserved_bytes)}",
+        f"{format_gib(candidate.peak_device_bytes)}\n{_headroom(candidate)}",
+    )
+
+
+def _headroom(candidate: Candidate) -> str:
+    sign = "+" if candidate.headroom_bytes > 0 else ""
+    return f"{sign}{format_gib(candidate.headroom_bytes)}"
+
+
+def _place(candidate: Candidate, width: int, *, wide: bool) -> str:
+    phase, module = candidate.peak_phase.value, clean(candidate.peak_module)
+    one_line = f"{phase} {module}"
+    return one_line if wide and len(one_line) <= width else f"{phase}\n{shorten(module, max(width, 8))}"

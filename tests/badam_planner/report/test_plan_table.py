@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+
+from badam_planner.report.plan_table import render_candidates, render_peak
+from tests.badam_planner import factories
+from tests.badam_planner.report.rendering import assert_golden, render
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_candidates_at_a_width(width: int) -> None:
+    assert_golden(f"candidates_{width}.txt", render(render_candidates(factories.search_result()), width))
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_every_figure_is_whole_at_every_width(width: int) -> None:
+    large = factories.candidate(
+        strategy="attn-mlp",
+        num_blocks=1024,
+        largest_block_parameters=999_999_999,
+        checkpointing="none",
+        formula_bytes=2**30 * 2890,
+        peak_allocated_bytes=2**30 * 2891,
+        peak_reserved_bytes=2**30 * 2892,
+        peak_device_bytes=2**30 * 2893,
+        headroom_bytes=-(2**30) * 2870,
+        fits=False,
+    )
+    lines = render(render_candidates(factories.search_result(large)), width).splitlines()
+    text = "\n".join(lines)
+    for figure in ("1024", "1000.00 M", "2890.00", "2891.00", "2892.00", "2893.00", "-2870.00", "backward"):
+        assert figure in text
+    assert max(len(line) for line in lines) <= width
+
+
+def test_recommended_and_too_big_are_marked_without_colour() -> None:
+    lines = render(render_candidates(factories.search_result()), 100).splitlines()
+    assert sum(line.startswith("▶ layer") for line in lines) == 1
+    assert sum(line.startswith("✗ matrix") for line in lines) == 1
+    assert "▶ recommended   ✗ does not fit" in lines
+
+
+def test_marks_survive_a_terminal_without_their_characters() -> None:
+    text = render(render_candidates(factories.search_result()), 100, encoding="ascii")
+    assert "> layer" in text
+    assert "x matrix" in text
+
+
+def test_names_from_elsewhere_cannot_steer_the_terminal() -> None:
+    text = render(render_candidates(factories.search_result(factories.candidate(peak_module="a\x1b[2J[bold]b"))), 120)
+    assert "\x1b" not in text
+    assert "[2J[bold]b" in text
+
+
+def test_peak_bar_names_every_part_of_the_peak() -> None:
+    result = factories.search_result()
+    text = render(render_peak(result.candidates[0], result.usable_bytes), 100)
+    assert "logits and loss" in text
+    assert "20.00" in text

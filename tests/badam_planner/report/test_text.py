@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from badam_planner.compare import Pair
+from badam_planner.report.text import clean, error_in_words, error_percent, shorten, signed_bytes
+
+
+@given(st.text(), st.integers(2, 60))
+def test_shortened_names_fit_and_keep_both_ends(name: str, width: int) -> None:
+    short = shorten(name, width)
+    assert len(short) <= width
+    if len(name) > width >= 4:
+        assert (short[0], short[-1]) == (name[0], name[-1])
+
+
+@given(st.text())
+def test_cleaned_names_hold_nothing_unprintable(name: str) -> None:
+    assert clean(name).isprintable()
+    assert len(clean(name)) == len(name)
+
+
+def test_errors_say_their_direction() -> None:
+    assert error_in_words(Pair(90, 100)) == "10.00%, 10 B too low"
+    assert error_in_words(Pair(110, 100)) == "10.00%, 10 B too high"
+    assert error_in_words(Pair(100, 100)) == "exact"
+    assert error_in_words(Pair(None, 100)) == "not measured"
+
+
+def test_signs_and_missing_figures() -> None:
+    assert [signed_bytes(size) for size in (2048, -2048, 0, None)] == ["+2.00 KiB", "-2.00 KiB", "exact", "-"]
+    assert [error_percent(Pair(*sizes)) for sizes in ((105, 100), (1, 0), (None, 1))] == [
+        "+5.00%",
+        "none measured",
+        "-",
+    ]

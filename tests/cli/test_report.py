@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from badam.plan import save_record
+from badam.units import GIB
+from badam_cli.report import app
+from tests.badam_planner import factories
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.json"
+    save_record(factories.plan(), path)
+    return path
+
+
+@pytest.fixture
+def measured_file(tmp_path: Path) -> Path:
+    path = tmp_path / "measured.json"
+    save_record(factories.measured_run(), path)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "100"})
+
+
+def test_within_tolerance_ends_with_0_and_shows_the_tables(plan_file: Path, measured_file: Path) -> None:
+    result = run(plan_file, measured_file)
+    assert result.exit_code == 0
+    assert "WITHIN tolerance (5%)" in result.stdout
+    assert "activation and rest" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("tolerance", ["1%", "1", " 0.5 % "])
+def test_beyond_tolerance_ends_with_1(plan_file: Path, measured_file: Path, tolerance: str) -> None:
+    result = run(plan_file, measured_file, "--tolerance", tolerance)
+    assert result.exit_code == 1
+    assert "OVER tolerance" in result.stdout
+
+
+def test_json_is_alone_on_stdout_and_holds_the_figures(plan_file: Path, measured_file: Path) -> None:
+    content = json.loads(run(plan_file, measured_file, "--json").stdout)
+    assert content["verdict"]["passed"] is True
+    assert content["totals"][0] == {
+        "name": "allocated",
+        "predicted_bytes": 20 * GIB,
+        "measured_bytes": 20 * GIB + GIB // 4,
+        "error_bytes": -GIB // 4,
+        "error_fraction": pytest.approx(-0.25 / 20.25),
+    }
+    measured = [part["measured_bytes"] for part in content["categories"]]
+    assert sum(measured) == content["totals"][0]["measured_bytes"]
+
+
+def test_several_runs_give_a_table_of_accuracy(plan_file: Path, measured_file: Path, tmp_path: Path) -> None:
+    worse = tmp_path / "worse.json"
+    save_record(factories.measured_run(measurement={"peak_allocated_bytes": 25 * GIB}), worse)
+    result = run(plan_file, measured_file, worse)
+    assert result.exit_code == 1
+    assert "median error 10.62%" in result.stdout
+    assert "worst: run 2" in result.stdout
+    content = json.loads(run(plan_file, measured_file, worse, "--json").stdout)
+    assert content["accuracy"]["worst_run"] == 1
+    assert len(content["comparisons"]) == 2
+
+
+def test_each_run_is_compared_with_its_own_plan(plan_file: Path, measured_file: Path, tmp_path: Path) -> None:
+    plan = factories.plan(model=factories.model("acme/other", num_hidden_layers=5))
+    save_record(plan, tmp_path / "other.json")
+    save_record(factories.measured_run(plan), tmp_path / "other-measured.json")
+    result = run(plan_file, measured_file, tmp_path / "other.json", tmp_path / "other-measured.json", "--json")
+    assert result.exit_code == 0
+    assert [one["model"] for one in json.loads(result.stdout)["comparisons"]] == ["acme/tiny-7b", "acme/other"]
+
+
+@pytest.mark.parametrize("tolerance", ["much", "-1", "nan", "inf", ""])
+def test_a_tolerance_that_is_no_percentage_is_bad_input(plan_file: Path, measured_file: Path, tolerance: str) -> None:
+    result = run(plan_file, measured_file, f"--tolerance={tolerance}")
+    assert result.exit_code == 2
+    assert "is not a percentage" in result.stderr
+    assert result.stdout == ""
+
+
+def test_files_that_cannot_be_read_get_a_sentence(plan_file: Path, measured_file: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text(measured_file.read_text()[:200])
+    for arguments, words in (
+        ((tmp_path / "absent.json", measured_file), "Cannot read the plan"),
+        ((plan_file, tmp_path / "absent.json"), "Cannot read the measured run"),
+        ((plan_file, broken), "not complete JSON"),
+        ((measured_file, measured_file), "The plan"),
+        ((plan_file, plan_file), "Only plans were given"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+
+
+def test_a_run_of_another_model_is_bad_input(plan_file: Path, tmp_path: Path) -> None:
+    other = factories.plan(model=factories.model("acme/other", num_hidden_layers=5))
+    save_record(factories.measured_run(other), tmp_path / "other.json")
+    result = run(plan_file, tmp_path / "other.json")
+    assert result.exit_code == 2
+    assert "acme/other" in result.stderr
+
+
+def test_a_terminal_that_knows_only_ascii_gets_no_traceback(plan_file: Path, tmp_path: Path) -> None:
+    plan = factories.plan(model=factories.model("modèle/小"))
+    save_record(plan, plan_file)
+    save_record(factories.measured_run(plan), tmp_path / "measured.json")
+    script = "from badam_cli.report import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(plan_file), str(tmp_path / "measured.json")],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"mod?le/?" in done.stdout
+    assert b"PPPP" in done.stdout
+
+
+def test_the_command_loads_neither_torch_nor_plotly(plan_file: Path, measured_file: Path) -> None:
+    script = (
+        "import sys; from badam_cli.report import app\n"
+        f"app([{str(plan_file)!r}, {str(measured_file)!r}], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'plotly'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
