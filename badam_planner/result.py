@@ -15,6 +15,7 @@ class Candidate:
     num_blocks: int
     largest_block_parameters: int
     checkpointing: str
+    loss: str
     formula_bytes: int  # 2M + 16M/D, model states only
     peak_allocated_bytes: int
     peak_reserved_bytes: int

@@ -13,9 +13,9 @@ from badam_planner.report.text import clean, shorten
 from badam_planner.result import Candidate, SearchResult
 
 ONE_LINE_WIDTH = 100
-"""From this width on a candidate takes one line; below it takes two, and no column is dropped."""
+"""From this width on every figure has a column; below it two share one, and none is dropped."""
 
-EXPLANATION = (
+EXPLANATION = "Sizes in GiB. 2M+16M/D: model states only. Backward: mean over blocks; all blocks active is 100%."
     "Sizes in GiB. 2M+16M/D: model states alone. Backward: against training all blocks at once, mean over blocks."
 )
 
@@ -53,10 +53,10 @@ class _Candidates:
         # The figures are never cut; the place of the peak gets what they leave.
         figures = [max(map(_width, column)) for column in zip(columns, *rows, strict=False)]
         peak_width = options.max_width - sum(figures) - (1 + padding) * len(figures)
-        table = _table((*columns, PEAK_HEADING[wide]), padding=padding)
+        table = _table((*columns, PEAK), padding=padding)
         for candidate, row in zip(self._candidates, rows, strict=True):
             style = "bold" if candidate.recommended else ("" if candidate.fits else "dim")
-            table.add_row(*map(Text, row), Text(_place(candidate, peak_width, wide=wide)), style=style)
+            table.add_row(*map(Text, row), Text(_place(candidate, peak_width)), style=style)
         yield table
         meanings = []
         if any(candidate.recommended for candidate in self._candidates):
@@ -66,20 +66,16 @@ class _Candidates:
         yield Text("   ".join(meanings))
 
 
-WIDE_COLUMNS = (
-    "  blocks by", "ckpt", "D", "largest", "2M+16M/D", "alloc.", "reserved", "device", "headroom", "backw."
-)  # fmt: skip
-NARROW_COLUMNS = (
-    "  blocks by\n  checkpoint", "D\nlargest", "2M+16M/D\nbackward", "alloc.\nreserved", "device\nheadroom"
-)  # fmt: skip
-PEAK_HEADING = {True: "peak in", False: "peak in\nmodule"}
-TEXT_COLUMNS = frozenset((*WIDE_COLUMNS[:2], NARROW_COLUMNS[0], *PEAK_HEADING.values()))
+CANDIDATE = "  blocks by\n  ckpt, loss"
+WIDE_COLUMNS = (CANDIDATE, "D", "largest", "2M+16M/D", "alloc.", "reserved", "device", "headroom", "backw.")
+NARROW_COLUMNS = (CANDIDATE, "D\nlargest", "2M+16M/D\nbackward", "alloc.\nreserved", "device\nheadroom")
+PEAK = "peak in\nmodule"
 
 
 def _table(columns: tuple[str, ...], *, padding: int) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, padding, 0, 0), header_style="bold")
     for name in columns:
-        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in (CANDIDATE, PEAK) else "right", no_wrap=True)
     return table
 
 
@@ -89,8 +85,7 @@ def _width(cell: str) -> int:
 
 def _wide_figures(candidate: Candidate, mark: str) -> tuple[str, ...]:
     return (
-        f"{mark} {candidate.strategy}",
-        candidate.checkpointing,
+        _setting(candidate, mark),
         str(candidate.num_blocks),
         format_count(candidate.largest_block_parameters),
         format_gib(candidate.formula_bytes),
@@ -104,7 +99,7 @@ def _wide_figures(candidate: Candidate, mark: str) -> tuple[str, ...]:
 
 def _narrow_figures(candidate: Candidate, mark: str) -> tuple[str, ...]:
     return (
-        f"{mark} {candidate.strategy}\n  ckpt {candidate.checkpointing}",
+        _setting(candidate, mark),
         f"{candidate.num_blocks}\n{format_count(candidate.largest_block_parameters)}",
         f"{format_gib(candidate.formula_bytes)}\n{candidate.backward_relative:.0%}",
         f"{format_gib(candidate.peak_allocated_bytes)}\n{format_gib(candidate.peak_reserved_bytes)}",
@@ -112,12 +107,14 @@ def _narrow_figures(candidate: Candidate, mark: str) -> tuple[str, ...]:
     )
 
 
+def _setting(candidate: Candidate, mark: str) -> str:
+    return f"{mark} {candidate.strategy}\n  {candidate.checkpointing}, {candidate.loss}"
+
+
 def _headroom(candidate: Candidate) -> str:
     sign = "+" if candidate.headroom_bytes > 0 else ""
     return f"{sign}{format_gib(candidate.headroom_bytes)}"
 
 
-def _place(candidate: Candidate, width: int, *, wide: bool) -> str:
-    phase, module = candidate.peak_phase.value, clean(candidate.peak_module)
-    one_line = f"{phase} {module}"
-    return one_line if wide and len(one_line) <= width else f"{phase}\n{shorten(module, max(width, 8))}"
+def _place(candidate: Candidate, width: int) -> str:
+    return f"{candidate.peak_phase}\n{shorten(clean(candidate.peak_module), max(width, 8))}"
