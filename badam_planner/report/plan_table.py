@@ -16,8 +16,6 @@ ONE_LINE_WIDTH = 100
 """From this width on every figure has a column; below it two share one, and none is dropped."""
 
 EXPLANATION = "Sizes in GiB. 2M+16M/D: model states only. Backward: mean over blocks; all blocks active is 100%."
-    "Sizes in GiB. 2M+16M/D: model states alone. Backward: against training all blocks at once, mean over blocks."
-)
 
 
 def render_candidates(result: SearchResult) -> RenderableType:
