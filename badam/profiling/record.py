@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from badam.plan import SCHEMA_VERSION, Bytes, Method, ModelSpec, Provenance, Record, Seconds, Training, load_record
+from badam.plan import Bytes, Method, ModelSpec, Provenance, Record, Seconds, Training, load_record
 from badam.vocabulary import Category, Phase
 
 
@@ -55,7 +55,7 @@ class Measurement(Record):
 class MeasuredRun(Record):
     """One run: which plan, on which machine, with which versions, and what was measured."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     plan_digest: str  # badam.plan.record_digest of the plan that ran
     model: ModelSpec
     method: Method

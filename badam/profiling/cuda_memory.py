@@ -1,0 +1,81 @@
+"""Allocated, reserved and device bytes on an NVIDIA GPU: torch's memory statistics by phase, NVML per step.
+
+torch's allocator does its accounts on the host when memory is asked for, so a phase's peak is exact without waiting
+for the GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from badam.profiling.memory import StepMemory
+from badam.profiling.nvml import DeviceMeter
+from badam.profiling.states import ModelStates
+from badam.vocabulary import Category, Phase
+
+
+class CudaMemory:
+    """Measures the current CUDA device; a badam.profiling.memory.MemorySource.
+
+    At the peak, PARAMETER, MASTER and OPTIMIZER_STATE are what the run held when the step began, and GRADIENT what it
+    held when the phase of the peak began; a gradient that came into being within that phase counts as ACTIVATION.
+    """
+
+    def __init__(self) -> None:
+        self._meter = DeviceMeter(torch.cuda.current_device())
+        self._states: ModelStates | None = None
+        self._phase = Phase.SETUP
+        self._peaks: dict[Phase, int] = {}
+        self._peak_gradient_bytes = 0
+        self._gradient_bytes = 0
+        self._held: dict[Category, int] = {}
+        self._reserved_bytes = 0
+        self.description = f"torch.cuda memory statistics by phase; {self._meter.description}"
+
+    def start(self) -> None:
+        """Forget the peaks of what ran before."""
+        torch.cuda.reset_peak_memory_stats()
+
+    def attach(self, states: ModelStates) -> None:
+        """Learn the model and its optimizer."""
+        self._states = states
+        self._held = _held(states)
+        self.start()
+
+    def phase_begins(self, phase: Phase) -> None:
+        """Book the peak of the phase that ends."""
+        statistics = torch.cuda.memory_stats_as_nested_dict()
+        peak = statistics["allocated_bytes"]["all"]["peak"]
+        if peak > max(self._peaks.values(), default=0):
+            self._peak_gradient_bytes = self._gradient_bytes
+        self._peaks[self._phase] = max(self._peaks.get(self._phase, 0), peak)
+        self._reserved_bytes = max(self._reserved_bytes, statistics["reserved_bytes"]["all"]["peak"])
+        torch.cuda.reset_peak_memory_stats()
+        self._phase = phase
+        # Between the layers of a checkpointed backward the gradients are not worth counting: none of a layer exists
+        # while it is recomputed, and the peak within backward comes before most of them.
+        if phase is not Phase.RECOMPUTE and self._states is not None:
+            self._gradient_bytes = sum(storage.nbytes for storage in self._states.gradients())
+
+    def end_step(self) -> StepMemory:
+        """The peaks since the previous step's end."""
+        peaks, self._peaks = self._peaks, {}
+        known = {**self._held, Category.GRADIENT: self._peak_gradient_bytes}
+        rest = max(peaks.values()) - sum(known.values())
+        by_category = {category: size for category, size in {**known, Category.ACTIVATION: rest}.items() if size > 0}
+        if rest < 0:  # the known tensors were not all alive at the peak: then the split is not known
+            by_category = {Category.ACTIVATION: max(peaks.values())}
+        reserved, self._reserved_bytes = self._reserved_bytes, 0
+        self._held = _held(self._states) if self._states else {}
+        return StepMemory(peaks, by_category, reserved, self._meter.used_bytes())
+
+    def stop(self) -> None:
+        """Let go of the driver."""
+        self._meter.close()
+
+
+def _held(states: ModelStates) -> dict[Category, int]:
+    totals: dict[Category, int] = {}
+    for storage in (*states.parameters(), *states.optimizer_states()):
+        totals[storage.category] = totals.get(storage.category, 0) + storage.nbytes
+    return totals

@@ -1,0 +1,218 @@
+"""Records a training run: peak memory and seconds by phase and block.
+
+In a loop of one's own, around everything from building the optimizer on::
+
+    with badam.profiling.record(optimizer, model, plan=plan) as run:
+        for batch in batches:
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.note(loss=loss.item(), tokens=batch["input_ids"].numel())
+    run.save("measured.json")
+
+badam-train uses the same recorder, started before the model is built.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from badam import phases
+from badam.errors import BadamError
+from badam.plan import Plan, record_digest, save_record
+from badam.profiling.clocks import CudaClock, PhaseClock, WallClock
+from badam.profiling.machine import provenance, this_machine
+from badam.profiling.memory import MemorySource, StepMemory
+from badam.profiling.record import MeasuredRun
+from badam.profiling.states import ModelStates
+from badam.profiling.summary import RunLog, StepRecord, summarize
+from badam.vocabulary import Phase
+
+
+class Recorder:
+    """Follows the phases that the training code announces, and measures each optimizer step.
+
+    Life: :meth:`start`, :meth:`attach` once model and optimizer exist, :meth:`stop`. A step ends when the phase STEP
+    is left for anything but SWITCH. Its block is the one that was active before it; a switch at its end is part of it.
+
+    Args:
+        device: where the model trains.
+        memory, clock: what measures; by default what fits the device.
+    """
+
+    def __init__(
+        self, device: torch.device, *, memory: MemorySource | None = None, clock: PhaseClock | None = None
+    ) -> None:
+        self.device = device
+        self._memory = memory or _memory_source(device)
+        self._clock = clock or (CudaClock() if device.type == "cuda" else WallClock())
+        self._states: ModelStates | None = None
+        self._stack = ExitStack()
+        self._awaiting_seconds: list[tuple[int, StepMemory]] = []
+        self._block = 0
+        self._listeners: list[Callable[[StepMemory], None]] = []
+        self.log = RunLog()
+
+    def start(self) -> None:
+        """Begin to measure memory; before the model is built, so that nothing escapes."""
+        self._memory.start()
+        self._stack.callback(self._memory.stop)
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Begin to record steps of ``model`` under ``optimizer``."""
+        self._states = ModelStates(model, optimizer)
+        self._memory.attach(self._states)
+        self._block = self._states.active_block()
+        self._clock.resume()
+        self._stack.enter_context(phases.listening(self._phase_changes))
+
+    def stop(self) -> None:
+        """End recording; may be called again."""
+        self._stack.close()
+        self._collect(wait=True)
+
+    def on_step(self, listener: Callable[[StepMemory], None]) -> None:
+        """Call ``listener`` with the memory of every optimizer step that ends."""
+        self._listeners.append(listener)
+
+    def note(self, *, loss: float | None = None, tokens: int = 0) -> None:
+        """Tell the loss of a step, and how many tokens went through the model since the last call."""
+        self.log.note(loss, tokens)
+
+    def measured_run(self, plan: Plan, *, command: str | None = None) -> MeasuredRun:
+        """What was measured, as a record.
+
+        Args:
+            plan: the plan that ran; names the blocks.
+            command: what started the run; by default this process's command line.
+
+        Raises:
+            BadamError: if no optimizer step was recorded, or no loss was noted.
+        """
+        self._collect(wait=True)
+        names = [block.name for block in plan.partition.blocks]
+        return MeasuredRun(
+            plan_digest=record_digest(plan),
+            model=plan.model,
+            method=plan.method,
+            training=plan.training,
+            measurement=summarize(self.log, names, self._memory.description),
+            machine=this_machine(self.device),
+            provenance=provenance(" ".join(sys.argv) if command is None else command),
+        )
+
+    def _phase_changes(self, previous: Phase, phase: Phase) -> None:
+        self._clock.phase_begins(phase)
+        self._memory.phase_begins(phase)
+        if previous is Phase.STEP and phase is not Phase.SWITCH:
+            self._end_step()
+            self._clock.resume()  # reading the allocator's reports is no part of training
+
+    def _end_step(self) -> None:
+        assert self._states is not None, "phases are followed after attach() only"
+        memory = self._memory.end_step()
+        self._clock.end_step()
+        self._awaiting_seconds.append((self._block, memory))
+        self._block = self._states.active_block()
+        self._collect()
+        for listener in self._listeners:
+            listener(memory)
+
+    def _collect(self, *, wait: bool = False) -> None:
+        """Join memory with the seconds that have become known."""
+        for seconds in self._clock.finished(wait=wait):
+            block, memory = self._awaiting_seconds.pop(0)
+            self.log.add(StepRecord(block, memory, seconds))
+
+
+class Recording:
+    """What :func:`record` yields."""
+
+    def __init__(self, recorder: Recorder, plan: Plan | None) -> None:
+        self._recorder = recorder
+        self._plan = plan
+
+    def note(self, *, loss: float, tokens: int = 0) -> None:
+        """Tell the loss of a step, and how many tokens went through the model since the last call."""
+        self._recorder.note(loss=loss, tokens=tokens)
+
+    @property
+    def steps(self) -> Sequence[StepRecord]:
+        """The optimizer steps so far, each with its block, memory and seconds."""
+        return self._recorder.log.steps
+
+    def measured_run(self) -> MeasuredRun:
+        """The record that badam-report compares with the plan.
+
+        Raises:
+            BadamError: if recording began without a plan, no step was recorded or no loss was noted.
+        """
+        if self._plan is None:
+            raise BadamError(
+                "The recording belongs to no plan, so there is no record to write.",
+                advice="Give one: record(optimizer, model, plan=load_plan('plan.json')).",
+            )
+        return self._recorder.measured_run(self._plan)
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON."""
+        save_record(self.measured_run(), path)
+
+
+@contextmanager
+def record(optimizer: torch.optim.Optimizer, model: nn.Module, *, plan: Plan | None = None) -> Iterator[Recording]:
+    """Measure a training loop of one's own within the ``with`` block.
+
+    The loop need not announce phases: FORWARD begins with the model's call, BACKWARD when the call returns (a loss
+    computed outside the model counts as BACKWARD), STEP when the optimizer says so or its step begins, SETUP when the
+    step is over. Code that does announce them, such as badam.training.step, is followed as it says.
+
+    Args:
+        optimizer: the optimizer, of this package or any other.
+        model: the model; the device is that of its parameters.
+        plan: the plan that the loop runs, to write a measured run; without it ``run.steps`` is all there is.
+    """
+    recorder = Recorder(next(model.parameters()).device)
+    with ExitStack() as stack:
+        recorder.start()
+        stack.callback(recorder.stop)
+        recorder.attach(model, optimizer)
+        for handle in _announcing(model, optimizer):
+            stack.callback(handle.remove)
+        yield Recording(recorder, plan)
+
+
+def _announcing(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks that announce phases where the loop itself does not."""
+
+    def forward_begins(*_: object) -> None:
+        if torch.is_grad_enabled() and phases.current() not in (Phase.FORWARD, Phase.RECOMPUTE):
+            phases.enter(Phase.FORWARD)
+
+    def forward_ends(*_: object) -> None:
+        if torch.is_grad_enabled() and phases.current() in (Phase.FORWARD, Phase.LOSS):
+            phases.enter(Phase.BACKWARD)
+
+    return [
+        model.register_forward_pre_hook(forward_begins),
+        model.register_forward_hook(forward_ends),
+        optimizer.register_step_pre_hook(lambda *_: phases.enter(Phase.STEP)),
+        optimizer.register_step_post_hook(lambda *_: phases.enter(Phase.SETUP)),
+    ]
+
+
+def _memory_source(device: torch.device) -> MemorySource:
+    if device.type == "cuda":
+        from badam.profiling.cuda_memory import CudaMemory
+
+        return CudaMemory()
+    from badam.profiling.cpu_memory import CpuMemory
+
+    return CpuMemory()
