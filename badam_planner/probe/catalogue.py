@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 
 from badam.errors import InputError, near_matches
-from badam.plan import Bytes, Record
+from badam.plan import Bytes, Record, Target
 from badam.units import MIB
 
 DRIVER_SHARE_MIB = 512
@@ -81,12 +81,26 @@ class GpuRecord(CatalogueRecord):
         """
         if self.torch_total_mib is not None:
             return self.torch_total_mib * MIB
-        share = LARGE_DRIVER_SHARE_MIB if self.nvml_total_mib >= LARGE_CARD_MIB else DRIVER_SHARE_MIB
-        return (self.nvml_total_mib - share) * MIB
+        return self.total_bytes - driver_share_bytes(self.total_bytes)
+
+    def target(self) -> Target:
+        """This card as the target of a plan."""
+        return Target(
+            gpu=self.id,
+            total_bytes=self.total_bytes,
+            usable_bytes=self.usable_bytes,
+            context_bytes=self.context_bytes,
+            workspace_bytes=self.workspace_bytes,
+        )
 
     def names(self) -> tuple[str, ...]:
         """Everything this record answers to."""
         return (self.id, self.name, *self.aliases)
+
+
+def driver_share_bytes(total_bytes: int) -> int:
+    """What the driver is assumed to keep of a card of ``total_bytes``."""
+    return (LARGE_DRIVER_SHARE_MIB if total_bytes >= LARGE_CARD_MIB * MIB else DRIVER_SHARE_MIB) * MIB
 
 
 def fold(name: str) -> str:
