@@ -176,7 +176,7 @@ def compare(plan: Plan, run: MeasuredRun, *, tolerance: float = 0.05) -> Compari
             advice="Give the plan that the run was started with.",
         )
     totals = _total_rows(prediction, measurement)
-    blocks = _block_rows(plan.partition.blocks, measurement.blocks)
+    blocks = block_rows(plan.partition.blocks, measurement.blocks)
     device = measurement.peak_device_bytes
     return Comparison(
         plan=plan,
@@ -230,6 +230,28 @@ def fold_categories(by_category: Mapping[Category, int]) -> dict[Category, int]:
     return folded
 
 
+def block_rows(planned: Sequence[BlockPlan], seen: Sequence[BlockMeasurement] = ()) -> tuple[BlockRow, ...]:
+    """One row per block, in the order of the plan; blocks that only the run knows come last."""
+    plans = {block.name: block for block in planned}
+    runs = {block.name: block for block in seen if block.steps}
+    predicted_seconds = _scaled_backward(plans, runs)
+    rows = []
+    for name in dict.fromkeys([*plans, *runs]):
+        plan, run = plans.get(name), runs.get(name)
+        rows.append(
+            BlockRow(
+                name=name,
+                memory=Pair(plan.peak_allocated_bytes if plan else None, run.peak_allocated_bytes if run else None),
+                predicted_phase=plan.peak_phase if plan else None,
+                measured_phase=run.peak_phase if run else None,
+                steps=run.steps if run else 0,
+                backward_seconds=_backward_seconds(run) if run else None,
+                predicted_backward_seconds=predicted_seconds.get(name),
+            )
+        )
+    return tuple(rows)
+
+
 def _total_rows(prediction: Prediction, measurement: Measurement) -> tuple[TotalRow, ...]:
     return (
         TotalRow("allocated", Pair(prediction.peak_allocated_bytes, measurement.peak_allocated_bytes)),
@@ -264,27 +286,6 @@ def _category_rows(prediction: Prediction, measurement: Measurement) -> tuple[Ca
         measurement.peak_allocated_bytes - sum(measured.values()),
     )
     return tuple(rows if rest == Pair(0, 0) else [*rows, CategoryRow(None, rest)])
-
-
-def _block_rows(planned: Sequence[BlockPlan], seen: Sequence[BlockMeasurement]) -> tuple[BlockRow, ...]:
-    plans = {block.name: block for block in planned}
-    runs = {block.name: block for block in seen if block.steps}
-    predicted_seconds = _scaled_backward(plans, runs)
-    rows = []
-    for name in dict.fromkeys([*plans, *runs]):
-        plan, run = plans.get(name), runs.get(name)
-        rows.append(
-            BlockRow(
-                name=name,
-                memory=Pair(plan.peak_allocated_bytes if plan else None, run.peak_allocated_bytes if run else None),
-                predicted_phase=plan.peak_phase if plan else None,
-                measured_phase=run.peak_phase if run else None,
-                steps=run.steps if run else 0,
-                backward_seconds=_backward_seconds(run) if run else None,
-                predicted_backward_seconds=predicted_seconds.get(name),
-            )
-        )
-    return tuple(rows)
 
 
 def _backward_seconds(block: BlockMeasurement) -> float | None:

@@ -24,17 +24,17 @@ class Fill:
     colour: str
 
 
-# Colours of Okabe and Ito's palette, which people with any of the common colour deficiencies can tell apart.
+# Colours from the palettes of Okabe and Ito and of Tol, which people with any common colour deficiency can tell apart.
 FILLS: Mapping[str, Fill] = {
     Category.PARAMETER: Fill("█", "P", "#0072b2"),
     Category.MASTER: Fill("▓", "M", "#56b4e9"),
     Category.GRADIENT: Fill("▚", "G", "#d55e00"),
     Category.OPTIMIZER_STATE: Fill("▒", "O", "#e69f00"),
     Category.ACTIVATION: Fill("░", "A", "#009e73"),
-    Category.LOGITS: Fill("▞", "L", "#cc79a7"),
-    Category.TEMPORARY: Fill("▤", "T", "#f0e442"),
-    Category.WORKSPACE: Fill("▥", "W", "#999999"),
-    Category.CONTEXT: Fill("▦", "C", "#777777"),
+    Category.LOGITS: Fill("▞", "L", "#aa4499"),
+    Category.TEMPORARY: Fill("▤", "T", "#999933"),
+    Category.WORKSPACE: Fill("▥", "W", "#777777"),
+    Category.CONTEXT: Fill("▦", "C", "#555555"),
     Category.CACHE: Fill("▧", "R", "#bbbbbb"),
     UNSPLIT: Fill("━", "=", "#999999"),
 }

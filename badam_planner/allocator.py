@@ -1,0 +1,167 @@
+"""The CUDA caching allocator's rules, applied to a sequence of events: from allocated to reserved bytes. Pure.
+
+Source: the comments and constants of ``c10/cuda/CUDACachingAllocator`` in PyTorch 2.x, default settings, one stream.
+
+* sizes are rounded up to 512 B;
+* up to 1 MiB comes from the small pool, in segments of 2 MiB; the rest from the large pool: below 10 MiB in segments
+  of 20 MiB, from there on in a segment of its own, rounded up to 2 MiB;
+* a request takes the smallest free block that holds it, the lowest address among equals; the rest is split off if it
+  is at least 512 B (small pool) or more than 1 MiB (large pool);
+* a freed block merges with its free neighbours in the segment; segments stay reserved until ``empty_cache`` or until
+  a new one cannot be had, when the wholly free ones are given back.
+
+Not counted: more than one stream, ``max_split_size_mb``, ``garbage_collection_threshold``, and rounding to powers of
+two; all are off by default.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+from badam.units import MIB
+
+ROUNDING = 512
+SMALL_REQUEST = MIB
+SMALL_SEGMENT = 2 * MIB
+MEDIUM_SEGMENT = 20 * MIB
+LARGE_REQUEST = 10 * MIB
+LARGE_ROUNDING = 2 * MIB
+
+
+class AllocationRefused(MemoryError):
+    """The simulated card has no room for a segment, even after giving back every free one."""
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    """A range of a segment; neighbours are linked so that free ones can merge."""
+
+    segment: int
+    offset: int
+    size: int
+    free: bool = True
+    previous: _Block | None = None
+    following: _Block | None = None
+
+
+@dataclass(slots=True)
+class _Pool:
+    """Free blocks of one pool, kept in the allocator's search order: size, then address."""
+
+    small: bool
+    free: list[tuple[int, int, int]] = field(default_factory=list)
+    blocks: dict[tuple[int, int], _Block] = field(default_factory=dict)
+
+    def add(self, block: _Block) -> None:
+        insort(self.free, (block.size, block.segment, block.offset))
+        self.blocks[block.segment, block.offset] = block
+
+    def remove(self, block: _Block) -> None:
+        del self.free[bisect_left(self.free, (block.size, block.segment, block.offset))]
+        del self.blocks[block.segment, block.offset]
+
+    def best_fit(self, size: int) -> _Block | None:
+        at = bisect_left(self.free, (size, -1, -1))
+        if at == len(self.free):
+            return None
+        _, segment, offset = self.free[at]
+        return self.blocks[segment, offset]
+
+
+class CachingAllocator:
+    """A simulated allocator; handles are whatever hashable the caller names its allocations by."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.capacity = capacity
+        self.allocated = 0
+        self.reserved = 0
+        self.peak_allocated = 0
+        self.peak_reserved = 0
+        self._pools = {True: _Pool(small=True), False: _Pool(small=False)}
+        self._held: dict[int, tuple[_Block, bool]] = {}
+        self._segments: dict[int, int] = {}
+        self._next_segment = 0
+
+    def allocate(self, handle: int, size: int) -> None:
+        """Allocate ``size`` bytes under ``handle``; zero-sized requests take nothing.
+
+        Raises:
+            AllocationRefused: if ``capacity`` is set and does not allow the segment that is needed.
+        """
+        if size == 0:
+            return
+        rounded = -(-size // ROUNDING) * ROUNDING
+        small = rounded <= SMALL_REQUEST
+        pool = self._pools[small]
+        block = pool.best_fit(rounded)
+        if block is None:
+            block = self._new_segment(_segment_size(rounded), pool)
+        pool.remove(block)
+        rest = block.size - rounded
+        if rest >= ROUNDING if small else rest > SMALL_REQUEST:
+            remainder = _Block(block.segment, block.offset + rounded, rest, True, block, block.following)
+            if block.following is not None:
+                block.following.previous = remainder
+            block.following = remainder
+            block.size = rounded
+            pool.add(remainder)
+        block.free = False
+        self._held[handle] = (block, small)
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+
+    def release(self, handle: int) -> None:
+        """Free what ``handle`` holds; its block becomes available, its segment stays reserved."""
+        held = self._held.pop(handle, None)
+        if held is None:  # a zero-sized request holds nothing
+            return
+        block, small = held
+        self.allocated -= block.size
+        pool = self._pools[small]
+        if (before := block.previous) is not None and before.free:
+            pool.remove(before)
+            before.size += block.size
+            before.following = block.following
+            if block.following is not None:
+                block.following.previous = before
+            block = before
+        if (after := block.following) is not None and after.free:
+            pool.remove(after)
+            block.size += after.size
+            block.following = after.following
+            if after.following is not None:
+                after.following.previous = block
+        block.free = True
+        pool.add(block)
+
+    def empty_cache(self) -> None:
+        """Give back every segment in which nothing is allocated."""
+        for pool in self._pools.values():
+            for block in list(pool.blocks.values()):
+                if block.size == self._segments[block.segment]:
+                    pool.remove(block)
+                    self.reserved -= self._segments.pop(block.segment)
+
+    def _new_segment(self, size: int, pool: _Pool) -> _Block:
+        if self.capacity is not None and self.reserved + size > self.capacity:
+            self.empty_cache()
+            if self.reserved + size > self.capacity:
+                raise AllocationRefused(
+                    f"{size} bytes are needed, {self.capacity - self.reserved} of {self.capacity} are left"
+                )
+        block = _Block(self._next_segment, 0, size)
+        self._segments[self._next_segment] = size
+        self._next_segment += 1
+        self.reserved += size
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        pool.add(block)
+        return block
+
+
+def _segment_size(rounded: int) -> int:
+    if rounded <= SMALL_REQUEST:
+        return SMALL_SEGMENT
+    if rounded < LARGE_REQUEST:
+        return MEDIUM_SEGMENT
+    return -(-rounded // LARGE_ROUNDING) * LARGE_ROUNDING

@@ -1,0 +1,271 @@
+"""From a request to a ranked list of candidates and a plan: the order of events of badam-plan.
+
+Reads the card and the model (``probe``), lets ``search`` decide what to try and what wins, and asks ``probe.evaluate``
+what each candidate needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from badam.errors import DoesNotFit
+from badam.partition import ParameterInfo, partition_parameters
+from badam.plan import (
+    Attention,
+    BlockPlan,
+    Dtype,
+    Method,
+    ModelSpec,
+    Partition,
+    Plan,
+    Prediction,
+    Provenance,
+    Schedule,
+    Strategy,
+    SwitchMode,
+    Target,
+    Training,
+)
+from badam.units import format_bytes
+from badam_planner.probe.evaluate import Evaluator, ModelTree, PlanForecast, inspect_model
+from badam_planner.result import Candidate, SearchResult
+from badam_planner.search import Setting, ladder, recommended_index, relief, strategies
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for; "auto" leaves the choice to the search."""
+
+    spec: ModelSpec
+    target: Target
+    method: Method = "badam"
+    partition: str = "auto"
+    include_embedding: bool = False
+    include_lm_head: bool = False
+    batch_size: int = 1
+    seq_len: int = 512
+    grad_accum: int = 1
+    dtype: Dtype = "bfloat16"
+    checkpointing: str = "auto"
+    loss: str = "auto"
+    attention: Attention = "sdpa"
+    switch_every: int | None = None
+    switch_mode: SwitchMode = "random"
+    samples: int | None = None
+    epochs: float = 1.0
+    seed: int = 0
+    exact: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was tried, and the plan that is recommended."""
+
+    result: SearchResult
+    plan: Plan
+
+
+def make_plan(request: Request, progress: Progress = lambda _text: None) -> Answer:
+    """Try every partition that the request leaves open and plan the one to recommend.
+
+    Raises:
+        DoesNotFit: if no candidate fits; says by how much, what is largest, and which option would help.
+    """
+    progress(f"building the module tree of {request.spec.id}")
+    tree = inspect_model(request.spec, request.attention)
+    evaluator = Evaluator(tree, exact=request.exact)
+    tried: list[tuple[Plan, PlanForecast]] = []
+    for strategy in strategies(request.method, request.partition):
+        tried.append(_first_that_fits(request, strategy, tree, evaluator, progress))
+    fits = [_headroom(request, forecast) >= 0 for _, forecast in tried]
+    best = recommended_index(fits)
+    candidates = tuple(
+        _candidate(request, plan, forecast, recommended=index == best and fits[best])
+        for index, (plan, forecast) in enumerate(tried)
+    )
+    result = SearchResult(
+        model_id=request.spec.id,
+        gpu_name=request.target.gpu,
+        usable_bytes=request.target.usable_bytes,
+        batch_size=request.batch_size,
+        seq_len=request.seq_len,
+        candidates=candidates,
+    )
+    if not fits[best]:
+        raise _refusal(request, tried, tree, evaluator, progress)
+    plan, forecast = tried[best]
+    progress("forecasting every block of the recommended partition")
+    return Answer(result, _with_prediction(plan, evaluator.every_block(plan, forecast)))
+
+
+def staged_plan(request: Request, strategy: Strategy, setting: Setting, tree: ModelTree) -> Plan:
+    """The plan of one candidate, without its prediction."""
+    if strategy == "full":
+        prefixes = tuple(dict.fromkeys(info.name.split(".", 1)[0] for info in tree.parameters))
+        blocks = [BlockPlan(name="all", prefixes=prefixes, parameters=request.spec.parameters)]
+    else:
+        cut = partition_parameters(
+            tree.parameters,
+            strategy,
+            include_embedding=request.include_embedding,
+            include_lm_head=request.include_lm_head,
+        )
+        blocks = [BlockPlan(name=block.name, prefixes=block.prefixes, parameters=block.parameters) for block in cut]
+    layers = tree.layers if setting.checkpointing == "all" else ()
+    blocks = [block.model_copy(update={"checkpointed_layers": layers}) for block in blocks]
+    return Plan(
+        model=request.spec,
+        target=request.target,
+        method=request.method,
+        partition=Partition(strategy=strategy, blocks=tuple(blocks)),
+        schedule=Schedule(
+            switch_mode=request.switch_mode, switch_every=visit_length(request, len(blocks)), seed=request.seed
+        ),
+        training=Training(
+            batch_size=request.batch_size,
+            seq_len=request.seq_len,
+            grad_accum=request.grad_accum,
+            dtype=request.dtype,
+            checkpointing=setting.checkpointing,
+            loss=setting.loss,
+            attention=request.attention,
+        ),
+        provenance=Provenance(
+            versions=tree.versions, command=request.command, date=datetime.now(UTC).isoformat(timespec="seconds")
+        ),
+    )
+
+
+def visit_length(request: Request, blocks: int) -> int:
+    """Steps per visit K: what the user asked for, else min(max(n / (B D), 50), 100) for n samples per epoch.
+
+    Source: arXiv 2404.02827, appendix on hyperparameters. Without a number of samples the lower bound is taken.
+    """
+    if request.switch_every is not None:
+        return request.switch_every
+    per_step = request.batch_size * request.grad_accum * blocks
+    return min(max((request.samples or 0) // per_step, 50), 100)
+
+
+def formula_bytes(parameters: int, blocks: int) -> int:
+    """2M + 16M/D: bytes of model states when one of D equal blocks is active (arXiv 2404.02827, section 2.2)."""
+    return 2 * parameters + 16 * parameters // blocks
+
+
+def _first_that_fits(
+    request: Request, strategy: Strategy, tree: ModelTree, evaluator: Evaluator, progress: Progress
+) -> tuple[Plan, PlanForecast]:
+    """The fastest setting of a partition that fits, or its leanest one."""
+    settings = ladder(request.checkpointing, request.loss, tree.can_chunk)
+    leanest: tuple[Plan, PlanForecast] | None = None
+    for setting in settings:
+        progress(f"rehearsing {strategy} blocks, checkpointing {setting.checkpointing}, {setting.loss} loss")
+        plan = staged_plan(request, strategy, setting, tree)
+        forecast = evaluator.worst_block(plan)
+        if _headroom(request, forecast) >= 0:
+            return plan, forecast
+        if leanest is None or forecast.worst.peak_device_bytes < leanest[1].worst.peak_device_bytes:
+            leanest = plan, forecast
+    assert leanest is not None  # a ladder has at least one rung
+    return leanest
+
+
+def _headroom(request: Request, forecast: PlanForecast) -> int:
+    return request.target.usable_bytes - forecast.worst.peak_device_bytes
+
+
+def _candidate(request: Request, plan: Plan, forecast: PlanForecast, *, recommended: bool) -> Candidate:
+    worst, blocks = forecast.worst, plan.partition.blocks
+    return Candidate(
+        strategy=plan.partition.strategy,
+        num_blocks=len(blocks),
+        largest_block_parameters=max(block.parameters for block in blocks),
+        checkpointing=plan.training.checkpointing,
+        loss=plan.training.loss,
+        formula_bytes=formula_bytes(request.spec.parameters, len(blocks)),
+        peak_allocated_bytes=worst.peak_allocated_bytes,
+        peak_reserved_bytes=worst.peak_reserved_bytes,
+        peak_device_bytes=worst.peak_device_bytes,
+        peak_phase=worst.peak_phase,
+        peak_module=worst.peak_module,
+        peak_block=blocks[forecast.worst_block].name,
+        headroom_bytes=_headroom(request, forecast),
+        backward_relative=sum(forecast.backward_relative) / len(forecast.backward_relative),
+        by_category=worst.by_category,
+        by_phase=worst.by_phase,
+        fits=_headroom(request, forecast) >= 0,
+        recommended=recommended,
+    )
+
+
+def _with_prediction(plan: Plan, forecast: PlanForecast) -> Plan:
+    """The plan with what is predicted for each block and for the worst one."""
+    worst = forecast.worst
+    blocks = tuple(
+        block.model_copy(
+            update={
+                "peak_allocated_bytes": own.peak_allocated_bytes,
+                "peak_phase": own.peak_phase,
+                "peak_by_phase": own.by_phase,
+                "backward_relative": relative,
+            }
+        )
+        for block, own, relative in zip(
+            plan.partition.blocks, forecast.blocks, forecast.backward_relative, strict=True
+        )
+    )
+    prediction = Prediction(
+        peak_allocated_bytes=worst.peak_allocated_bytes,
+        peak_reserved_bytes=worst.peak_reserved_bytes,
+        peak_device_bytes=worst.peak_device_bytes,
+        formula_bytes=formula_bytes(plan.model.parameters, len(blocks)),
+        by_category=worst.by_category,
+        by_phase=worst.by_phase,
+        peak_phase=worst.peak_phase,
+        peak_module=worst.peak_module,
+        peak_block=blocks[forecast.worst_block].name,
+    )
+    partition = plan.partition.model_copy(update={"blocks": blocks})
+    return plan.model_copy(update={"partition": partition, "prediction": prediction})
+
+
+def _refusal(
+    request: Request,
+    tried: list[tuple[Plan, PlanForecast]],
+    tree: ModelTree,
+    evaluator: Evaluator,
+    progress: Progress,
+) -> DoesNotFit:
+    """Why nothing fits, and the first change that would make it fit."""
+    plan, forecast = min(tried, key=lambda pair: pair[1].worst.peak_device_bytes)
+    worst = forecast.worst
+    category, size = max(worst.by_category.items(), key=lambda item: item[1])
+    message = (
+        f"{request.spec.id} needs {format_bytes(worst.peak_device_bytes)} at its leanest "
+        f"({plan.partition.strategy} blocks, checkpointing {plan.training.checkpointing}, {plan.training.loss} loss, "
+        f"batch {request.batch_size} of {request.seq_len} tokens), {request.target.gpu} offers "
+        f"{format_bytes(request.target.usable_bytes)}: {format_bytes(-_headroom(request, forecast))} too much. "
+        f"The largest part is {category}, {format_bytes(size)}, at the peak in {worst.peak_phase}."
+    )
+    for options, changed in relief(request.batch_size, request.seq_len):
+        progress(f"trying {options}")
+        smaller = replace(request, **changed, checkpointing="auto", loss="auto")
+        for strategy in strategies(request.method, "auto"):
+            fitting = _first_that_fits(smaller, strategy, tree, evaluator, progress)
+            if _headroom(smaller, fitting[1]) >= 0:
+                setting = fitting[0]
+                chosen = (
+                    f"{options} --partition {strategy} --checkpointing {setting.training.checkpointing} "
+                    f"--loss {setting.training.loss}"
+                )
+                return DoesNotFit(message, advice=f"This would fit: {chosen.strip()}")
+    return DoesNotFit(
+        message,
+        advice="No batch size, length or partition makes it fit: the weights alone take "
+        f"{format_bytes(2 * request.spec.parameters)}. Choose a larger card or a smaller model.",
+    )

@@ -1,0 +1,258 @@
+"""Ask the rehearsal what a plan's blocks need, as few times as the answer allows.
+
+Blocks of one shape (the same parameters of equal layers) differ only in how many layers lie above and below them. More
+layers above an active block mean more saved activations and nothing less, so of each shape the lowest block has the
+highest peak; only it is rehearsed to find the worst block of a plan. Rehearsals keep four layers of every run of equal
+ones and are composed to full depth (badam_planner.compose); with ``exact`` each is made at full depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+from badam.naming import belongs
+from badam.partition import ParameterInfo, layer_stacks
+from badam.plan import Attention, BlockPlan, ModelSpec, Plan, Training
+from badam.vocabulary import Phase
+from badam_planner.compose import NotPeriodic, compose, find_runs, renamed
+from badam_planner.events import Recording
+from badam_planner.forecast import Forecast, forecast
+
+REPORTED_VERSIONS = ("badam", "torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTree:
+    """What the planner needs of a module tree: names, shapes and places; no modules."""
+
+    parameters: tuple[ParameterInfo, ...]  # distinct parameters, in model order
+    layers: tuple[str, ...]  # module paths of the layers, in order of execution
+    layer_kinds: dict[str, Hashable]  # equal for layers that may stand for each other
+    head_module: str  # path of the output projection; "" if there is none
+    can_chunk: bool  # whether the chunked loss knows this model
+    versions: dict[str, str]
+
+    def layer_of(self, path: str) -> str:
+        """The layer that a module or parameter lies in, or "" if it is in none."""
+        while path and path not in self.layer_kinds:
+            path = path.rpartition(".")[0]
+        return path
+
+    def embeds_among(self, prefixes: Iterable[str]) -> bool:
+        """Whether one of ``prefixes`` holds a parameter that comes before every layer."""
+        for info in self.parameters:
+            if self.layer_of(info.name):
+                return False
+            if belongs(info.name, prefixes):
+                return True
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What a layer is, and what it does while a block is active."""
+
+    kind: Hashable
+    below: bool  # under every active parameter: no gradient comes here
+    active: tuple[str, ...]  # its parameters in the active block, relative names
+    checkpointed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlanForecast:
+    """What is predicted for the blocks of a plan."""
+
+    worst_block: int
+    worst: Forecast
+    backward_relative: tuple[float, ...]  # by block: backward work over that of training everything
+    blocks: tuple[Forecast, ...] = ()  # by block, or empty if only the worst was asked for
+
+
+def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
+    """Build the module tree on fake tensors and note what planning needs of it."""
+    from badam.errors import InputError
+    from badam.training.losses import check_chunked
+    from badam_planner.probe.rehearse import fake_model, fake_world
+
+    with fake_world():
+        model = fake_model(spec, Training(batch_size=1, seq_len=1, attention=attention))
+        parameters = tuple(ParameterInfo(name, tuple(tensor.shape)) for name, tensor in model.named_parameters())
+        stacks = layer_stacks([info.name for info in parameters])
+        kinds: dict[str, Hashable] = {}
+        types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+        for stack in stacks:
+            for position, path in enumerate(stack):
+                layer = model.get_submodule(path)
+                shapes = tuple((name, tuple(tensor.shape)) for name, tensor in layer.named_parameters())
+                kind = types[position] if position < len(types) else None
+                kinds[path] = (path.rpartition(".")[0], type(layer).__name__, kind, shapes)
+        head = model.get_output_embeddings()
+        names = {id(module): name for name, module in model.named_modules()}
+        try:
+            check_chunked(model)
+            can_chunk = True
+        except InputError:
+            can_chunk = False
+    return ModelTree(
+        parameters=parameters,
+        layers=tuple(path for stack in stacks for path in stack),
+        layer_kinds=kinds,
+        head_module=names.get(id(head), ""),
+        can_chunk=can_chunk,
+        versions={name: version(name) for name in REPORTED_VERSIONS},
+    )
+
+
+class Evaluator:
+    """Rehearses blocks of plans for one model; a rehearsal that answers for several blocks is made once."""
+
+    def __init__(self, tree: ModelTree, *, exact: bool = False) -> None:
+        self.tree = tree
+        self.exact = exact
+        self._rehearsed: dict[Hashable, tuple[Recording, tuple[str, ...]]] = {}
+
+    def worst_block(self, plan: Plan) -> PlanForecast:
+        """Forecast the lowest block of each shape, and take the one with the highest device peak."""
+        shapes = [self._shape(block) for block in plan.partition.blocks]
+        lowest = {shape: shapes.index(shape) for shape in shapes}
+        recordings = {index: self.recording(plan, index) for index in lowest.values()}
+        forecasts = {
+            index: forecast(recording, plan.target, head_module=self.tree.head_module)
+            for index, recording in recordings.items()
+        }
+        worst = max(forecasts, key=lambda index: (forecasts[index].peak_device_bytes, -index))
+        representatives = [lowest[shape] for shape in shapes]
+        relative = backward_relative(plan, self.tree, recordings, representatives)
+        return PlanForecast(worst, forecasts[worst], relative)
+
+    def every_block(self, plan: Plan, known: PlanForecast) -> PlanForecast:
+        """Forecast all blocks of a plan whose worst block is ``known``."""
+        blocks = tuple(
+            known.worst
+            if index == known.worst_block
+            else forecast(self.recording(plan, index), plan.target, head_module=self.tree.head_module)
+            for index in range(len(plan.partition.blocks))
+        )
+        return replace(known, blocks=blocks)
+
+    def recording(self, plan: Plan, index: int) -> Recording:
+        """The rehearsal of one block at full depth, composed where that is possible and not forbidden."""
+        from badam_planner.probe.rehearse import rehearse
+
+        layers = self.tree.layers
+        roles = self._roles(plan.partition.blocks[index])
+        runs = [] if self.exact else find_runs(layers, [None if role.active else role for role in roles])
+        if not runs:
+            return rehearse(plan, index, layers=layers)
+        left_out = frozenset(layer for run in runs for layer in run.left_out)
+        kept = tuple(layer for layer in layers if layer not in left_out)
+        kept_roles = tuple(role for layer, role in zip(layers, roles, strict=True) if layer not in left_out)
+        elsewhere = tuple(path for path in plan.partition.blocks[index].prefixes if not self._layer_of(path))
+        key = (kept_roles, elsewhere, plan.training.model_dump_json(), plan.method)
+        if key not in self._rehearsed:
+            self._rehearsed[key] = rehearse(plan, index, layers=layers, without=left_out), kept
+        recording, names = self._rehearsed[key]
+        try:
+            recording = renamed(recording, dict(zip(names, kept, strict=True)))
+            for run in runs:
+                recording = compose(recording, run)
+        except NotPeriodic:
+            return rehearse(plan, index, layers=layers)
+        return recording
+
+    def _roles(self, block: BlockPlan) -> list[Role]:
+        """What each layer is and does while ``block`` is active."""
+        active: dict[str, list[str]] = {}
+        for info in self.tree.parameters:
+            if belongs(info.name, block.prefixes):
+                layer = self._layer_of(info.name)
+                active.setdefault(layer, []).append(info.name.removeprefix(layer))
+        in_layers = [position for position, layer in enumerate(self.tree.layers) if layer in active]
+        lowest = min(in_layers, default=len(self.tree.layers))
+        if self.tree.embeds_among(block.prefixes):
+            lowest = -1
+        checkpointed = frozenset(block.checkpointed_layers)
+        return [
+            Role(
+                kind=self.tree.layer_kinds[layer],
+                below=position < lowest,
+                active=tuple(active.get(layer, ())),
+                checkpointed=layer in checkpointed,
+            )
+            for position, layer in enumerate(self.tree.layers)
+        ]
+
+    def _shape(self, block: BlockPlan) -> Hashable:
+        """Equal for blocks that hold the same parameters of equal layers."""
+        roles = self._roles(block)
+        own = tuple((role.kind, role.active, role.checkpointed) for role in roles if role.active)
+        return own, tuple(path for path in block.prefixes if not self._layer_of(path))
+
+    def _layer_of(self, path: str) -> str:
+        return self.tree.layer_of(path)
+
+
+def backward_relative(
+    plan: Plan, tree: ModelTree, recordings: dict[int, Recording], representatives: Sequence[int]
+) -> tuple[float, ...]:
+    """Matrix-product operations of backward with each block active, over those with everything active.
+
+    Formula: a block's own rehearsal less the layers between it and the block of its shape that was rehearsed, each as
+    it passes gradients through. Training everything adds to every layer the products that make its weights'
+    gradients: as many as forward has with these weights. Recomputation counts.
+    Units: none. Source: 2 m n k operations per product, ``torch.utils.flop_counter``.
+    Not counted: operations that are bound by memory and not by arithmetic.
+
+    Args:
+        plan: the partition.
+        tree: the layers.
+        recordings: rehearsals at full depth, by index of the active block.
+        representatives: for each block of the plan the index of the one that was rehearsed in its place.
+    """
+    tallies = {index: _backward_flops(recording, tree) for index, recording in recordings.items()}
+    positions = [_lowest_layer(block, tree) for block in plan.partition.blocks]
+    reference = min(recordings, key=lambda index: positions[index])
+    through = _passing_through(tallies[reference], positions[reference], tree)
+    outside = tallies[reference].get("", 0)
+    everything = outside + sum(through) + _weight_gradient_flops(recordings[reference], tree)
+    relative = []
+    for index, stand_in in enumerate(representatives):
+        between = sum(through[positions[stand_in] + 1 : positions[index] + 1])
+        relative.append((sum(tallies[stand_in].values()) - between) / everything)
+    return tuple(relative)
+
+
+def _backward_flops(recording: Recording, tree: ModelTree) -> dict[str, int]:
+    """Operations of backward and recomputation by layer; those outside of every layer under ""."""
+    tally: dict[str, int] = {}
+    for (phase, module), count in recording.flops.items():
+        if phase in (Phase.BACKWARD, Phase.RECOMPUTE):
+            layer = tree.layer_of(module)
+            tally[layer] = tally.get(layer, 0) + count
+    return tally
+
+
+def _passing_through(tally: dict[str, int], lowest: int, tree: ModelTree) -> list[int]:
+    """Operations of each layer that only passes gradients through; layers at or below ``lowest`` as their equals."""
+    by_kind = {tree.layer_kinds[layer]: tally.get(layer, 0) for layer in tree.layers[lowest + 1 :]}
+    return [
+        tally.get(layer, 0) if position > lowest else by_kind.get(tree.layer_kinds[layer], tally.get(layer, 0))
+        for position, layer in enumerate(tree.layers)
+    ]
+
+
+def _weight_gradient_flops(recording: Recording, tree: ModelTree) -> int:
+    """Operations that make the gradients of all weights: those of forward in the modules that own weights."""
+    owners = {info.name.rpartition(".")[0] for info in tree.parameters}
+    forward = (Phase.FORWARD, Phase.LOSS)
+    return sum(count for (phase, module), count in recording.flops.items() if phase in forward and module in owners)
+
+
+def _lowest_layer(block: BlockPlan, tree: ModelTree) -> int:
+    """Position of the lowest layer that backward reaches: the block's lowest, or beyond the last for a head."""
+    if tree.embeds_among(block.prefixes):
+        return -1
+    inside = {tree.layer_of(path) for path in block.prefixes}
+    return next((position for position, layer in enumerate(tree.layers) if layer in inside), len(tree.layers))

@@ -1,0 +1,196 @@
+"""Rehearse a plan: run the trainer's own code on fake tensors and record every allocation.
+
+One visit is rehearsed: its first optimizer update, in which the block's master copies and moments come into being,
+then a whole training step with them in place, then the switch to the next block. The first update is made with bare
+gradients, without forward and backward: those of the visit's first step hold less than those of every later one.
+
+Not counted: scratch memory inside an operator, the device context and libraries' workspaces (both come from the
+card's record), the data loader, and what the training loop holds for logging (some hundred bytes).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from badam import phases
+from badam.plan import ModelSpec, Plan, Schedule, Training
+from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing
+from badam.training.step import forward_loss
+from badam.vocabulary import Category, Phase
+from badam_planner.events import Recording
+from badam_planner.probe.tracker import StorageTracker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from badam.block_optimizer import BlockOptimizer
+
+VISIT_STEPS = 2
+
+
+@contextmanager
+def fake_world() -> Iterator[None]:
+    """Everything made inside has shape and no data, and runs the same kernels' bookkeeping as real training would.
+
+    Two things differ between tracing and running in transformers and torch, and both are set to how they run:
+    unpacked sequences need no mask (under tracing transformers cannot look, and builds a 4-D one), and a checkpoint
+    saves the CPU generator's state as a tensor of its real size.
+    """
+    from transformers import masking_utils
+    from transformers.initialization import no_init_weights
+
+    state_bytes = torch.get_rng_state().numel()
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(_quiet("transformers"))
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(no_init_weights())
+        stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", _no_packed_sequences))
+        stack.enter_context(
+            patch.object(torch, "get_rng_state", lambda: torch.empty(state_bytes, dtype=torch.uint8))
+        )
+        stack.enter_context(patch.object(torch, "set_rng_state", lambda _state: None))
+        yield
+
+
+def fake_model(spec: ModelSpec, training: Training) -> PreTrainedModel:
+    """The plan's model without weights; call inside :func:`fake_world`."""
+    return build_model(spec, training)
+
+
+def fake_batch(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
+    """A batch of the plan's size, int64: input_ids [B, S] and labels [B, S] ([B] for classification)."""
+    training = plan.training
+    shape = (training.batch_size, training.seq_len)
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    if plan.model.task == "causal-lm":
+        return {"input_ids": tokens, "labels": torch.zeros(shape, dtype=torch.int64)}
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.ones(shape, dtype=torch.int64),
+        "labels": torch.zeros(shape[:1], dtype=torch.int64),
+    }
+
+
+def rehearse(plan: Plan, block: int, *, layers: Sequence[str] = (), without: Collection[str] = ()) -> Recording:
+    """Rehearse ``plan`` with block number ``block`` active.
+
+    Args:
+        plan: what to run; its schedule is replaced by one that stays in ``block`` for the rehearsed visit.
+        block: index into the plan's blocks.
+        layers: module paths of the layers whose beginnings to mark in the recording.
+        without: layers to leave out of the forward pass; their parameters are still there. Empty is full depth.
+
+    Returns:
+        The events of the visit; see the module's docstring.
+    """
+    chosen = plan.partition.blocks[block]
+    there = tuple(layer for layer in chosen.checkpointed_layers if layer not in without)
+    alone = plan.partition.model_copy(
+        update={"blocks": (chosen.model_copy(update={"checkpointed_layers": there}),)}
+    )
+    visit = Schedule(switch_mode="ascending", switch_every=VISIT_STEPS)
+    staged = plan.model_copy(update={"schedule": visit, "partition": alone})
+    phases.enter(Phase.SETUP)
+    with fake_world():
+        model = fake_model(plan.model, plan.training)
+        tracker = StorageTracker(model, layers)
+        tracker.label(model.named_parameters(), Category.PARAMETER)
+        tracker.label(model.named_buffers(), Category.PARAMETER, "buffer")
+        left_out = take_out(model, without)
+        with tracker.watching():
+            optimizer = build_optimizer(model, staged, start_block=0)
+            prepare_checkpointing(model, optimizer, staged)
+            _first_update(model, optimizer, tracker)
+            _training_step(plan, model, optimizer, tracker)
+        del left_out  # only now: their parameters stay allocated throughout
+        return tracker.recording
+
+
+def take_out(model: torch.nn.Module, layers: Collection[str]) -> list[torch.nn.Module]:
+    """Remove layers from their containers, so that forward passes them by; the others keep their names."""
+    removed = []
+    for path in layers:
+        container, _, index = path.rpartition(".")
+        removed.append(model.get_submodule(container)._modules.pop(index))
+    return [layer for layer in removed if layer is not None]
+
+
+def _first_update(model: PreTrainedModel, optimizer: BlockOptimizer, tracker: StorageTracker) -> None:
+    """The update that creates masters and moments, from gradients as backward leaves them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter, dtype=getattr(parameter, "grad_dtype", None))
+    label_gradients(model, tracker)
+    optimizer.step()
+    label_states(optimizer, tracker)
+    optimizer.zero_grad(set_to_none=True)
+    phases.enter(Phase.SETUP)
+
+
+def _training_step(plan: Plan, model: PreTrainedModel, optimizer: BlockOptimizer, tracker: StorageTracker) -> None:
+    """One optimizer step as transformers' Trainer makes it: micro-batches, clipping, step, zero_grad."""
+    for _ in range(plan.training.grad_accum):
+        batch = fake_batch(plan, model)
+        tracker.label(batch.items(), Category.ACTIVATION, "batch")
+        loss = forward_loss(model, batch, plan.training.loss, num_items=torch.zeros((), dtype=torch.int64))
+        del batch
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        del loss
+        label_gradients(model, tracker)
+    phases.enter(Phase.STEP)
+    if plan.training.optimizer.max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), plan.training.optimizer.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    phases.enter(Phase.SETUP)
+
+
+def label_gradients(model: PreTrainedModel, tracker: StorageTracker) -> None:
+    """Tell the tracker which live tensors are gradients."""
+    tracker.label(
+        ((name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None),
+        Category.GRADIENT,
+        "gradient of",
+    )
+
+
+def label_states(optimizer: BlockOptimizer, tracker: StorageTracker) -> None:
+    """Tell the tracker which live tensors are master copies and optimizer states."""
+    names = {id(parameter): name for name, parameter in optimizer.named_parameters_list}
+    of_master = {}
+    for index, master in optimizer.param_idx2hp.items():
+        parameter = optimizer.param_idx2lp[index]
+        of_master[id(master)] = names.get(id(parameter), str(index))
+        if master is not parameter:
+            tracker.label([(of_master[id(master)], master)], Category.MASTER, "master of")
+    for parameter, state in optimizer.base_optimizer.state.items():
+        name = of_master.get(id(parameter), "")
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tracker.label([(f"{key} of {name}", value)], Category.OPTIMIZER_STATE)
+
+
+def _no_packed_sequences(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

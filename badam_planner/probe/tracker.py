@@ -1,0 +1,156 @@
+"""Watches tensors being born and dying while code runs on fake tensors, and writes it down as events."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from badam import phases
+from badam.vocabulary import Category, Phase
+from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, Recording
+from badam_planner.timeline import LOSS_MODULE
+
+
+class StorageTracker(TorchDispatchMode):
+    """Records the life of every storage that an operator returns while the mode is active.
+
+    A storage is born when the first operator returns a tensor over it and dies when Python's last reference and
+    autograd's last saved tensor let go of it, which a weak reference on the storage object reports. Operators'
+    internal scratch memory never becomes a tensor and is not seen.
+
+    The module that runs is known in forward from hooks, in backward from the autograd nodes of the modules' outputs:
+    autograd reaches the node of a module's output when backward enters that module.
+    """
+
+    def __init__(self, model: nn.Module, layers: Collection[str] = ()) -> None:
+        """Watch ``model``; the beginnings of its ``layers`` (module paths) are marked in the recording."""
+        super().__init__()
+        self._layers = frozenset(layers)
+        self.recording = Recording()
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._living: dict[int, tuple[int, weakref.ref[Any]]] = {}  # storage address -> index of its allocation
+        self._stack: list[str] = []
+        self._backward_module = ""
+        self._phase = phases.current()
+        self.recording.phase_starts = [(0, self._phase)]
+
+    # -- what the operators tell
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = str(func)
+        for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, name)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            key = (self._phase, self.module)
+            self.recording.flops[key] = self.recording.flops.get(key, 0) + formula(*args, **kwargs, out_val=output)
+        return output
+
+    def _see(self, tensor: Tensor, operation: str) -> int:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        known = self._living.get(address)
+        if known is not None:
+            return known[0]
+        index = len(self.recording.allocations)
+        self.recording.allocations.append(
+            Allocation(
+                nbytes=storage.nbytes(),
+                born=self._tick(),
+                died=NEVER,
+                phase=self._phase,
+                module=self.module,
+                operation=operation,
+                shape=tuple(tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+            )
+        )
+        self._living[address] = (index, weakref.ref(storage, lambda _: self._died(address)))
+        return index
+
+    def _died(self, address: int) -> None:
+        known = self._living.pop(address, None)
+        if known is not None:
+            self.recording.allocations[known[0]].died = self._tick()
+
+    def _tick(self) -> int:
+        tick = self.recording.end
+        self.recording.end = tick + 1
+        return tick
+
+    # -- what the rehearsal tells
+
+    def label(self, tensors: Iterable[tuple[str, Tensor]], category: Category, word: str = "") -> None:
+        """Say what live tensors are; those not seen before (made before the mode was entered) are born now."""
+        for name, tensor in tensors:
+            allocation = self.recording.allocations[self._see(tensor, GIVEN)]
+            allocation.category = category
+            allocation.label = f"{word} {name}".strip()
+
+    # -- where the code is
+
+    @property
+    def module(self) -> str:
+        """Path of the module that runs now."""
+        inside = self._stack[-1] if self._stack else self._backward_module
+        return LOSS_MODULE if inside == "" and self._phase is Phase.LOSS else inside
+
+    @contextmanager
+    def watching(self) -> Iterator[StorageTracker]:
+        """Record operators, modules and phases within the ``with`` block."""
+        with ExitStack() as stack:
+            stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
+            stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
+            stack.enter_context(phases.listening(self._change_phase))
+            stack.enter_context(self)
+            stack.callback(self._living.clear)  # what dies after the recording has no date in it
+            yield self
+
+    def _change_phase(self, _previous: Phase, phase: Phase) -> None:
+        self._phase = phase
+        resumed = phase is Phase.BACKWARD and self.recording.phase_starts[-1][1] is Phase.RECOMPUTE
+        if phase is not Phase.RECOMPUTE and not resumed:  # recomputation interrupts backward and returns to it
+            self._backward_module = LOSS_MODULE if phase is Phase.BACKWARD else ""
+        self.recording.phase_starts.append((self._tick(), phase))
+
+    def _enter_module(self, module: nn.Module, _args: Any) -> None:
+        name = self._names.get(id(module))
+        if name is not None:
+            self._mark("forward", name)
+            self._stack.append(name)
+
+    def _leave_module(self, module: nn.Module, _args: Any, output: Any) -> None:
+        name = self._names.get(id(module))
+        if name is None:
+            return
+        self._stack.pop()
+        if not name or self._phase is Phase.RECOMPUTE or not torch.is_grad_enabled():
+            return  # the model's own output is the loss, and a recomputed graph never runs backward
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                leaf.grad_fn.register_prehook(self._entering(name))
+
+    def _entering(self, name: str) -> Callable[[tuple[Tensor, ...]], None]:
+        def enter(_gradients: tuple[Tensor, ...]) -> None:
+            self._mark("backward", name)
+            self._backward_module = name
+
+        return enter
+
+    def _mark(self, kind: Literal["forward", "backward"], name: str) -> None:
+        if name in self._layers and self._phase is not Phase.RECOMPUTE:
+            self.recording.layer_marks.append(LayerMark(self._tick(), kind, name))

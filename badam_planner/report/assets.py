@@ -1,0 +1,121 @@
+"""The style sheet and the script of the HTML report, as text: the report is one file and loads nothing."""
+
+from __future__ import annotations
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #ffffff; --ink: #1b1f24; --dim: #57606a; --line: #d0d7de; --raised: #f4f6f8;
+  --pass: #00664a; --fail: #a33b00; --link: #0a58a8;
+}
+@media (prefers-color-scheme: dark) {
+  :root:not([data-printing]) {
+    --paper: #14171c; --ink: #e6e9ee; --dim: #a5adb8; --line: #343b45; --raised: #1d2229;
+    --pass: #4cc9a0; --fail: #ff9e66; --link: #7db7f5;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 1rem clamp(0.75rem, 3vw, 2rem) 3rem; max-width: 72rem;
+  background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
+}
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 0.25rem; overflow-wrap: anywhere; }
+a { color: var(--link); }
+a:focus-visible, summary:focus-visible, [tabindex]:focus-visible {
+  outline: 3px solid var(--link); outline-offset: 2px;
+}
+.skip { position: absolute; left: -100rem; }
+.skip:focus { position: static; }
+nav ul { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; padding: 0; list-style: none; }
+.verdict { border-left: 0.4rem solid; padding: 0.5rem 0.75rem; background: var(--raised); font-weight: 600; }
+.verdict.pass { border-color: var(--pass); } .verdict.pass strong { color: var(--pass); }
+.verdict.fail { border-color: var(--fail); } .verdict.fail strong { color: var(--fail); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.1rem 1rem; margin: 1rem 0; }
+dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 0; }
+figcaption { color: var(--dim); margin-bottom: 0.5rem; max-width: 46rem; overflow-wrap: anywhere; }
+.chart { width: 100%; }
+details { margin: 0.5rem 0; } summary { cursor: pointer; color: var(--link); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
+caption { text-align: left; color: var(--dim); padding: 0.25rem 0; }
+th, td { padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { color: var(--dim); font-weight: 600; }
+tbody th { font-weight: 400; }
+footer { margin-top: 3rem; color: var(--dim); font-size: 0.85rem; overflow-wrap: anywhere; }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  nav, .skip, details:not([open]), .modebar-container { display: none !important; }
+  section { break-inside: avoid; }
+  h2 { break-after: avoid; }
+}
+"""
+
+SCRIPT = """
+(() => {
+  "use strict";
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const root = document.documentElement;
+  const config = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+
+  function colours() {
+    const style = getComputedStyle(root);
+    const read = (name) => style.getPropertyValue(name).trim();
+    return {ink: read("--ink"), dim: read("--dim"), line: read("--line"), raised: read("--raised")};
+  }
+
+  // The figures name no colour of text or background; both follow the page, so they follow light, dark and print.
+  function themed(figure, colour, width) {
+    const copy = structuredClone(figure);
+    const axis = {gridcolor: colour.line, zerolinecolor: colour.line, linecolor: colour.dim, automargin: true};
+    const layout = Object.assign({
+      height: figure.height, autosize: true, margin: {l: 56, r: 12, t: 36, b: 48},
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      legend: {orientation: "h", x: 0, y: -0.22, yanchor: "top"},
+      hoverlabel: {align: "left", bgcolor: colour.raised, bordercolor: colour.dim, font: {color: colour.ink}},
+    }, copy.layout);
+    layout.font = {color: colour.ink, size: 13, family: "system-ui, sans-serif"};
+    layout.xaxis = Object.assign({}, axis, layout.xaxis);
+    layout.yaxis = Object.assign({}, axis, layout.yaxis);
+    for (const shape of layout.shapes || []) {
+      if (shape.type === "line") shape.line.color = colour.ink;
+    }
+    for (const note of layout.annotations || []) note.arrowcolor = colour.ink;
+    for (const trace of copy.traces) {
+      if (trace.meta === "ink") trace.line.color = colour.ink;
+      if (trace.marker) trace.marker.line = {width: 1, color: colour.ink};
+    }
+    if (width) { layout.width = width; layout.autosize = false; }
+    return [copy.traces, layout];
+  }
+
+  function draw(width) {
+    const colour = colours();
+    const drawn = [];
+    for (const figure of figures) {
+      const place = document.getElementById("plot-" + figure.identity);
+      const [traces, layout] = themed(figure, colour, width);
+      drawn.push(Plotly.react(place, traces, layout, config));
+    }
+    return Promise.all(drawn);
+  }
+
+  if (typeof Plotly === "undefined") {
+    for (const details of document.querySelectorAll("details")) details.open = true;
+    root.dataset.charts = "none";
+    return;
+  }
+  draw().then(() => { root.dataset.charts = String(figures.length); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+  addEventListener("beforeprint", () => { root.dataset.printing = ""; draw(680); });
+  addEventListener("afterprint", () => { delete root.dataset.printing; draw(); });
+  for (const link of document.querySelectorAll("nav a")) {
+    link.addEventListener("click", () => {
+      const heading = document.querySelector(link.getAttribute("href") + " h2");
+      if (heading) { heading.tabIndex = -1; heading.focus({preventScroll: true}); }
+    });
+  }
+})();
+"""

@@ -1,0 +1,86 @@
+"""What a chart is to the page: a plotly figure as plain data, one sentence that says it, and the same as a table."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Any
+
+from badam.units import GIB, KIB, MIB, format_bytes
+from badam.vocabulary import Category
+from badam_planner.report.bars import FILLS
+from badam_planner.report.text import clean
+
+PREDICTED_COLOUR, MEASURED_COLOUR = "#0072b2", "#d55e00"
+PATTERNS = ("", "/", "x", "\\", ".", "-", "|", "+")
+"""Hatchings beside the colours, so that no part is told by its colour alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableData:
+    """A table as text; the first column names the row."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """One figure. ``traces`` and ``layout`` are plotly's, with every name in them already escaped."""
+
+    identity: str
+    title: str
+    summary: str  # what a reader who does not see the chart must know
+    traces: tuple[dict[str, Any], ...]
+    layout: dict[str, Any]
+    table: TableData
+    height: int = 420
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The unit of an axis."""
+
+    unit: str
+    factor: int
+
+    def __call__(self, size: int) -> float:
+        """``size`` bytes on the axis, to five significant digits: finer than a pixel, and short in the file."""
+        return float(f"{size / self.factor:.5g}")
+
+
+def scale_for(largest: int) -> Scale:
+    """The unit in which ``largest`` bytes are a number that one likes to read."""
+    for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if largest >= factor:
+            return Scale(unit, factor)
+    return Scale("B", 1)
+
+
+def escaped(name: str) -> str:
+    """``name`` for plotly, which reads a subset of HTML in every label."""
+    return html.escape(clean(name), quote=False)
+
+
+def category_style(category: Category) -> tuple[str, str]:
+    """The colour and hatching of a category, the same in every chart."""
+    return FILLS[category].colour, PATTERNS[list(Category).index(category) % len(PATTERNS)]
+
+
+def limit_line(limit_bytes: int, scale: Scale, *, vertical: bool = False) -> dict[str, Any]:
+    """A dashed line over the whole chart at the card's limit; the page gives it the colour of the text."""
+    across = {"x0": 0, "x1": 1, "xref": "paper"} if not vertical else {"y0": 0, "y1": 1, "yref": "paper"}
+    at = scale(limit_bytes)
+    along = {"y0": at, "y1": at} if not vertical else {"x0": at, "x1": at}
+    return {
+        "type": "line",
+        **across,
+        **along,
+        "line": {"dash": "dash", "width": 2},
+        "label": {"text": f"limit {format_bytes(limit_bytes)}", "textposition": "start", "yanchor": "bottom"},
+    }
+
+
+def within_sight(limit_bytes: int, largest: int) -> bool:
+    """Whether a limit may be drawn without squeezing what is drawn into a corner."""
+    return limit_bytes <= 2 * largest

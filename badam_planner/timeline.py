@@ -1,0 +1,127 @@
+"""From events to answers: live bytes over a step, its peak, and what is alive there. Pure, no torch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from badam.vocabulary import Category, Phase
+from badam_planner.events import NEVER, Allocation, Recording
+
+LOSS_MODULE = "loss"
+"""Where backward is before it reaches the first module: the loss function."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The moment of highest live bytes within a span."""
+
+    nbytes: int
+    tick: int
+    phase: Phase
+    module: str
+
+
+class Timeline:
+    """Live bytes as a function of the tick, from a recording.
+
+    The classification of allocations that nobody labelled follows from birth and death alone: what forward makes and
+    backward still finds is an activation; what dies in the phase of its birth is temporary; whatever the output
+    projection and the loss make is logits and loss, in both directions.
+    """
+
+    def __init__(self, recording: Recording, head_module: str = "", *, granularity: int = 1) -> None:
+        """Read ``recording``; sizes are rounded up to multiples of ``granularity`` bytes, as an allocator does."""
+        self.recording = recording
+        self.sizes = [-(-allocation.nbytes // granularity) * granularity for allocation in recording.allocations]
+        self._starts = [tick for tick, _ in recording.phase_starts]
+        self._phases = [phase for _, phase in recording.phase_starts]
+        self._backward_starts = [tick for tick, phase in recording.phase_starts if phase is Phase.BACKWARD]
+        self.categories = [self._classify(allocation, head_module) for allocation in recording.allocations]
+
+    def phase_at(self, tick: int) -> Phase:
+        """The phase in which ``tick`` happened."""
+        return self._phases[bisect_right(self._starts, tick) - 1]
+
+    def _classify(self, allocation: Allocation, head_module: str) -> Category:
+        if allocation.category is not None:
+            return allocation.category
+        inside_loss = allocation.module == LOSS_MODULE or (head_module and allocation.module == head_module)
+        if allocation.phase is Phase.LOSS or (inside_loss and allocation.phase in (Phase.BACKWARD, Phase.RECOMPUTE)):
+            return Category.LOGITS
+        if allocation.phase is Phase.RECOMPUTE:
+            return Category.ACTIVATION
+        if allocation.phase is Phase.FORWARD:
+            following = bisect_right(self._backward_starts, allocation.born)
+            begins = self._backward_starts[following] if following < len(self._backward_starts) else NEVER
+            survives = allocation.died == NEVER or (begins != NEVER and allocation.died > begins)
+            return Category.ACTIVATION if survives else Category.TEMPORARY
+        return Category.TEMPORARY
+
+    def events(self) -> Iterator[tuple[int, int, int]]:
+        """(tick, change in bytes, index of the allocation) in order of time."""
+        sized = list(enumerate(zip(self.recording.allocations, self.sizes, strict=True)))
+        changes = [(allocation.born, size, index) for index, (allocation, size) in sized]
+        changes += [(allocation.died, -size, index) for index, (allocation, size) in sized if allocation.died != NEVER]
+        changes.sort(key=lambda change: change[0])
+        return iter(changes)
+
+    def peak(self, *, start: int = 0) -> Peak:
+        """The highest live bytes at or after tick ``start``."""
+        return max(self.peak_by_phase(start=start).values(), key=lambda peak: peak.nbytes)
+
+    def peak_by_phase(self, *, start: int = 0) -> dict[Phase, Peak]:
+        """The highest live bytes within each phase, at or after tick ``start``.
+
+        A phase begins with what is alive when it begins, so its peak is at least that.
+        """
+        best: dict[Phase, Peak] = {}
+
+        def consider(tick: int, live: int, phase: Phase, module: str) -> None:
+            if tick >= start and (phase not in best or live > best[phase].nbytes):
+                best[phase] = Peak(live, tick, phase, module)
+
+        live = 0
+        boundaries = list(zip(self._starts, self._phases, strict=True))
+        upcoming = 0
+        for tick, change, index in self.events():
+            while upcoming < len(boundaries) and boundaries[upcoming][0] <= tick:
+                consider(boundaries[upcoming][0], live, boundaries[upcoming][1], "")
+                upcoming += 1
+            live += change
+            consider(tick, live, self._phases[upcoming - 1], self.recording.allocations[index].module)
+        for tick, phase in boundaries[upcoming:]:
+            consider(tick, live, phase, "")
+        return best
+
+    def live_at(self, tick: int) -> list[tuple[Allocation, Category, int]]:
+        """What is alive just after ``tick``, with its category and bytes, largest first."""
+        alive = [
+            (allocation, category, size)
+            for allocation, category, size in zip(
+                self.recording.allocations, self.categories, self.sizes, strict=True
+            )
+            if allocation.born <= tick and (allocation.died == NEVER or allocation.died > tick)
+        ]
+        return sorted(alive, key=lambda item: -item[2])
+
+    def by_category(self, tick: int) -> dict[Category, int]:
+        """Live bytes just after ``tick``, by category; sums to the live bytes there."""
+        totals: dict[Category, int] = {}
+        for _, category, size in self.live_at(tick):
+            totals[category] = totals.get(category, 0) + size
+        return totals
+
+    def phase_boundaries(self) -> list[tuple[Phase, int]]:
+        """The phases in order, each with the bytes alive when it began."""
+        found: list[tuple[Phase, int]] = []
+        live = 0
+        events = self.events()
+        pending = next(events, None)
+        for begin, phase in zip(self._starts, self._phases, strict=True):
+            while pending is not None and pending[0] < begin:
+                live += pending[1]
+                pending = next(events, None)
+            found.append((phase, live))
+        return found
