@@ -1,0 +1,156 @@
+"""One parameter of the active block: its fp32 master copy, its gradient, and the way back into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from badam.functional import copy_nearest_, is_fake, round_stochastically_
+
+HAS_GRAD_DTYPE = hasattr(torch.Tensor, "grad_dtype")
+"""Whether autograd itself can accumulate a 16-bit parameter's gradient in fp32 (torch 2.10)."""
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+class ActiveParameter:
+    """A parameter (or a range of its rows) while its block is active.
+
+    The master copy is made when it is first needed, not before: whoever loads a checkpoint into the model after the
+    optimizer was built must not have it overwritten. A parameter of fp32 or wider is its own master.
+
+    The gradient is fp32. Either autograd accumulates it so in ``parameter.grad`` (``visible``: clipping by the host
+    then simply works), or a hook takes it away as soon as it is complete: for row ranges, for an update that reads
+    the model's type, for an update that happens at once, and where torch cannot do the former.
+
+    Args:
+        name: in the model.
+        parameter: the model's parameter, any floating type.
+        rows: train only these rows ``(first, end)``.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, rows: tuple[int, int] | None = None) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.rows = rows
+        self.master: Tensor | None = None
+        self._written_version = -1
+        self._taken: Tensor | None = None
+        self._handle: RemovableHandle | None = None
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether training goes through an fp32 copy, because the parameter is too narrow to train itself."""
+        return self.parameter.dtype in _NARROW
+
+    @property
+    def weight(self) -> Tensor:
+        """The trained part of the model's parameter, outside autograd; shares its memory."""
+        weight = self.parameter.detach()
+        return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
+
+    # Gradient
+
+    def collect(self, *, visible: bool, keep_dtype: bool = False, ready: Callable[[ActiveParameter], None]) -> None:
+        """Begin to collect gradients; ``ready`` is called at each one that a hook takes away."""
+        self.parameter.requires_grad_(True)
+        if visible:
+            if self.is_copied:
+                self.parameter.grad_dtype = torch.float32
+            return
+
+        def take(parameter: Tensor) -> None:
+            self._take(keep_dtype)
+            ready(self)
+
+        self._handle = self.parameter.register_post_accumulate_grad_hook(take)
+
+    def _take(self, keep_dtype: bool) -> None:
+        gradient, self.parameter.grad = self.parameter.grad, None
+        if gradient is None:
+            return
+        if self.rows is not None:
+            gradient = gradient[self.rows[0] : self.rows[1]].clone()
+        if self._taken is not None:
+            # Whatever the first one was kept in, a sum of several is accumulated in fp32.
+            self._taken = self._taken.to(torch.promote_types(gradient.dtype, torch.float32)).add_(gradient)
+        elif keep_dtype or not self.is_copied:
+            self._taken = gradient
+        else:
+            self._taken = gradient.float()
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient accumulated so far, of the shape of :attr:`weight`; None if there was none."""
+        return self._taken if self._handle is not None else self.parameter.grad
+
+    def drop_gradient(self) -> None:
+        """Release the gradient."""
+        self._taken = None
+        self.parameter.grad = None
+
+    # Master
+
+    def ready_master(self) -> Tensor:
+        """The fp32 master, made now if it does not exist, and read again if someone changed the model's weights.
+
+        A weight within one unit of the last place of its master counts as unchanged: it is the master, rounded, as a
+        checkpoint holds it that is loaded into the model after this optimizer's state.
+        """
+        if self.master is None:
+            self.adopt_master(self.weight.float() if self.is_copied else self._own_master())
+        elif self.is_copied and not self._is_as_written() and not self._is_near(self.weight):
+            self.master.detach().copy_(self.weight)
+        assert self.master is not None
+        return self.master
+
+    def adopt_master(self, master: Tensor) -> None:
+        """Take ``master`` (fp32, of the shape of :attr:`weight`) as the truth from which the weight was rounded."""
+        self.master = master if master is self.parameter else nn.Parameter(master)
+        self.mark_written()
+
+    def _own_master(self) -> Tensor:
+        return self.parameter if self.rows is None else self.weight
+
+    def _is_near(self, weight: Tensor) -> bool:
+        assert self.master is not None
+        kind = torch.finfo(weight.dtype)
+        return torch.allclose(weight.float(), self.master.detach(), rtol=kind.eps, atol=kind.smallest_normal * kind.eps)
+
+    # The way back
+
+    def _is_as_written(self) -> bool:
+        return is_fake(self.parameter) or self.parameter._version == self._written_version
+
+    def mark_written(self) -> None:
+        """Remember that the weight is now the rounded master."""
+        if not is_fake(self.parameter):
+            self._written_version = self.parameter._version
+
+    def write_stochastically(self, generator: torch.Generator) -> None:
+        """Round the master into the model, in expectation without loss; not if someone changed the weights since."""
+        if self.master is not None and self.is_copied and self._is_as_written():
+            round_stochastically_(self.weight, self.master.detach(), generator)
+            self.mark_written()
+
+    def close(self) -> None:
+        """Leave the block: release everything, and let the model's parameter be frozen as it was found."""
+        self.drop_gradient()
+        self.master = None
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if HAS_GRAD_DTYPE and self.is_copied:
+            self.parameter.grad_dtype = self.parameter.dtype
+        self.parameter.requires_grad_(False)
+
+
+def write_nearest(members: list[ActiveParameter]) -> None:
+    """Round the masters of ``members`` into the model, to nearest; no temporaries."""
+    copied = [(member, member.master) for member in members if member.is_copied and member.master is not None]
+    copy_nearest_([member.weight for member, _ in copied], [master.detach() for _, master in copied])
+    for member, _ in copied:
+        member.mark_written()

@@ -1,0 +1,120 @@
+"""From what the user passes (named parameters, prefix lists, options) to checked blocks of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from badam.errors import InputError, near_matches
+from badam.naming import Block, ParameterInfo, belongs, rows_of
+from badam.partition import layer_stacks, partition_parameters
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+BlockSpec = Block | str | Sequence[str]
+
+
+def distinct_parameters(named_parameters: Iterable[tuple[str, Any]]) -> NamedParameters:
+    """Named parameters as a list, each tensor once under its first name; a generator is read to its end."""
+    seen: set[int] = set()
+    distinct = []
+    for name, parameter in named_parameters:
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            distinct.append((name, parameter))
+    if not distinct:
+        raise InputError(
+            "named_parameters_list holds no parameters.",
+            advice="Pass list(model.named_parameters()); a generator that was read before is empty.",
+        )
+    return distinct
+
+
+def parameter_infos(named_parameters: NamedParameters) -> list[ParameterInfo]:
+    """Names and shapes, for the modules that know no torch."""
+    return [ParameterInfo(name, tuple(parameter.shape)) for name, parameter in named_parameters]
+
+
+def given_blocks(specs: Sequence[BlockSpec], named_parameters: NamedParameters) -> tuple[Block, ...]:
+    """Blocks as the user wrote them: lists of prefixes, single prefixes, or blocks of a partition.
+
+    Raises:
+        InputError: if there are none, or a prefix matches no parameter.
+    """
+    if not specs or isinstance(specs, str):
+        raise InputError(
+            f"block_prefix_list is {specs!r}, which holds no blocks.",
+            advice='Pass one list of prefixes per block, such as [["model.layers.0"], ["model.layers.1"]].',
+        )
+    blocks = []
+    for spec in specs:
+        prefixes = spec.prefixes if isinstance(spec, Block) else (spec,) if isinstance(spec, str) else tuple(spec)
+        name = spec.name if isinstance(spec, Block) else " + ".join(prefix.rstrip(".") for prefix in prefixes)
+        check_prefixes(prefixes, named_parameters)
+        blocks.append(Block(name, prefixes, _entries(prefixes, named_parameters)))
+    return tuple(blocks)
+
+
+def inferred_blocks(
+    named_parameters: NamedParameters, frozen: set[str], *, include_embedding: bool, include_lm_head: bool
+) -> tuple[Block, ...]:
+    """Layer blocks found from the model's structure; a stack that the user froze as a whole is left out.
+
+    So the language layers of a model with a frozen vision tower are trained, and nothing needs to be listed by hand.
+    """
+    names = [name for name, _ in named_parameters]
+    still = {
+        layer
+        for stack in layer_stacks(names)
+        if all(name in frozen for name in names if belongs(name, stack))
+        for layer in stack
+    }
+    blocks = partition_parameters(
+        parameter_infos(named_parameters),
+        "layer",
+        include_embedding=include_embedding,
+        include_lm_head=include_lm_head,
+    )
+    kept = tuple(block for block in blocks if block.name not in still)
+    return kept or blocks
+
+
+def check_prefixes(prefixes: Sequence[str], named_parameters: NamedParameters) -> None:
+    """Refuse a prefix that matches nothing, naming what it may have meant."""
+    for prefix in prefixes:
+        if any(belongs(name, (prefix,)) for name, _ in named_parameters):
+            continue
+        modules = {path for name, _ in named_parameters for path in _ancestors(name)}
+        close = ", ".join(near_matches(prefix, sorted(modules), limit=3))
+        raise InputError(
+            f"The prefix {prefix!r} matches none of the {len(named_parameters)} parameters; prefixes are compared "
+            "from the start of the name, on module boundaries.",
+            advice=f"Near matches: {close}." if close else None,
+        )
+
+
+def check_trainable(blocks: Sequence[Block], always: Sequence[str], trainable: NamedParameters) -> None:
+    """Refuse a block that would train nothing, naming it."""
+    for block in blocks:
+        if not any(belongs(name, (*block.prefixes, *always)) for name, _ in trainable):
+            raise InputError(
+                f"The block {block.name!r} would train nothing: all of its parameters are frozen or are not in the "
+                "base optimizer.",
+                advice="Leave it out of block_prefix_list, or set requires_grad and pass its parameters to the base "
+                "optimizer.",
+            )
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
+def _entries(prefixes: Sequence[str], named_parameters: Iterable[tuple[str, Tensor]]) -> int:
+    total = 0
+    for name, parameter in named_parameters:
+        if belongs(name, prefixes):
+            rows = rows_of(name, prefixes)
+            total += parameter.numel() if rows is None else parameter[rows[0] : rows[1]].numel()
+    return total
