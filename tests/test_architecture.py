@@ -1,0 +1,171 @@
+"""What must stay true of the whole: who imports whom, what loads fast, and which names and options people rely on.
+
+A snapshot that differs on purpose is rewritten with ``UPDATE_SNAPSHOTS=1 pytest tests/test_architecture.py``.
+"""
+
+from __future__ import annotations
+
+import configparser
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import grimp
+import pytest
+import typer.main
+
+from badam.plan import Plan
+from badam.profiling.record import MeasuredRun
+
+ROOT = Path(__file__).parent.parent
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+COMMANDS = {"badam-plan": "badam_cli.plan", "badam-train": "badam_cli.train", "badam-report": "badam_cli.report"}
+HEAVY = {"accelerate", "datasets", "numpy", "peft", "plotly", "pynvml", "torch", "transformers", "trl"}
+
+COMPOSING = {"badam_planner.planning"}  # joins the pure core and the edge: the one that may import both
+
+MAY_IMPORT = {
+    "torch": ("badam", "badam_planner.probe"),
+    "transformers": ("badam", "badam_planner.probe"),
+    "trl": ("badam.training",),
+    "datasets": ("badam.training",),
+    "accelerate": ("badam",),
+    "pynvml": ("badam.profiling", "badam_planner.probe.nvml"),
+    "rich": ("badam.training", "badam_planner.report", "badam_cli"),
+    "plotly": ("badam_planner.report",),
+    "typer": ("badam_cli",),
+}
+"""Which packages may import a library directly; for what pure modules must not even reach, see .importlinter."""
+
+
+@cache
+def import_graph() -> grimp.ImportGraph:
+    return grimp.build_graph("badam", "badam_planner", "badam_cli", include_external_packages=True, cache_dir=None)
+
+
+def test_the_import_contracts_hold() -> None:
+    result = subprocess.run(["lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_planner_module_is_held_to_be_pure_or_stands_at_the_edge() -> None:
+    contracts = configparser.ConfigParser()
+    contracts.read(ROOT / ".importlinter")
+    pure = set(contracts["importlinter:contract:pure"]["source_modules"].split())
+    modules = {f"badam_planner.{path.stem}" for path in (ROOT / "badam_planner").glob("*.py")}
+    assert modules - pure == {"badam_planner.__init__", *COMPOSING}
+
+
+@pytest.mark.parametrize("library", MAY_IMPORT)
+def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
+    graph = import_graph()
+    importers = graph.find_modules_that_directly_import(library) if library in graph.modules else set()
+    allowed = MAY_IMPORT[library]
+    strays = {name for name in importers if not any(name == home or name.startswith(f"{home}.") for home in allowed)}
+    assert strays == set()
+
+
+def test_every_package_is_shipped_and_typed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    renamed = {directory: package for package, directory in settings["package-dir"].items()}
+    found = set()
+    for top in ("badam", "badam_planner", "cli", "profiles"):
+        assert (ROOT / top / "py.typed").is_file()
+        for marker in (ROOT / top).rglob("__init__.py"):
+            parts = marker.parent.relative_to(ROOT).parts
+            found.add(".".join([renamed.get(parts[0], parts[0]), *parts[1:]]))
+    assert set(settings["packages"]) == found
+
+
+@pytest.mark.parametrize("module", ["badam", "badam.plan", "badam.profiling.record", "badam_planner.compare"])
+def test_reading_a_record_loads_nothing_heavy(module: str) -> None:
+    assert loaded_by(f"import {module}") & (HEAVY | {"rich", "typer"}) == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_loads_nothing_heavy(command: str) -> None:
+    code = f"""if True:
+        import sys
+        from {COMMANDS[command]} import main
+        sys.argv = [{command!r}, "--help"]
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, end.code
+    """
+    assert loaded_by(code) & HEAVY == set()
+
+
+def test_the_public_names_are_the_ones_people_import() -> None:
+    badam = importlib.import_module("badam")
+    assert_snapshot("public_names.json", sorted(badam.__all__))
+
+
+@pytest.mark.parametrize(("name", "record"), [("plan", Plan), ("measured", MeasuredRun)])
+def test_the_schema_of_a_file_on_disk_does_not_change_unnoticed(name: str, record: type[Plan | MeasuredRun]) -> None:
+    assert_snapshot(f"{name}.schema.json", without_prose(record.model_json_schema()))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_options_of_a_command_do_not_change_unnoticed(command: str) -> None:
+    app = importlib.import_module(COMMANDS[command]).app
+    function = app.registered_commands[0].callback
+    kinds = get_type_hints(function)
+    parameters = typer.main.get_command(app).params
+    assert_snapshot(f"{command}.options.json", {name_of(each): describe(each, kinds[each.name]) for each in parameters})
+
+
+def name_of(parameter: Any) -> str:
+    return "/".join([*parameter.opts, *parameter.secondary_opts])
+
+
+def describe(parameter: Any, kind: Any) -> dict[str, Any]:
+    """What a caller of the command relies on: whether it must be given, its kind, choices and default."""
+    described: dict[str, Any] = {"required": bool(parameter.required)}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        described["choices"] = [str(choice.value) for choice in kind]
+    else:
+        described["kind"] = kind.__name__ if isinstance(kind, type) else str(kind)
+    default = parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
+    if isinstance(default, (str, int, float)):
+        described["default"] = default
+    return described
+
+
+def without_prose(schema: Any) -> Any:
+    """A JSON schema without titles and descriptions, which may change freely."""
+    if isinstance(schema, list):
+        return [without_prose(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    prose = {key for key in ("title", "description") if isinstance(schema.get(key), str)}
+    return {key: without_prose(value) for key, value in schema.items() if key not in prose}
+
+
+def assert_snapshot(name: str, value: Any) -> None:
+    path = SNAPSHOTS / name
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        path.write_text(text, encoding="utf-8")
+    assert path.is_file(), f"{path} is missing; write it with UPDATE_SNAPSHOTS=1"
+    assert text == path.read_text(encoding="utf-8"), f"differs from {path}; on purpose: UPDATE_SNAPSHOTS=1"
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level packages that a fresh interpreter has loaded after running ``code``."""
+    report = 'import sys; print("\\nLOADED", *sorted({name.split(".")[0] for name in sys.modules}))'
+    result = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.rpartition("LOADED")[2].split())
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with the interpreter's own directory first on the path, where its tools are."""
+    return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
