@@ -18,6 +18,7 @@ from badam.plan import (
     Dtype,
     Method,
     ModelSpec,
+    OptimizerSpec,
     Partition,
     Plan,
     Prediction,
@@ -43,6 +44,7 @@ class Request:
     spec: ModelSpec
     target: Target
     method: Method = "badam"
+    compare_methods: bool = False
     partition: str = "auto"
     include_embedding: bool = False
     include_lm_head: bool = False
@@ -57,6 +59,7 @@ class Request:
     switch_mode: SwitchMode = "random"
     samples: int | None = None
     epochs: float = 1.0
+    learning_rate: float = 1e-5
     seed: int = 0
     exact: bool = False
     command: str = ""
@@ -64,17 +67,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What was tried, and the plan that is recommended."""
+    """What was tried, and either the plan that is recommended or why there is none."""
 
     result: SearchResult
-    plan: Plan
+    plan: Plan | None
+    refusal: DoesNotFit | None
 
 
 def make_plan(request: Request, progress: Progress = lambda _text: None) -> Answer:
     """Try every partition that the request leaves open and plan the one to recommend.
 
-    Raises:
-        DoesNotFit: if no candidate fits; says by how much, what is largest, and which option would help.
+    The refusal, if nothing fits, says by how much, what is largest, and which options would fit.
     """
     progress(f"building the module tree of {request.spec.id}")
     tree = inspect_model(request.spec, request.attention)
@@ -82,8 +85,11 @@ def make_plan(request: Request, progress: Progress = lambda _text: None) -> Answ
     tried: list[tuple[Plan, PlanForecast]] = []
     for strategy in strategies(request.method, request.partition):
         tried.append(_first_that_fits(request, strategy, tree, evaluator, progress))
+    if request.compare_methods and request.method != "adam":
+        everything = replace(request, method="adam")
+        tried.append(_first_that_fits(everything, "full", tree, evaluator, progress))
     fits = [_headroom(request, forecast) >= 0 for _, forecast in tried]
-    best = recommended_index(fits)
+    best = recommended_index(fits[: len(strategies(request.method, request.partition))])
     candidates = tuple(
         _candidate(request, plan, forecast, recommended=index == best and fits[best])
         for index, (plan, forecast) in enumerate(tried)
@@ -97,10 +103,10 @@ def make_plan(request: Request, progress: Progress = lambda _text: None) -> Answ
         candidates=candidates,
     )
     if not fits[best]:
-        raise _refusal(request, tried, tree, evaluator, progress)
+        return Answer(result, None, _refusal(request, tried, tree, evaluator, progress))
     plan, forecast = tried[best]
     progress("forecasting every block of the recommended partition")
-    return Answer(result, _with_prediction(plan, evaluator.every_block(plan, forecast)))
+    return Answer(result, _with_prediction(plan, evaluator.every_block(plan, forecast)), None)
 
 
 def staged_plan(request: Request, strategy: Strategy, setting: Setting, tree: ModelTree) -> Plan:
@@ -134,6 +140,7 @@ def staged_plan(request: Request, strategy: Strategy, setting: Setting, tree: Mo
             checkpointing=setting.checkpointing,
             loss=setting.loss,
             attention=request.attention,
+            optimizer=OptimizerSpec(learning_rate=request.learning_rate),
         ),
         provenance=Provenance(
             versions=tree.versions, command=request.command, date=datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,7 +1,7 @@
 """The two losses a plan can name.
 
 ``full`` is what transformers' own forward does: logits of every position at once, 10 bytes per token and vocabulary
-entry in forward and 12 in backward. ``chunked`` never holds more than :data:`CHUNK_TOKENS` positions of logits.
+entry in forward and 12 in backward. ``chunked`` holds the logits of a few positions at a time.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from badam.vocabulary import Phase
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_TOKENS = 1024
-"""Positions whose logits exist at the same time under the chunked loss: 12 * 1024 * V bytes, 1.5 GiB at V = 128k."""
+CHUNK_BYTES = 256 * 2**20
+"""What the chunked loss may hold in logits and their gradients, at 12 bytes per position and vocabulary entry."""
+
+SMALLEST_CHUNK = 64
+"""Positions per chunk below which the matrix products would be too thin to be fast."""
 
 IGNORE_INDEX = -100
 _LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -71,7 +74,7 @@ def check_chunked(model: PreTrainedModel) -> nn.Module:
 
 
 def chunked_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], num_items: Tensor | int | None) -> Tensor:
-    """Next-token cross entropy, :data:`CHUNK_TOKENS` positions of logits at a time.
+    """Next-token cross entropy, :func:`chunk_positions` positions of logits at a time.
 
     Each chunk's logits are computed again in backward, so that neither direction holds those of two chunks.
     Equal to :func:`full_loss` up to the order of summation.
@@ -87,14 +90,19 @@ def chunked_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], num_items:
     targets = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].reshape(-1)
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, wanted in zip(
-        hidden.reshape(-1, hidden.shape[-1]).split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
-    ):
+    positions = chunk_positions(model.config.get_text_config().vocab_size)
+    chunks = hidden.reshape(-1, hidden.shape[-1]).split(positions)
+    for rows, wanted in zip(chunks, targets.split(positions), strict=True):
         total = total + cast(
             Tensor,
             checkpoint(_chunk_loss, head, rows, wanted, softcap, use_reentrant=False, preserve_rng_state=False),
         )
     return total / ((targets != IGNORE_INDEX).sum() if num_items is None else num_items)
+
+
+def chunk_positions(vocabulary: int) -> int:
+    """Positions per chunk, from the vocabulary size."""
+    return max(SMALLEST_CHUNK, CHUNK_BYTES // (12 * vocabulary))
 
 
 def _chunk_loss(head: nn.Module, rows: Tensor, targets: Tensor, softcap: float | None) -> Tensor:

@@ -1,0 +1,176 @@
+"""``badam-plan``: which partition of which model fits which card, at which peak."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from badam_cli._app import reporting_errors, say
+
+if TYPE_CHECKING:
+    from badam_planner.planning import Answer
+
+Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
+PLANNED_METHODS = ("badam", "adam")
+PLANNED_ENGINES = ("single",)
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Catalogue name, Hub id, directory or config.json.")],
+    gpu: Annotated[str, typer.Option(help="Card by name, 'auto' for the one in this machine, or 'cpu'.")] = "auto",
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory a process may use instead, such as 24GiB.")] = None,
+    num_gpus: Annotated[int, typer.Option(min=1, help="Cards to train on.")] = 1,
+    engine: Annotated[Literal["single", "zero3", "fsdp2"], typer.Option(help="What shards over cards.")] = "single",
+    method: Annotated[Method, typer.Option(help="Training method.")] = "badam",
+    compare_methods: Annotated[bool, typer.Option("--compare-methods", help="Show full Adam beside it.")] = False,
+    partition: Annotated[
+        Literal["auto", "layer", "attn-mlp", "matrix"], typer.Option(help="What a block is; auto tries all.")
+    ] = "auto",
+    include_embedding: Annotated[bool, typer.Option(help="Train the embedding as a block.")] = False,
+    include_lm_head: Annotated[bool, typer.Option(help="Train the output projection as a block.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per micro-batch.")] = 1,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 512,
+    grad_accum: Annotated[int, typer.Option(min=1, help="Micro-batches per optimizer step.")] = 1,
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Type of the weights.")] = "bfloat16",
+    checkpointing: Annotated[
+        Literal["auto", "all", "none"], typer.Option(help="Recompute layers in backward; auto only if needed.")
+    ] = "auto",
+    loss: Annotated[
+        Literal["auto", "full", "chunked"], typer.Option(help="Logits at once or in chunks; auto only if needed.")
+    ] = "auto",
+    attention: Annotated[Literal["sdpa", "eager"], typer.Option(help="Attention implementation.")] = "sdpa",
+    switch_every: Annotated[str, typer.Option(help="Steps per visit of a block, or auto.")] = "auto",
+    switch_mode: Annotated[
+        Literal["random", "ascending", "descending", "fixed"], typer.Option(help="Order of the blocks.")
+    ] = "random",
+    samples: Annotated[int | None, typer.Option(min=1, help="Training examples, for --switch-every auto.")] = None,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate to write into the plan.")] = 1e-5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the block order.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML report.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan on stdout and nothing else.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Rehearse every layer instead of composing.")] = False,
+) -> None:
+    """Propose block partitions of MODEL, predict their peak memory, and write the best that fits to a plan.
+
+    Exit code 0: a plan that fits was written; 1: nothing fits, and what would; 2: bad input.
+    """
+    with reporting_errors():
+        _refuse_unplanned(method, engine, num_gpus)
+        steps = _visit_length(switch_every)
+        with _progress() as progress:
+            progress(f"reading {model}")
+            from badam.units import parse_bytes
+            from badam_planner.planning import Request, make_plan
+            from badam_planner.probe.model_source import describe_model
+            from badam_planner.probe.target import find_target
+
+            target = find_target(gpu, None if gpu_memory is None else parse_bytes(gpu_memory))
+            request = Request(
+                spec=describe_model(model),
+                target=target,
+                method=method,
+                compare_methods=compare_methods,
+                partition=partition,
+                include_embedding=include_embedding,
+                include_lm_head=include_lm_head,
+                batch_size=batch_size,
+                seq_len=seq_len,
+                grad_accum=grad_accum,
+                dtype=dtype,
+                checkpointing=checkpointing,
+                loss=loss,
+                attention=attention,
+                switch_every=steps,
+                switch_mode=switch_mode,
+                samples=samples,
+                epochs=epochs,
+                learning_rate=learning_rate,
+                seed=seed,
+                exact=exact,
+                command=shlex.join(["badam-plan", *sys.argv[1:]]),
+            )
+            answer = make_plan(request, progress)
+        _present(answer, output, html, as_json=as_json)
+
+
+def _refuse_unplanned(method: str, engine: str, num_gpus: int) -> None:
+    from badam.errors import InputError
+
+    if method not in PLANNED_METHODS:
+        raise InputError(
+            f"The method {method} cannot be planned by this version.",
+            advice=f"Methods that can: {', '.join(PLANNED_METHODS)}.",
+        )
+    if engine not in PLANNED_ENGINES or num_gpus > 1:
+        raise InputError(
+            f"Engine {engine} on {num_gpus} cards cannot be planned by this version.", advice="Plan for a single card."
+        )
+
+
+def _visit_length(text: str) -> int | None:
+    from badam.errors import InputError
+
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InputError(f"--switch-every {text!r} is neither a number of steps nor auto.") from error
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr with what is being done, where stderr is a terminal; silent elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _text: None
+        return
+    with console.status("starting") as status:
+        yield status.update
+
+
+def _present(answer: Answer, output: Path, html: Path | None, *, as_json: bool) -> None:
+    """The table and where the plan went, or the plan alone; then the refusal, if it is one."""
+    from badam.plan import save_record
+
+    if not as_json:
+        from rich.console import Console
+
+        from badam_planner.report.plan_table import render_candidates
+
+        Console().print(render_candidates(answer.result))
+    if answer.refusal is not None:
+        raise answer.refusal
+    assert answer.plan is not None  # without a refusal there is a plan
+    if as_json:
+        print(answer.plan.model_dump_json(indent=2))
+    else:
+        save_record(answer.plan, output)
+        say(f"plan written to {output}")
+    if html is not None:
+        from badam_planner.report.html import write_plan_html
+
+        write_plan_html(answer.plan, html)
+        say(f"report written to {html}")
+
+
+def main() -> None:
+    """Console entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
