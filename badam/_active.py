@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +83,14 @@ class ActiveParameter:
             self._taken = gradient.float()
 
     @property
+    def hides_gradient(self) -> bool:
+        """Whether a hook takes the gradient away from ``parameter.grad``."""
+        return self._handle is not None
+
+    @property
     def gradient(self) -> Tensor | None:
         """The gradient accumulated so far, of the shape of :attr:`weight`; None if there was none."""
-        return self._taken if self._handle is not None else self.parameter.grad
+        return self._taken if self.hides_gradient else self.parameter.grad
 
     def drop_gradient(self) -> None:
         """Release the gradient."""
@@ -111,6 +116,10 @@ class ActiveParameter:
         """Take ``master`` (fp32, of the shape of :attr:`weight`) as the truth from which the weight was rounded."""
         self.master = master if master is self.parameter else nn.Parameter(master)
         self.mark_written()
+
+    def load_master(self, saved: Tensor) -> None:
+        """Take a saved master; a copy on the parameter's device, so that nothing is shared with the saved state."""
+        self.adopt_master(saved.detach().to(device=self.parameter.device, dtype=torch.float32, copy=True))
 
     def _own_master(self) -> Tensor:
         return self.parameter if self.rows is None else self.weight
@@ -148,7 +157,7 @@ class ActiveParameter:
         self.parameter.requires_grad_(False)
 
 
-def write_nearest(members: list[ActiveParameter]) -> None:
+def write_nearest(members: Sequence[ActiveParameter]) -> None:
     """Round the masters of ``members`` into the model, to nearest; no temporaries."""
     copied = [(member, member.master) for member in members if member.is_copied and member.master is not None]
     copy_nearest_([member.weight for member, _ in copied], [master.detach() for _, master in copied])

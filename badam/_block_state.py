@@ -1,138 +1,105 @@
-"""What a BlockOptimizer saves, and how it is checked and put back."""
+"""Where a run stands, as it is saved, and the check that a saved state belongs to this model and partition."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from badam.errors import StateError
 from badam.schedule import BlockSchedule
 
-if TYPE_CHECKING:
-    from badam.block_optimizer import BlockOptimizer
-
 FORMAT = 2
-"""Version of the saved state; badam 1.4, which wrote only its base optimizer's state, counts as 1."""
+"""Version of the saved state; badam 1.4, which saved its base optimizer's state alone, counts as 1."""
 
 
-def pack_state(optimizer: BlockOptimizer) -> dict[str, Any]:
-    """The state of ``optimizer`` in plain types and tensors, which are not copied."""
-    base, members = optimizer.base_state_dict()
-    position = _positions(optimizer)
-    groups, taken = [], 0
-    for group, saved in zip(optimizer.param_groups, base["param_groups"], strict=True):
-        groups.append({**saved, "params": list(range(taken, taken + len(group["params"])))})
-        taken += len(group["params"])
-    return {
-        "state": {position[id(members[index].parameter)]: entry for index, entry in base["state"].items()},
-        "param_groups": groups,
-        "badam": {
-            "format": FORMAT,
-            "step": optimizer.global_step,
-            "visit": optimizer.visit,
-            "steps_in_visit": optimizer.steps_in_visit,
-            "non_finite_steps": optimizer.non_finite_steps,
-            "schedule": asdict(optimizer.schedule),
-            "block": optimizer.current_block.name,
-            "blocks": optimizer.block_prefix_list,
-            "active_modules": list(optimizer.active_modules),
-            "parameters": len(optimizer.named_parameters_list),
-            "model_digest": model_digest(optimizer),
-            "masters": dict(optimizer.masters),
-        },
-    }
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Position in the schedule, the masters of the visit, and what they belong to."""
+
+    step: int
+    visit: int
+    steps_in_visit: int
+    non_finite_steps: int
+    schedule: BlockSchedule
+    blocks: list[list[str]]
+    active_modules: list[str]
+    parameters: int
+    model_digest: str
+    masters: dict[str, Tensor]
+    group_changes: list[list[Any]]
+
+    def pack(self) -> dict[str, Any]:
+        """Plain types and tensors, which are not copied; loads with ``weights_only=True``."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return {"format": FORMAT, **fields, "schedule": asdict(self.schedule)}
+
+    @classmethod
+    def unpack(cls, saved: dict[str, Any]) -> Progress:
+        """What :meth:`pack` gave.
+
+        Raises:
+            StateError: if it has another format or lacks something.
+        """
+        if saved.get("format") != FORMAT:
+            raise StateError(f"The optimizer state has format {saved.get('format')!r}; this version reads {FORMAT}.")
+        try:
+            fields = {name: saved[name] for name in cls.__slots__}
+        except KeyError as error:
+            raise StateError(f"The optimizer state lacks {error}; it was not saved whole.") from error
+        return cls(**{**fields, "schedule": BlockSchedule(**fields["schedule"])})
+
+    def check_against(self, here: Progress) -> None:
+        """Refuse a state of another model or partition.
+
+        Raises:
+            StateError: with both numbers and the first difference.
+        """
+        if self.model_digest != here.model_digest:
+            raise StateError(
+                f"The optimizer state was saved for another model: {self.parameters} parameters there, "
+                f"{here.parameters} here, and their names or shapes differ.",
+                advice="Load it into the model it was saved with.",
+            )
+        if (self.blocks, self.active_modules) != (here.blocks, here.active_modules):
+            different = len(_common_head(self.blocks, here.blocks))
+            raise StateError(
+                f"The optimizer state was saved for another partition: {len(self.blocks)} blocks there, "
+                f"{len(here.blocks)} here; block {different} is the first that differs.",
+                advice="Build the optimizer with the blocks and active modules it was saved with.",
+            )
 
 
-def unpack_state(optimizer: BlockOptimizer, state_dict: dict[str, Any]) -> None:
-    """Put ``state_dict`` into ``optimizer``: checked first, so that a refused state changes nothing."""
-    own = state_dict.get("badam")
-    if own is None:
-        raise StateError("This optimizer state was not written by BlockOptimizer.")
-    _check(optimizer, own)
-    _check_groups(optimizer, state_dict["param_groups"])
-    schedule = BlockSchedule(**own["schedule"])
-    optimizer.restart_visit(schedule, own["visit"], own["steps_in_visit"])
-    optimizer.global_step = own["step"]
-    optimizer.non_finite_steps = own["non_finite_steps"]
-    by_name = {member.name: member for member in optimizer.active_parameters}
-    for name, master in own["masters"].items():
-        by_name[name].adopt_master(_copy(master, by_name[name].parameter))
-    load_base_state(optimizer, state_dict["state"], state_dict["param_groups"])
-    optimizer.announce_switch()
+def check_groups(saved: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]]) -> None:
+    """Refuse a state whose parameters are grouped otherwise: positions in it would mean other parameters.
 
-
-def load_base_state(optimizer: BlockOptimizer, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
-    """Give the base optimizer its hyperparameters and the state of the active parameters that it was saved for."""
-    position = _positions(optimizer)
-    members = {position[id(member.parameter)]: member for member in optimizer.active_parameters}
-    optimizer.load_base_state_dict(
-        {members[index]: _fresh(entry) for index, entry in state.items()},
-        [{key: value for key, value in group.items() if key != "params"} for group in groups],
-    )
-
-
-def model_digest(optimizer: BlockOptimizer) -> str:
-    """sha256 of names and shapes of all parameters."""
-    content = [(name, list(parameter.shape)) for name, parameter in optimizer.named_parameters_list]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _check(optimizer: BlockOptimizer, own: dict[str, Any]) -> None:
-    """Refuse a state of another format, model, partition or grouping."""
-    if own["format"] != FORMAT:
-        raise StateError(f"The optimizer state has format {own['format']}; this version reads {FORMAT}.")
-    blocks = optimizer.block_prefix_list
-    if own["blocks"] != blocks:
-        different = next(
-            (index for index, (a, b) in enumerate(zip(own["blocks"], blocks, strict=False)) if a != b),
-            min(len(blocks), len(own["blocks"])),
-        )
+    Raises:
+        StateError: with the sizes of both groupings.
+    """
+    sizes_there, sizes_here = ([len(group["params"]) for group in groups] for groups in (saved, here))
+    if sizes_there != sizes_here:
         raise StateError(
-            f"The optimizer state was saved for another partition: {len(own['blocks'])} blocks there, {len(blocks)} "
-            f"here; the first difference is block {different}.",
-            advice="Build the optimizer with the blocks it was saved with, or start without this state.",
-        )
-    if own["model_digest"] != model_digest(optimizer) or own["active_modules"] != optimizer.active_modules:
-        raise StateError(
-            f"The optimizer state was saved for another model: {own['parameters']} parameters there, "
-            f"{len(optimizer.named_parameters_list)} here, and names, shapes or always-active modules differ.",
-            advice="Load it into the model it was saved with.",
-        )
-
-
-def _check_groups(optimizer: BlockOptimizer, saved: list[dict[str, Any]]) -> None:
-    """Refuse a state whose parameters are grouped otherwise: positions in it would mean other parameters."""
-    there = [len(group["params"]) for group in saved]
-    here = [len(group["params"]) for group in optimizer.param_groups]
-    if there != here:
-        raise StateError(
-            f"The optimizer state was saved with parameter groups of {there} parameters; here they have {here}.",
+            f"The optimizer state was saved with parameter groups of {sizes_there} parameters; here they have "
+            f"{sizes_here}.",
             advice="Group the base optimizer's parameters as they were grouped when the state was saved.",
         )
 
 
-def _positions(optimizer: BlockOptimizer) -> dict[int, int]:
-    """Position of each parameter in the user's groups, counted through, by identity."""
-    every = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return {id(parameter): index for index, parameter in enumerate(every)}
+def model_digest(named_parameters: Sequence[tuple[str, nn.Parameter]]) -> str:
+    """sha256 of the names and shapes of all parameters."""
+    content = [(name, list(parameter.shape)) for name, parameter in named_parameters]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _copy(saved: Tensor, parameter: Tensor) -> Tensor:
-    """A copy on the parameter's device that shares no memory with the saved state."""
-    return saved.detach().to(device=parameter.device, dtype=torch.float32, copy=True)
-
-
-def _fresh(entry: Any) -> Any:
-    """A state entry whose tensors share no memory with the saved ones, so that two optimizers can continue from it."""
-    if isinstance(entry, Tensor):
-        return entry.clone()
-    if isinstance(entry, dict):
-        return {key: _fresh(value) for key, value in entry.items()}
-    if type(entry) in (list, tuple):
-        return type(entry)(_fresh(value) for value in entry)
-    return entry
+def _common_head(there: Sequence[Any], here: Sequence[Any]) -> Sequence[Any]:
+    """The leading items in which both agree."""
+    agreed = []
+    for one, other in zip(there, here, strict=False):
+        if one != other:
+            break
+        agreed.append(one)
+    return agreed

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from badam import phases
-from badam._active import HAS_GRAD_DTYPE, ActiveParameter, write_nearest
-from badam._block_state import pack_state, unpack_state
+from badam._active import HAS_GRAD_DTYPE, ActiveParameter
+from badam._block_state import Progress, check_groups, model_digest
 from badam._blocks_of_model import (
     BlockSpec,
     check_prefixes,
@@ -22,8 +21,9 @@ from badam._blocks_of_model import (
     given_blocks,
     inferred_blocks,
 )
-from badam.errors import InputError
-from badam.functional import all_finite, clip_factor, gradient_norm
+from badam._master_groups import MasterGroups
+from badam.errors import InputError, StateError
+from badam.functional import all_finite, clip_gradients_
 from badam.naming import Block, belongs, rows_of
 from badam.schedule import BlockSchedule, SwitchMode
 from badam.vocabulary import Phase
@@ -97,6 +97,7 @@ class BlockOptimizer(Optimizer):
         self.non_finite_steps = 0
         self._switch_hooks: list[SwitchHook] = []
         self._active: list[ActiveParameter] = []
+        self._base = MasterGroups(base_optimizer)
         self._is_built = False
 
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
@@ -210,14 +211,7 @@ class BlockOptimizer(Optimizer):
             self._skip_non_finite()
             return False
         del gradients
-        for member in members:
-            member.ready_master().grad = member.gradient
-        with self._masters_in_groups(members):
-            self.base_optimizer.step()
-        write_nearest(members)
-        for member in members:
-            member.ready_master().grad = None
-            member.drop_gradient()
+        self._base.step(members)
         return True
 
     def _skip_non_finite(self) -> None:
@@ -238,20 +232,21 @@ class BlockOptimizer(Optimizer):
             elif member.gradient is not None:
                 member.gradient.zero_()
 
+    @property
+    def hides_gradients(self) -> bool:
+        """Whether gradients are kept here and not in ``parameter.grad``, so that only this object can clip them."""
+        return any(member.hides_gradient for member in self._active)
+
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale the gradients of the active block to a joint 2-norm of at most ``max_norm``.
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale the gradients of the active block to a joint norm of at most ``max_norm``.
 
         Returns:
             The norm before, shape (), computed in fp32.
         """
         with phases.within(Phase.STEP):
             gradients = [member.gradient for member in self._active if member.gradient is not None]
-            norm = gradient_norm(gradients)
-            factor = clip_factor(norm, max_norm)
-            for gradient in gradients:
-                gradient.mul_(factor.to(gradient.device))
-        return norm
+            return clip_gradients_(gradients, max_norm, norm_type)
 
     # The switch
 
@@ -262,13 +257,13 @@ class BlockOptimizer(Optimizer):
         Everything of the old block is released before anything of the new one is made.
         """
         with phases.within(Phase.SWITCH):
-            self.base_optimizer.state.clear()
+            self._base.forget()
             self.write_back_block()
             self._end_visit()
             self.visit += 1
             self.steps_in_visit = 0
             self._begin_visit()
-        self.announce_switch(verbose)
+        self._announce_switch(verbose)
 
     @torch.no_grad()
     def write_back_block(self) -> None:
@@ -319,19 +314,6 @@ class BlockOptimizer(Optimizer):
         self.defaults = self.base_optimizer.defaults
         self._is_built = True
 
-    @contextmanager
-    def _masters_in_groups(self, members: Iterable[ActiveParameter]) -> Iterator[None]:
-        """Let every group hold the masters of ``members`` in place of the user's parameters."""
-        masters = {id(member.parameter): member.ready_master() for member in members}
-        kept = [group["params"] for group in self.base_optimizer.param_groups]
-        for group in self.base_optimizer.param_groups:
-            group["params"] = [masters[id(parameter)] for parameter in group["params"] if id(parameter) in masters]
-        try:
-            yield
-        finally:
-            for group, parameters in zip(self.base_optimizer.param_groups, kept, strict=True):
-                group["params"] = parameters
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not supported once built: a parameter that came later would be in no block.
 
@@ -360,57 +342,50 @@ class BlockOptimizer(Optimizer):
 
         Laid out as torch does (``state`` and ``param_groups``, by position in the user's groups), plus ``badam``.
         """
-        return pack_state(self)
+        state, groups = self._base.pack(self._active)
+        return {"state": state, "param_groups": groups, "badam": self._progress().pack()}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken; the model's weights are the caller's to load, before or after.
 
+        The schedule (order, K, seed) is the saved one, like learning rates and all other options of the groups.
+
         Raises:
-            StateError: if it belongs to another model or partition.
+            StateError: if it belongs to another model or partition; nothing is changed then.
         """
-        unpack_state(self, state_dict)
-
-    @property
-    def active_parameters(self) -> tuple[ActiveParameter, ...]:
-        """The parameters of the active block, for the modules of this package."""
-        return tuple(self._active)
-
-    def restart_visit(self, schedule: BlockSchedule, visit: int, steps_in_visit: int) -> None:
-        """Be ``steps_in_visit`` steps into ``visit``, without masters or state and without touching a weight."""
-        self.base_optimizer.state.clear()
+        if "badam" not in state_dict:
+            raise StateError("This optimizer state was not written by BlockOptimizer.")
+        saved = Progress.unpack(state_dict["badam"])
+        saved.check_against(self._progress())
+        check_groups(state_dict["param_groups"], self.param_groups)
+        self._base.forget()
         self._end_visit()
-        self.schedule, self.visit, self.steps_in_visit = schedule, visit, steps_in_visit
+        self.schedule, self.visit, self.steps_in_visit = saved.schedule, saved.visit, saved.steps_in_visit
+        self.global_step, self.non_finite_steps = saved.step, saved.non_finite_steps
         self._begin_visit()
-
-    def base_state_dict(self) -> tuple[dict[str, Any], list[ActiveParameter]]:
-        """The base optimizer's own state over the masters that exist, and whose they are, by its index."""
-        members = self._in_group_order(member for member in self._active if member.master is not None)
-        with self._masters_in_groups(members):
-            return self.base_optimizer.state_dict(), members
-
-    def load_base_state_dict(self, state: dict[ActiveParameter, Any], options: list[dict[str, Any]]) -> None:
-        """Give the base optimizer the options of its groups, and the state of some active parameters."""
-        members = self._in_group_order(state)
-        with self._masters_in_groups(members):
-            index = {id(member.master): position for position, member in enumerate(members)}
-            groups = [
-                {**new, "params": [index[id(master)] for master in group["params"]]}
-                for group, new in zip(self.base_optimizer.param_groups, options, strict=True)
-            ]
-            entries = {index[id(member.master)]: entry for member, entry in state.items()}
-            self.base_optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        for member in self._active:
+            if member.name in saved.masters:
+                member.load_master(saved.masters[member.name])
+        self._base.unpack(self._active, state_dict["state"], state_dict["param_groups"])
+        self._base.unpack_changes(saved.group_changes)
         self._share_with_base()
+        self._announce_switch()
 
-    def announce_switch(self, verbose: int | None = None) -> None:
-        """Tell the user and the hooks that another block is active."""
-        self._announce(self.verbose if verbose is None else verbose)
-        for hook in list(self._switch_hooks):
-            hook(self)
-
-    def _in_group_order(self, members: Iterable[ActiveParameter]) -> list[ActiveParameter]:
-        by_parameter = {id(member.parameter): member for member in members}
-        every = (id(parameter) for group in self.param_groups for parameter in group["params"])
-        return [by_parameter[key] for key in every if key in by_parameter]
+    def _progress(self) -> Progress:
+        return Progress(
+            step=self.global_step,
+            visit=self.visit,
+            steps_in_visit=self.steps_in_visit,
+            non_finite_steps=self.non_finite_steps,
+            schedule=self.schedule,
+            blocks=self.block_prefix_list,
+            active_modules=self.active_modules,
+            parameters=len(self.named_parameters_list),
+            model_digest=model_digest(self.named_parameters_list),
+            masters=self.masters,
+            group_changes=self._base.pack_changes(),
+        )
 
     # Small things
 
@@ -425,6 +400,11 @@ class BlockOptimizer(Optimizer):
 
     def _index_by_name(self) -> dict[str, int]:
         return {name: index for index, (name, _) in enumerate(self.named_parameters_list)}
+
+    def _announce_switch(self, verbose: int | None = None) -> None:
+        self._announce(self.verbose if verbose is None else verbose)
+        for hook in list(self._switch_hooks):
+            hook(self)
 
     def _announce(self, verbose: int) -> None:
         block = self.current_block

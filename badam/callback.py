@@ -1,0 +1,95 @@
+"""What the Hugging Face Trainer and TRL's trainers need to know about block-coordinate training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from badam.checkpointing import enable_for_transformers
+from badam.clipping import hides_gradients, innermost_optimizer
+from badam.errors import InputError
+
+
+class BAdamCallback(TrainerCallback):
+    """Sets up a trainer for a block optimizer; pass an instance or the class in ``callbacks``.
+
+    * Activation checkpointing becomes block-aware: no graph and no checkpoints below the active block.
+    * ``max_grad_norm`` is applied also where the optimizer keeps gradients to itself, and the logged norm is right.
+    * At the end of training the last block is rounded into the model like all others.
+
+    Args:
+        init_loss_scale: under DeepSpeed with static loss scaling, the initial scale as a power of two.
+    """
+
+    def __init__(self, *_: Any, init_loss_scale: int = 12, **__: Any) -> None:
+        self.init_loss_scale = init_loss_scale
+        self._norm: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make checkpointing block-aware and check that the arguments suit the optimizer.
+
+        Raises:
+            InputError: if the optimizer releases gradients at once and the arguments ask to clip or accumulate them.
+        """
+        if kwargs.get("model") is not None:
+            enable_for_transformers(kwargs["model"])
+        self._connect_deepspeed(kwargs.get("optimizer"))
+        if not getattr(innermost_optimizer(kwargs.get("optimizer")), "gradient_release", False):
+            return
+        if args.max_grad_norm and args.max_grad_norm > 0:
+            raise InputError(
+                f"gradient_release steps on each gradient as it appears, so max_grad_norm={args.max_grad_norm} cannot "
+                "be applied to all of them together.",
+                advice="Set max_grad_norm=0, or leave gradient_release off.",
+            )
+        if args.gradient_accumulation_steps > 1:
+            raise InputError(
+                f"gradient_release cannot accumulate gradients over {args.gradient_accumulation_steps} batches.",
+                advice="Set gradient_accumulation_steps=1, or leave gradient_release off.",
+            )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Clip gradients that the trainer, which looks at ``parameter.grad``, has not seen."""
+        optimizer = innermost_optimizer(kwargs.get("optimizer"))
+        self._norm = None
+        if hides_gradients(optimizer) and not getattr(optimizer, "gradient_release", False):
+            limit = args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else float("inf")
+            self._norm = float(optimizer.clip_grad_norm_(limit))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the norm of the gradients that were clipped here in the place of the trainer's, which saw none."""
+        if self._norm is None:
+            return
+        for record in (logs, state.log_history[-1] if state.log_history else None):
+            if record is not None and "grad_norm" in record:
+                record["grad_norm"] = self._norm
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Round the last block's masters into the model."""
+        optimizer = innermost_optimizer(kwargs.get("optimizer"))
+        if hasattr(optimizer, "write_back_block"):
+            optimizer.write_back_block()
+
+    def _connect_deepspeed(self, optimizer: Any) -> None:
+        """Tell the block optimizer which DeepSpeed optimizer drives it."""
+        engine = getattr(optimizer, "optimizer", None)
+        inner: Any = getattr(engine, "optimizer", None)
+        if engine is None or not hasattr(inner, "ds_optimizer"):
+            return
+        inner.ds_optimizer = engine
+        if not hasattr(engine, "dynamic_loss_args") and hasattr(engine, "cur_scale"):
+            engine.cur_scale = 2**self.init_loss_scale

@@ -1,0 +1,54 @@
+"""Tiny models and batches that tests share. Everything is random, built from a configuration, and made in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ModelFactory = Callable[..., nn.Module]
+BatchFactory = Callable[..., Tensor]
+
+VOCABULARY = 64
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests run beside each other and beside other work; a second thread only makes them slower."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_llama() -> ModelFactory:
+    """Makes a Llama of hidden size 32 with 3 layers; the same weights for the same ``seed``."""
+
+    def make(*, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **changes: Any) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        settings: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 64,
+            "use_cache": False,
+        }
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def token_batch() -> BatchFactory:
+    """Makes token ids of shape (batch, length) for :func:`tiny_llama`; the same ones for the same ``seed``."""
+
+    def make(seed: int = 0, *, batch: int = 2, length: int = 16) -> Tensor:
+        return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+    return make
