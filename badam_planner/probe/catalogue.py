@@ -37,6 +37,10 @@ class CatalogueRecord(Record):
     source: str = Field(min_length=1)
     checked: str = Field(pattern=r"^20\d\d-\d\d-\d\d$")
 
+    def names(self) -> tuple[str, ...]:
+        """Everything this record answers to."""
+        return (self.id, *self.aliases)
+
 
 class ModelRecord(CatalogueRecord):
     """A model's architecture. ``id`` is its name on the Hugging Face Hub, or in this project."""
@@ -49,7 +53,7 @@ class ModelRecord(CatalogueRecord):
 
     def names(self) -> tuple[str, ...]:
         """Everything this record answers to; the Hub id also without its organisation."""
-        return (self.id, self.id.rsplit("/", 1)[-1], *self.aliases)
+        return (*super().names(), self.id.rsplit("/", 1)[-1])
 
 
 class GpuRecord(CatalogueRecord):
@@ -94,8 +98,8 @@ class GpuRecord(CatalogueRecord):
         )
 
     def names(self) -> tuple[str, ...]:
-        """Everything this record answers to."""
-        return (self.id, self.name, *self.aliases)
+        """Everything this record answers to, the driver's name included."""
+        return (*super().names(), self.name)
 
 
 def driver_share_bytes(total_bytes: int) -> int:

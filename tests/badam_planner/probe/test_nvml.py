@@ -36,15 +36,17 @@ class FakeDriver:
         for name in ("NVMLError", "NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"):
             base = getattr(module, "NVMLError", Exception)
             setattr(module, name, type(name, (base,), {}))
-        module.nvmlInit = self._init
-        module.nvmlShutdown = self._shutdown
-        module.nvmlDeviceGetCount = lambda: len(self.cards)
-        module.nvmlDeviceGetHandleByIndex = lambda index: self.cards[index]
-        module.nvmlDeviceGetName = lambda card: card.name
-        module.nvmlDeviceGetUUID = lambda card: card.uuid
-        module.nvmlDeviceGetCudaComputeCapability = lambda card: card.capability
-        module.nvmlSystemGetDriverVersion = lambda: "580.65.06"
-        module.nvmlDeviceGetMemoryInfo = self._memory
+        vars(module).update(
+            nvmlInit=self._init,
+            nvmlShutdown=self._shutdown,
+            nvmlDeviceGetCount=lambda: len(self.cards),
+            nvmlDeviceGetHandleByIndex=lambda index: self.cards[index],
+            nvmlDeviceGetName=lambda card: card.name,
+            nvmlDeviceGetUUID=lambda card: card.uuid,
+            nvmlDeviceGetCudaComputeCapability=lambda card: card.capability,
+            nvmlSystemGetDriverVersion=lambda: "580.65.06",
+            nvmlDeviceGetMemoryInfo=self._memory,
+        )
         return module
 
     def _init(self) -> None:
