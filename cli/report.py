@@ -1,4 +1,4 @@
-"""``badam-report``: predicted against measured, in the terminal or as JSON."""
+"""``badam-report``: predicted against measured, in the terminal, as JSON or as HTML."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from badam.errors import InputError
-from badam_cli._app import reporting_errors
+from badam.errors import BadamError, InputError
+from badam_cli._app import reporting_errors, say
+
+if TYPE_CHECKING:
+    from badam_planner.compare import Accuracy
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -30,6 +33,7 @@ def report(
     tolerance: Annotated[
         str, typer.Option(metavar="PERCENT", help="Largest accepted error of a peak; beyond it the exit code is 1.")
     ] = "5%",
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a self-contained HTML report.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Every figure on stdout as JSON, and nothing else.")] = False,
 ) -> None:
     """Show what was predicted beside what was measured.
@@ -38,24 +42,39 @@ def report(
     Exit code: 0 within the tolerance, 1 beyond it, 2 bad input.
     """
     with reporting_errors():
-        passed = _report([plan, *measured], parse_percent(tolerance), as_json=as_json)
+        passed = _report([plan, *measured], parse_percent(tolerance), html, as_json=as_json)
     raise typer.Exit(0 if passed else 1)
 
 
-def _report(paths: list[Path], tolerance: float, *, as_json: bool) -> bool:
+def _report(paths: list[Path], tolerance: float, html: Path | None, *, as_json: bool) -> bool:
     """Compare, show, and say whether every run is within the tolerance."""
     from badam.plan import load_plan
     from badam.profiling.record import load_measured
     from badam_planner.compare import compare, plan_of, summarize
 
-    plans = [load_plan(path) for path in paths if path == paths[0] or _looks_like(path, "partition")]
-    runs = [load_measured(path) for path in paths[1:] if not _looks_like(path, "partition")]
-    if not runs:
+    if _looks_like(paths[0], "measurement"):
+        raise InputError(
+            f"{paths[0]} is a measured run, not a plan.", advice="The plan comes first: badam-report PLAN MEASURED."
+        )
+    plan_paths = [paths[0], *(path for path in paths[1:] if _looks_like(path, "partition"))]
+    run_paths = [path for path in paths[1:] if not _looks_like(path, "partition")]
+    if not run_paths:
         raise InputError(
             "Only plans were given, no measured run.", advice="Make one with badam-train --plan plan.json."
         )
+    plans, runs = [load_plan(path) for path in plan_paths], [load_measured(path) for path in run_paths]
     comparisons = [compare(plan_of(run, plans), run, tolerance=tolerance) for run in runs]
     accuracy = summarize(comparisons)
+    _show(accuracy, as_json=as_json)
+    if html is not None:
+        _write_html(accuracy, run_paths[0], html)
+        say(f"report written to {html}")
+    return all(comparison.verdict.passed for comparison in comparisons)
+
+
+def _show(accuracy: Accuracy, *, as_json: bool) -> None:
+    """One comparison in full, or several as a table."""
+    comparisons = accuracy.comparisons
     if as_json:
         from badam_planner.report.as_json import accuracy_to_json, comparison_to_json
 
@@ -69,7 +88,23 @@ def _report(paths: list[Path], tolerance: float, *, as_json: bool) -> bool:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
         Console().print(render_comparison(comparisons[0]) if len(comparisons) == 1 else render_accuracy(accuracy))
-    return all(comparison.verdict.passed for comparison in comparisons)
+
+
+def _write_html(accuracy: Accuracy, measured: Path, html: Path) -> None:
+    from badam_planner.report.gather import read_curve, rehearse_step
+    from badam_planner.report.html import write_accuracy_html, write_comparison_html
+
+    if len(accuracy.comparisons) > 1:
+        write_accuracy_html(accuracy, html)
+        return
+    comparison = accuracy.worst
+    say("rehearsing one step to draw it")
+    try:
+        timeline = rehearse_step(comparison.plan)
+    except BadamError as error:  # the rest of the report stands without this chart
+        say(f"no timeline in the report: {error.message}")
+        timeline = None
+    write_comparison_html(comparison, html, timeline=timeline, curve=read_curve(measured))
 
 
 def parse_percent(text: str) -> float:

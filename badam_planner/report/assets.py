@@ -45,7 +45,9 @@ th:first-child, td:first-child { text-align: left; }
 thead th { color: var(--dim); font-weight: 600; }
 tbody th { font-weight: 400; }
 footer { margin-top: 3rem; color: var(--dim); font-size: 0.85rem; overflow-wrap: anywhere; }
+@media (max-width: 30rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.4rem; } }
 @media print {
+  .chart { height: auto !important; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav, .skip, details:not([open]), .modebar-container { display: none !important; }
   section { break-inside: avoid; }
@@ -58,7 +60,10 @@ SCRIPT = """
   "use strict";
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const root = document.documentElement;
-  const config = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+  // Named one by one: a button that a later plotly adds may want to send the chart somewhere.
+  const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
+  const paperWidth = 680;
+  let printing = false;
 
   function colours() {
     const style = getComputedStyle(root);
@@ -67,13 +72,14 @@ SCRIPT = """
   }
 
   // The figures name no colour of text or background; both follow the page, so they follow light, dark and print.
-  function themed(figure, colour, width) {
+  function themed(figure, colour) {
     const copy = structuredClone(figure);
     const axis = {gridcolor: colour.line, zerolinecolor: colour.line, linecolor: colour.dim, automargin: true};
     const layout = Object.assign({
       height: figure.height, autosize: true, margin: {l: 56, r: 12, t: 36, b: 48},
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       legend: {orientation: "h", x: 0, y: -0.22, yanchor: "top"},
+      modebar: {bgcolor: "rgba(0,0,0,0)", color: colour.dim, activecolor: colour.ink},
       hoverlabel: {align: "left", bgcolor: colour.raised, bordercolor: colour.dim, font: {color: colour.ink}},
     }, copy.layout);
     layout.font = {color: colour.ink, size: 13, family: "system-ui, sans-serif"};
@@ -82,35 +88,59 @@ SCRIPT = """
     for (const shape of layout.shapes || []) {
       if (shape.type === "line") shape.line.color = colour.ink;
     }
-    for (const note of layout.annotations || []) note.arrowcolor = colour.ink;
+    for (const note of layout.annotations || []) {
+      Object.assign(note, {arrowcolor: colour.ink, bgcolor: colour.raised, borderpad: 3});
+    }
     for (const trace of copy.traces) {
       if (trace.meta === "ink") trace.line.color = colour.ink;
-      if (trace.marker) trace.marker.line = {width: 1, color: colour.ink};
+      if (trace.type === "bar" || (trace.marker && trace.marker.size >= 9)) {
+        trace.marker.line = {width: 1, color: colour.ink};
+      }
     }
-    if (width) { layout.width = width; layout.autosize = false; }
+    if (printing) Object.assign(layout, {width: paperWidth, height: Math.round(figure.height * 0.75), autosize: false});
     return [copy.traces, layout];
   }
 
-  function draw(width) {
+  function draw() {
     const colour = colours();
+    const config = {responsive: !printing, displaylogo: false, modeBarButtons: buttons};
     const drawn = [];
     for (const figure of figures) {
       const place = document.getElementById("plot-" + figure.identity);
-      const [traces, layout] = themed(figure, colour, width);
+      const [traces, layout] = themed(figure, colour);
       drawn.push(Plotly.react(place, traces, layout, config));
     }
     return Promise.all(drawn);
   }
 
-  if (typeof Plotly === "undefined") {
-    for (const details of document.querySelectorAll("details")) details.open = true;
-    root.dataset.charts = "none";
-    return;
+  // Paper is light and has one width; the mark on the root element tells the style sheet the same.
+  function print(begins) {
+    printing = begins;
+    root.toggleAttribute("data-printing", begins);
+    return draw();
   }
-  draw().then(() => { root.dataset.charts = String(figures.length); });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
-  addEventListener("beforeprint", () => { root.dataset.printing = ""; draw(680); });
-  addEventListener("afterprint", () => { delete root.dataset.printing; draw(); });
+
+  // Every browser since 2023 can unpack; an older one shows the tables instead.
+  async function load() {
+    const packed = atob(document.getElementById("library").textContent);
+    const bytes = Uint8Array.from(packed, (letter) => letter.charCodeAt(0));
+    const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const script = document.createElement("script");
+    script.textContent = await new Response(unpacked).text();
+    document.head.append(script);
+    await draw();
+  }
+
+  load().then(() => {
+    root.dataset.charts = String(figures.length);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+    addEventListener("beforeprint", () => { print(true); });
+    addEventListener("afterprint", () => { print(false); });
+  }).catch((error) => {
+    console.error(error);
+    root.dataset.charts = "none";
+    for (const details of document.querySelectorAll("details")) details.open = true;
+  });
   for (const link of document.querySelectorAll("nav a")) {
     link.addEventListener("click", () => {
       const heading = document.querySelector(link.getAttribute("href") + " h2");

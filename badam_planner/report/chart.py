@@ -69,16 +69,28 @@ def category_style(category: Category) -> tuple[str, str]:
 
 def limit_line(limit_bytes: int, scale: Scale, *, vertical: bool = False) -> dict[str, Any]:
     """A dashed line over the whole chart at the card's limit; the page gives it the colour of the text."""
-    across = {"x0": 0, "x1": 1, "xref": "paper"} if not vertical else {"y0": 0, "y1": 1, "yref": "paper"}
     at = scale(limit_bytes)
-    along = {"y0": at, "y1": at} if not vertical else {"x0": at, "x1": at}
+    along, across = ("x", "y") if vertical else ("y", "x")
     return {
         "type": "line",
-        **across,
-        **along,
+        f"{across}ref": "paper",
+        f"{across}0": 0,
+        f"{across}1": 1,
+        f"{along}ref": along,
+        f"{along}0": at,
+        f"{along}1": at,
         "line": {"dash": "dash", "width": 2},
-        "label": {"text": f"limit {format_bytes(limit_bytes)}", "textposition": "start", "yanchor": "bottom"},
+        "label": {
+            "text": f"limit {format_bytes(limit_bytes)}",
+            "textposition": "end",
+            **({"textangle": 0, "xanchor": "left", "yanchor": "top"} if vertical else {"yanchor": "bottom"}),
+        },
     }
+
+
+def headroom(largest: int, limit_bytes: int, scale: Scale) -> list[float]:
+    """An axis from zero to a fifth above whatever is drawn, so that there is room for words."""
+    return [0, scale(max(largest, limit_bytes if within_sight(limit_bytes, largest) else 0)) * 1.2]
 
 
 def within_sight(limit_bytes: int, largest: int) -> bool:

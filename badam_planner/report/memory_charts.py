@@ -17,6 +17,7 @@ from badam_planner.report.chart import (
     TableData,
     category_style,
     escaped,
+    headroom,
     limit_line,
     scale_for,
     within_sight,
@@ -64,7 +65,10 @@ def timeline_chart(timeline: StepTimeline) -> Chart:
     shapes = [limit_line(limit, scale)] if within_sight(limit, peak.total_bytes) else []
     layout = {
         "xaxis": {"title": {"text": "allocations and releases, in order"}},
-        "yaxis": {"title": {"text": f"live memory ({scale.unit})"}, "rangemode": "tozero"},
+        "yaxis": {
+            "title": {"text": f"live memory ({scale.unit})"},
+            "range": headroom(peak.total_bytes, limit, scale),
+        },
         "hovermode": "x",
         "shapes": [*_phase_bands(timeline), *shapes],
         "annotations": [_marker(peak.tick, scale(peak.total_bytes), f"peak {format_bytes(peak.total_bytes)}")],
@@ -114,7 +118,10 @@ def phases_chart(comparison: Comparison) -> Chart:
     scale = scale_for(largest)
     limit = comparison.plan.target.usable_bytes - comparison.plan.target.context_bytes
     layout = {
-        "yaxis": {"title": {"text": f"peak within the phase ({scale.unit})"}},
+        "yaxis": {
+            "title": {"text": f"peak within the phase ({scale.unit})"},
+            "range": headroom(largest, limit, scale),
+        },
         "barmode": "group",
         "shapes": [limit_line(limit, scale)] if within_sight(limit, largest) else [],
     }
@@ -167,9 +174,9 @@ def _short_tick(name: str) -> str:
 
 
 def _event_in_words(sample: Sample) -> str:
-    module = escaped(sample.module) or "outside the modules"
+    """What hovering says; the tensor's description names its module."""
     return (
-        f"<b>{format_bytes(sample.total_bytes)}</b> in {sample.phase}<br>{module}<br>"
+        f"<b>{format_bytes(sample.total_bytes)}</b> in {sample.phase}<br>"
         f"{signed_bytes(sample.change_bytes)} {escaped(sample.tensor)}"
     )
 

@@ -44,13 +44,12 @@ def partitions_chart(result: SearchResult) -> Chart:
         chosen = [candidate for candidate in result.candidates if _standing(candidate) == standing]
         if chosen:
             traces.append(_candidates_trace(standing, chosen, scale))
-    limit = (
-        [limit_line(result.usable_bytes, scale, vertical=True)] if within_sight(result.usable_bytes, largest) else []
-    )
+    costliest = max(candidate.backward_relative for candidate in result.candidates)
+    limit = limit_line(result.usable_bytes, scale, vertical=True)
     layout = {
         "xaxis": {"title": {"text": f"peak on the device ({scale.unit})"}},
-        "yaxis": {"title": {"text": "backward (% of all blocks active)"}, "rangemode": "tozero"},
-        "shapes": limit,
+        "yaxis": {"title": {"text": "backward (% of all blocks active)"}, "range": [0, costliest * 125]},
+        "shapes": [limit] if within_sight(result.usable_bytes, largest) else [],
     }
     table = TableData(
         ("blocks by", "checkpointing", "loss", "D", "device peak", "headroom", "backward", "verdict"),

@@ -39,12 +39,12 @@ def backward_chart(rows: Sequence[BlockRow]) -> Chart | None:
     step = max(1, len(known) // 16)
     layout = {
         "xaxis": {"tickvals": list(range(0, len(known), step)), "ticktext": names[::step]},
-        "yaxis": {"title": {"text": "backward with recomputation (ms)"}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": "backward (ms)"}, "rangemode": "tozero"},
     }
     slowest = max(known, key=lambda row: row.backward_seconds or 0)
     summary = (
         f"Slowest is {clean(slowest.name)}, {format_seconds(slowest.backward_seconds or 0)}. The prediction says how "
-        "the measured sum is shared among the blocks."
+        "the measured sum, recomputation included, is shared among the blocks."
     )
     table = TableData(
         ("block", "predicted share", "measured"),

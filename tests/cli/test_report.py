@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from badam.plan import save_record
+from badam.errors import InputError
+from badam.plan import Plan, save_record
 from badam.units import GIB
 from badam_cli.report import app
+from badam_planner.report import gather
 from tests.badam_planner import factories
+from tests.badam_planner.report.pages import step_timeline
 
 
 @pytest.fixture
@@ -98,7 +101,7 @@ def test_files_that_cannot_be_read_get_a_sentence(plan_file: Path, measured_file
         ((tmp_path / "absent.json", measured_file), "Cannot read the plan"),
         ((plan_file, tmp_path / "absent.json"), "Cannot read the measured run"),
         ((plan_file, broken), "not complete JSON"),
-        ((measured_file, measured_file), "The plan"),
+        ((measured_file, plan_file), "is a measured run, not a plan"),
         ((plan_file, plan_file), "Only plans were given"),
     ):
         result = run(*arguments)
@@ -130,6 +133,45 @@ def test_a_terminal_that_knows_only_ascii_gets_no_traceback(plan_file: Path, tmp
     assert done.returncode == 0, done.stderr.decode()
     assert b"mod?le/?" in done.stdout
     assert b"PPPP" in done.stdout
+
+
+def test_html_is_written_beside_the_tables_with_the_curve_of_the_run(
+    plan_file: Path, measured_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather, "rehearse_step", lambda _plan: step_timeline())
+    (tmp_path / gather.METRICS_FILE).write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n')
+    result = run(plan_file, measured_file, "--html", tmp_path / "report.html")
+    assert result.exit_code == 0
+    assert "WITHIN tolerance" in result.stdout
+    assert "report written to" in result.stderr
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'id="plot-timeline"' in text
+    assert 'id="plot-loss"' in text
+
+
+def test_a_step_that_cannot_be_rehearsed_costs_only_its_chart(
+    plan_file: Path, measured_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_plan: Plan) -> None:
+        raise InputError("this model cannot be rehearsed")
+
+    monkeypatch.setattr(gather, "rehearse_step", refuse)
+    result = run(plan_file, measured_file, "--html", tmp_path / "report.html")
+    assert result.exit_code == 0
+    assert "this model cannot be rehearsed" in result.stderr
+    assert 'id="plot-timeline"' not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_html_of_several_runs(plan_file: Path, measured_file: Path, tmp_path: Path) -> None:
+    result = run(plan_file, measured_file, measured_file, "--html", tmp_path / "report.html")
+    assert result.exit_code == 0
+    assert "Accuracy of 2 runs" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_html_that_cannot_be_written_is_bad_input(plan_file: Path, measured_file: Path, tmp_path: Path) -> None:
+    result = run(plan_file, measured_file, measured_file, "--html", tmp_path / "absent" / "report.html")
+    assert result.exit_code == 2
+    assert "Cannot write" in result.stderr
 
 
 def test_the_command_loads_neither_torch_nor_plotly(plan_file: Path, measured_file: Path) -> None:

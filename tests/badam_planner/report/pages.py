@@ -1,0 +1,87 @@
+"""Pages for the tests of the HTML report, and a small reader of what a page says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from typing import Any
+
+from badam.units import GIB, MIB
+from badam.vocabulary import Category, Phase
+from badam_planner.compare import Comparison, compare
+from badam_planner.report.html import comparison_page, plan_page
+from badam_planner.report.model import CurvePoint, PhaseSpan, Sample, StepTimeline, TrainingCurve
+from badam_planner.report.page import Page
+from tests.badam_planner import factories
+
+HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\"'&amp;{{x}}"
+
+
+def step_timeline(name: str = "model.layers.0.mlp") -> StepTimeline:
+    """Four events in two phases; the peak is 14 GiB in the second."""
+    heights = ((Phase.FORWARD, 1), (Phase.FORWARD, 2), (Phase.BACKWARD, 4), (Phase.BACKWARD, 1))
+    samples = tuple(
+        Sample(tick, phase, {Category.PARAMETER: 10 * GIB, Category.ACTIVATION: extra * GIB}, name, f"{name}: mm", MIB)
+        for tick, (phase, extra) in enumerate(heights)
+    )
+    spans = (PhaseSpan(Phase.FORWARD, 0, 1, 12 * GIB, name), PhaseSpan(Phase.BACKWARD, 2, 3, 14 * GIB, name))
+    return StepTimeline(f"One step of {name}", samples, spans, 22 * GIB)
+
+
+def curve(name: str = "run", block: str = "layer") -> TrainingCurve:
+    return TrainingCurve(name, tuple(CurvePoint(step, 5 - step / 4, f"{block} {step // 3}") for step in range(12)))
+
+
+def comparison(name: str = "acme/tiny-7b", **changes: Any) -> Comparison:
+    plan = factories.plan(model=factories.model(name))
+    return compare(plan, factories.measured_run(plan, **changes))
+
+
+def full_plan_page() -> Page:
+    return plan_page(factories.plan(), result=factories.search_result(), timeline=step_timeline())
+
+
+def full_comparison_page(name: str = "acme/tiny-7b") -> Page:
+    return comparison_page(comparison(name), timeline=step_timeline(name), curve=curve(name, name))
+
+
+@dataclass
+class Seen(HTMLParser):
+    """The elements of a page: (tag, attributes) in order, and the text of its scripts."""
+
+    elements: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    scripts: list[tuple[dict[str, str], str]] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._script: dict[str, str] | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Seen:
+        seen = cls()
+        seen.feed(text)
+        return seen
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = {name: value or "" for name, value in attrs}
+        self.elements.append((tag, attributes))
+        self._script = attributes if tag == "script" else None
+
+    def handle_endtag(self, tag: str) -> None:
+        self._script = None
+
+    def handle_data(self, data: str) -> None:
+        if self._script is not None:
+            self.scripts.append((self._script, data))
+        else:
+            self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def figures(self) -> list[dict[str, Any]]:
+        (text,) = (text for attributes, text in self.scripts if attributes.get("id") == "figures")
+        figures: list[dict[str, Any]] = json.loads(text)
+        return figures

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from badam_planner.report.page import write_page
+from tests.badam_planner.report.browser import CHROMIUM, visit
+from tests.badam_planner.report.pages import HOSTILE, full_comparison_page, full_plan_page
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium"),
+]
+
+STATE = """
+return {
+  charts: document.documentElement.dataset.charts,
+  drawn: [...document.querySelectorAll(".chart")].map((place) => place.querySelectorAll(".main-svg").length > 0),
+  errors: document.querySelectorAll(".plotly-notifier").length,
+  wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  ink: getComputedStyle(document.body).color,
+  axis: getComputedStyle(document.querySelector(".xtick text")).fill,
+  buttons: [...document.querySelectorAll(".modebar-btn")].map((button) => button.dataset.title),
+  hacked: window.hacked || 0,
+};
+"""
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    write_page(full_comparison_page(), tmp_path / "report.html")
+    return tmp_path / "report.html"
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("dark", [False, True])
+def test_all_charts_are_drawn_without_a_word_on_the_console(report: Path, width: int, dark: bool) -> None:
+    seen = visit(report, STATE, width=width, dark=dark)
+    assert seen.console == ()
+    assert seen.answer["charts"] == str(len(full_comparison_page().charts))
+    assert all(seen.answer["drawn"])
+    assert seen.answer["errors"] == 0
+    assert seen.answer["wide"] <= 0
+    assert seen.answer["axis"] == seen.answer["ink"]
+    assert seen.answer["ink"] == ("rgb(230, 233, 238)" if dark else "rgb(27, 31, 36)")
+
+
+def test_no_button_sends_a_chart_anywhere(report: Path) -> None:
+    assert set(visit(report, STATE).answer["buttons"]) == {"Download plot as a PNG", "Zoom", "Pan", "Reset axes"}
+
+
+def test_plan_page_is_drawn(tmp_path: Path) -> None:
+    write_page(full_plan_page(), tmp_path / "plan.html")
+    seen = visit(tmp_path / "plan.html", STATE)
+    assert (seen.answer["charts"], seen.console) == ("4", ())
+
+
+def test_hovering_over_the_timeline_names_phase_module_and_tensor(report: Path) -> None:
+    script = """
+    const place = document.getElementById("plot-timeline");
+    Plotly.Fx.hover(place, [{curveNumber: place.data.length - 1, pointNumber: 2}]);
+    await pause(300);
+    return place.querySelector(".hoverlayer").textContent;
+    """
+    text = visit(report, script).answer
+    assert "14.00 GiB in backward" in text
+    assert "model.layers.0.mlp: mm" in text or "acme/tiny-7b: mm" in text
+
+
+def test_clicking_the_legend_hides_a_trace(report: Path) -> None:
+    script = """
+    const place = document.getElementById("plot-parts");
+    const toggle = place.querySelector(".legendtoggle");
+    for (const kind of ["mousedown", "mouseup"]) toggle.dispatchEvent(new MouseEvent(kind, {bubbles: true}));
+    await pause(1000);
+    return place.data.map((trace) => trace.visible ?? true);
+    """
+    assert visit(report, script).answer == ["legendonly", True]
+
+
+def test_printing_is_light_and_as_wide_as_paper(report: Path) -> None:
+    script = """
+    dispatchEvent(new Event("beforeprint"));
+    await pause(500);
+    const place = document.getElementById("plot-parts");
+    const printed = [place.layout.width, getComputedStyle(document.body).color];
+    dispatchEvent(new Event("afterprint"));
+    await pause(500);
+    return [...printed, place.layout.width ?? null, getComputedStyle(document.body).color];
+    """
+    answer = visit(report, script, dark=True).answer
+    assert answer[:2] == [680, "rgb(27, 31, 36)"]
+    assert answer[3] == "rgb(230, 233, 238)"
+
+
+def test_hostile_names_are_only_shown(tmp_path: Path) -> None:
+    write_page(full_comparison_page(HOSTILE), tmp_path / "hostile.html")
+    seen = visit(tmp_path / "hostile.html", STATE)
+    assert seen.answer["hacked"] == 0
+    assert all(seen.answer["drawn"])
+    assert seen.console == ()
+
+
+def test_a_browser_that_cannot_unpack_shows_the_tables(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    report.write_text(text.replace("<head>", "<head><script>delete window.DecompressionStream</script>"))
+    script = """
+    return [document.documentElement.dataset.charts,
+            [...document.querySelectorAll("details")].every((one) => one.open)];
+    """
+    assert visit(report, script).answer == ["none", True]
