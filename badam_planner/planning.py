@@ -167,19 +167,16 @@ def formula_bytes(parameters: int, blocks: int) -> int:
 def _first_that_fits(
     request: Request, strategy: Strategy, tree: ModelTree, evaluator: Evaluator, progress: Progress
 ) -> tuple[Plan, PlanForecast]:
-    """The fastest setting of a partition that fits, or its leanest one."""
+    """The fastest setting of a partition that fits, or the leanest one, which is the ladder's last."""
     settings = ladder(request.checkpointing, request.loss, tree.can_chunk)
-    leanest: tuple[Plan, PlanForecast] | None = None
-    for setting in settings:
+    for rung, setting in enumerate(settings, start=1):
         progress(f"rehearsing {strategy} blocks, checkpointing {setting.checkpointing}, {setting.loss} loss")
         plan = staged_plan(request, strategy, setting, tree)
-        forecast = evaluator.worst_block(plan)
-        if _headroom(request, forecast) >= 0:
+        limit = None if rung == len(settings) else request.target.usable_bytes
+        forecast = evaluator.worst_block(plan, give_up_above=limit)
+        if forecast is not None and (_headroom(request, forecast) >= 0 or rung == len(settings)):
             return plan, forecast
-        if leanest is None or forecast.worst.peak_device_bytes < leanest[1].worst.peak_device_bytes:
-            leanest = plan, forecast
-    assert leanest is not None  # a ladder has at least one rung
-    return leanest
+    raise AssertionError("the last rung of a ladder is always forecast")
 
 
 def _headroom(request: Request, forecast: PlanForecast) -> int:

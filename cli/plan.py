@@ -47,7 +47,9 @@ def plan(
     loss: Annotated[
         Literal["auto", "full", "chunked"], typer.Option(help="Logits at once or in chunks; auto only if needed.")
     ] = "auto",
-    attention: Annotated[Literal["sdpa", "eager"], typer.Option(help="Attention implementation.")] = "sdpa",
+    attention: Annotated[
+        Literal["auto", "sdpa", "eager"], typer.Option(help="Attention; auto is sdpa where the model has it.")
+    ] = "auto",
     switch_every: Annotated[str, typer.Option(help="Steps per visit of a block, or auto.")] = "auto",
     switch_mode: Annotated[
         Literal["random", "ascending", "descending", "fixed"], typer.Option(help="Order of the blocks.")
@@ -70,14 +72,16 @@ def plan(
         steps = _visit_length(switch_every)
         with _progress() as progress:
             progress(f"reading {model}")
+            from badam.training.assemble import choose_attention
             from badam.units import parse_bytes
             from badam_planner.planning import Request, make_plan
             from badam_planner.probe.model_source import describe_model
             from badam_planner.probe.target import find_target
 
+            spec = describe_model(model)
             target = find_target(gpu, None if gpu_memory is None else parse_bytes(gpu_memory))
             request = Request(
-                spec=describe_model(model),
+                spec=spec,
                 target=target,
                 method=method,
                 compare_methods=compare_methods,
@@ -90,7 +94,7 @@ def plan(
                 dtype=dtype,
                 checkpointing=checkpointing,
                 loss=loss,
-                attention=attention,
+                attention=choose_attention(spec) if attention == "auto" else attention,
                 switch_every=steps,
                 switch_mode=switch_mode,
                 samples=samples,

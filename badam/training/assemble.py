@@ -14,7 +14,7 @@ from torch import nn
 from badam.block_optimizer import BlockOptimizer
 from badam.checkpointing import checkpoint_layers
 from badam.errors import InputError
-from badam.plan import ModelSpec, Plan, Training
+from badam.plan import Attention, ModelSpec, Plan, Training
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -34,7 +34,7 @@ def model_config(spec: ModelSpec) -> PretrainedConfig:
     model_type = facts.pop("model_type", None)
     try:
         return cast("PretrainedConfig", AutoConfig.for_model(str(model_type), **facts))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(
             f"transformers {_version('transformers')} does not know the model type {model_type!r} of {spec.id}: {error}"
         ) from error
@@ -57,11 +57,34 @@ def build_model(spec: ModelSpec, training: Training, *, weights: str | None = No
     options: dict[str, Any] = {"dtype": getattr(torch, training.dtype), "attn_implementation": training.attention}
     config = model_config(spec)
     config.use_cache = False  # a key-value cache has no use in training and would be held through the step
-    if weights is None:
-        model = auto.from_config(config, **options)
-    else:
-        model = auto.from_pretrained(weights, config=config, use_safetensors=True, **options)
+    try:
+        if weights is None:
+            model = auto.from_config(config, **options)
+        else:
+            model = auto.from_pretrained(weights, config=config, use_safetensors=True, **options)
+    except ValueError as error:
+        if "attention implementation" not in str(error):
+            raise
+        raise InputError(
+            f"{spec.id} has no {training.attention} attention in transformers {_version('transformers')}.",
+            advice="Use --attention auto or --attention eager.",
+        ) from error
+    model.tie_weights()
     return cast("PreTrainedModel", model.train())
+
+
+def choose_attention(spec: ModelSpec) -> Attention:
+    """The attention that needs less memory where the model has it: sdpa, else eager."""
+    import transformers
+
+    config = model_config(spec)
+    mapping = (
+        transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        if spec.task == "sequence-classification"
+        else transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    model_class = mapping.get(type(config), None)
+    return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import overload
 
 from badam.naming import belongs
 from badam.partition import ParameterInfo, layer_stacks
@@ -113,15 +114,26 @@ class Evaluator:
         self.exact = exact
         self._rehearsed: dict[Hashable, tuple[Recording, tuple[str, ...]]] = {}
 
-    def worst_block(self, plan: Plan) -> PlanForecast:
-        """Forecast the lowest block of each shape, and take the one with the highest device peak."""
+    @overload
+    def worst_block(self, plan: Plan) -> PlanForecast: ...
+    @overload
+    def worst_block(self, plan: Plan, *, give_up_above: int | None) -> PlanForecast | None: ...
+    def worst_block(self, plan: Plan, *, give_up_above: int | None = None) -> PlanForecast | None:
+        """Forecast the lowest block of each shape, and take the one with the highest device peak.
+
+        Args:
+            plan: the plan.
+            give_up_above: device bytes; as soon as one block needs more, the answer is None.
+        """
         shapes = [self._shape(block) for block in plan.partition.blocks]
         lowest = {shape: shapes.index(shape) for shape in shapes}
-        recordings = {index: self.recording(plan, index) for index in lowest.values()}
-        forecasts = {
-            index: forecast(recording, plan.target, head_module=self.tree.head_module)
-            for index, recording in recordings.items()
-        }
+        recordings: dict[int, Recording] = {}
+        forecasts: dict[int, Forecast] = {}
+        for index in sorted(lowest.values(), key=lambda index: -plan.partition.blocks[index].parameters):
+            recordings[index] = self.recording(plan, index)
+            forecasts[index] = forecast(recordings[index], plan.target, head_module=self.tree.head_module)
+            if give_up_above is not None and forecasts[index].peak_device_bytes > give_up_above:
+                return None
         worst = max(forecasts, key=lambda index: (forecasts[index].peak_device_bytes, -index))
         representatives = [lowest[shape] for shape in shapes]
         relative = backward_relative(plan, self.tree, recordings, representatives)

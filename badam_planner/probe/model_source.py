@@ -59,10 +59,11 @@ def describe_model(name: str) -> ModelSpec:
 def count_parameters(spec: ModelSpec) -> int:
     """Entries of all distinct parameters of the model's module tree; tied ones count once."""
     from badam.plan import Training
+    from badam.training.assemble import choose_attention
     from badam_planner.probe.rehearse import fake_model, fake_world
 
     with fake_world():
-        model = fake_model(spec, Training(batch_size=1, seq_len=1))
+        model = fake_model(spec, Training(batch_size=1, seq_len=1, attention=choose_attention(spec)))
         return sum(parameter.numel() for parameter in model.parameters())
 
 
