@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 from badam.units import GIB, KIB, MIB, format_bytes
 from badam.vocabulary import Category
 from badam_planner.report.bars import FILLS
-from badam_planner.report.text import clean
+from badam_planner.report.text import clean, shorten
 
 PREDICTED_COLOUR, MEASURED_COLOUR = "#0072b2", "#d55e00"
 PATTERNS = ("", "/", "x", "\\", ".", "-", "|", "+")
@@ -65,6 +67,19 @@ def escaped(name: str) -> str:
 def category_style(category: Category) -> tuple[str, str]:
     """The colour and hatching of a category, the same in every chart."""
     return FILLS[category].colour, PATTERNS[list(Category).index(category) % len(PATTERNS)]
+
+
+def block_axis(names: Sequence[str], most_ticks: int = 16) -> dict[str, Any]:
+    """A horizontal axis with one place per block; what all names begin with is said once, in its title."""
+    shared = commonprefix(list(names)).rpartition(".")[0] if len(names) > 1 else ""
+    step = max(1, -(-len(names) // most_ticks))
+    places = range(0, len(names), step)
+    return {
+        "title": {"text": f"block in {escaped(shared)}" if shared else "block"},
+        "range": [-0.6, len(names) - 0.4],
+        "tickvals": list(places),
+        "ticktext": [escaped(shorten(names[place][len(shared) :].lstrip("."), 18)) for place in places],
+    }
 
 
 def limit_line(limit_bytes: int, scale: Scale, *, vertical: bool = False) -> dict[str, Any]:

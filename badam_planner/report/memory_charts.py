@@ -15,6 +15,7 @@ from badam_planner.report.chart import (
     Chart,
     Scale,
     TableData,
+    block_axis,
     category_style,
     escaped,
     headroom,
@@ -88,9 +89,9 @@ def timeline_chart(timeline: StepTimeline) -> Chart:
 def parts_chart(prediction: Prediction, comparison: Comparison | None) -> Chart:
     """What the peak is made of: predicted in full detail, or beside what a run could tell apart."""
     if comparison is None:
-        sizes = {category.value: size for category, size in prediction.by_category.items()}
+        sizes = {name.value: prediction.by_category[name] for name in Category if name in prediction.by_category}
         scale = scale_for(max(sizes.values(), default=0))
-        styles = [category_style(category) for category in prediction.by_category]
+        styles = [category_style(Category(name)) for name in sizes]
         bars = _bars("predicted", list(sizes), list(sizes.values()), scale, PREDICTED_COLOUR)
         bars["marker"] = {"color": [style[0] for style in styles], "pattern": {"shape": [style[1] for style in styles]}}
         traces: tuple[dict[str, Any], ...] = (bars,)
@@ -150,13 +151,12 @@ def blocks_chart(plan: Plan, rows: Sequence[BlockRow]) -> Chart | None:
     # Blocks differ by little against what they share, so the axis starts just below the lowest and says so.
     base = max(0, lowest - 2 * (heights[worst] - lowest) - heights[worst] // 50)
     top = max(heights[worst], limit if within_sight(limit, heights[worst]) else 0)
-    step = max(1, len(known) // 16)
     layout = {
         "yaxis": {
             "title": {"text": f"peak ({scale.unit}), axis from {format_bytes(base)}"},
             "range": [scale(base), scale(top + (top - base) // 8)],
         },
-        "xaxis": {"tickvals": positions[::step], "ticktext": [_short_tick(name) for name in names[::step]]},
+        "xaxis": block_axis([row.name for row in known]),
         "barmode": "group",
         "shapes": [limit_line(limit, scale)] if within_sight(limit, heights[worst]) else [],
         "annotations": [_marker(worst, scale(heights[worst]), f"worst: {names[worst]}")],
@@ -167,10 +167,6 @@ def blocks_chart(plan: Plan, rows: Sequence[BlockRow]) -> Chart | None:
     )
     table = _pair_table("block", [(clean(row.name), row.memory) for row in known])
     return Chart("blocks", "Peak while each block is active", summary, traces, layout, table)
-
-
-def _short_tick(name: str) -> str:
-    return name if len(name) <= 18 else "…" + name[-17:]
 
 
 def _event_in_words(sample: Sample) -> str:

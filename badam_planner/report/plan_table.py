@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from badam.units import format_bytes, format_count, format_gib
+from badam.vocabulary import Category
 from badam_planner.report.bars import Bar, StackedBars
 from badam_planner.report.text import clean, shorten
 from badam_planner.result import Candidate, SearchResult
@@ -29,7 +30,7 @@ def render_candidates(result: SearchResult) -> RenderableType:
 
 def render_peak(candidate: Candidate, usable_bytes: int) -> RenderableType:
     """One bar of what the peak of a candidate is made of."""
-    parts = tuple((category.value, size) for category, size in candidate.by_category.items())
+    parts = tuple((name.value, candidate.by_category[name]) for name in Category if name in candidate.by_category)
     limit = usable_bytes - (candidate.peak_device_bytes - candidate.peak_reserved_bytes)
     return StackedBars((Bar(f"peak in {candidate.peak_phase}", "", parts),), limit)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from badam.units import format_seconds
 from badam_planner.compare import BlockRow
-from badam_planner.report.chart import MEASURED_COLOUR, PREDICTED_COLOUR, Chart, TableData, escaped
+from badam_planner.report.chart import MEASURED_COLOUR, PREDICTED_COLOUR, Chart, TableData, block_axis, escaped
 from badam_planner.report.model import TrainingCurve
 from badam_planner.report.text import NOTHING, clean
 
@@ -36,9 +36,8 @@ def backward_chart(rows: Sequence[BlockRow]) -> Chart | None:
                     "marker": {"symbol": symbol, "size": 9, "color": colour},
                 }
             )
-    step = max(1, len(known) // 16)
     layout = {
-        "xaxis": {"tickvals": list(range(0, len(known), step)), "ticktext": names[::step]},
+        "xaxis": block_axis([row.name for row in known]),
         "yaxis": {"title": {"text": "backward (ms)"}, "rangemode": "tozero"},
     }
     slowest = max(known, key=lambda row: row.backward_seconds or 0)

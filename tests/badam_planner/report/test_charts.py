@@ -5,7 +5,7 @@ import pytest
 from badam.units import GIB, KIB, MIB
 from badam.vocabulary import Category
 from badam_planner.compare import block_rows
-from badam_planner.report.chart import category_style, limit_line, scale_for
+from badam_planner.report.chart import block_axis, category_style, limit_line, scale_for
 from badam_planner.report.memory_charts import blocks_chart, parts_chart, phases_chart, timeline_chart
 from badam_planner.report.overview_charts import accuracy_chart, partitions_chart
 from badam_planner.report.time_charts import backward_chart, curve_chart
@@ -103,3 +103,18 @@ def test_curve_shades_every_second_visit() -> None:
     assert [shape["opacity"] for shape in chart.layout["shapes"]] == [0, 0.15, 0, 0.15]
     assert [shape["x0"] for shape in chart.layout["shapes"]] == [-0.5, 2.5, 5.5, 8.5]
     assert "over 4 visits" in chart.summary
+
+
+def test_what_all_block_names_begin_with_is_said_once() -> None:
+    axis = block_axis([f"model.layers.{index}" for index in range(40)])
+    assert axis["title"]["text"] == "block in model.layers"
+    assert axis["ticktext"][:3] == ["0", "3", "6"]
+    assert block_axis(["embed", "layer 0"])["ticktext"] == ["embed", "layer 0"]
+    assert block_axis(["a.b"])["ticktext"] == ["a.b"]
+
+
+def test_parts_stand_in_the_order_of_the_vocabulary() -> None:
+    shuffled = dict(sorted(factories.BY_CATEGORY.items()))
+    plan = factories.plan(prediction={"by_category": shuffled})
+    assert plan.prediction is not None
+    assert parts_chart(plan.prediction, None).traces[0]["x"] == [str(name) for name in factories.BY_CATEGORY]
