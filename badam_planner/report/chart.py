@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 from badam.units import GIB, KIB, MIB, format_bytes
@@ -71,7 +71,7 @@ def category_style(category: Category) -> tuple[str, str]:
 
 def block_axis(names: Sequence[str], most_ticks: int = 16) -> dict[str, Any]:
     """A horizontal axis with one place per block; what all names begin with is said once, in its title."""
-    shared = commonprefix(list(names)).rpartition(".")[0] if len(names) > 1 else ""
+    shared = _shared_path(names) if len(names) > 1 else ""
     step = max(1, -(-len(names) // most_ticks))
     places = range(0, len(names), step)
     return {
@@ -80,6 +80,12 @@ def block_axis(names: Sequence[str], most_ticks: int = 16) -> dict[str, Any]:
         "tickvals": list(places),
         "ticktext": [escaped(shorten(names[place][len(shared) :].lstrip("."), 18)) for place in places],
     }
+
+
+def _shared_path(names: Sequence[str]) -> str:
+    """The module path that all ``names`` lie in; "" if there is none."""
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def limit_line(limit_bytes: int, scale: Scale, *, vertical: bool = False) -> dict[str, Any]:
