@@ -37,6 +37,7 @@ class ActiveParameter:
         self.parameter = parameter
         self.rows = rows
         self.master: Tensor | None = None
+        self.checksum: Tensor | None = None
         self._written_version = -1
         self._taken: Tensor | None = None
         self._handle: RemovableHandle | None = None
@@ -74,6 +75,9 @@ class ActiveParameter:
             return
         if self.rows is not None:
             gradient = gradient[self.rows[0] : self.rows[1]].clone()
+        # Infinities and NaN survive a sum. It is cheap here, where the gradient has just been written.
+        checksum = gradient.sum(dtype=torch.float32 if gradient.dtype == torch.float16 else None).float()
+        self.checksum = checksum if self.checksum is None else self.checksum + checksum
         if self._taken is not None:
             # Whatever the first one was kept in, a sum of several is accumulated in fp32.
             self._taken = self._taken.to(torch.promote_types(gradient.dtype, torch.float32)).add_(gradient)
@@ -84,7 +88,10 @@ class ActiveParameter:
 
     @property
     def hides_gradient(self) -> bool:
-        """Whether a hook takes the gradient away from ``parameter.grad``."""
+        """Whether a hook takes the gradient away from ``parameter.grad``.
+
+        Then ``checksum`` (shape (), fp32) is the sum of its entries: not finite if one of them is not.
+        """
         return self._handle is not None
 
     @property
@@ -94,7 +101,7 @@ class ActiveParameter:
 
     def drop_gradient(self) -> None:
         """Release the gradient."""
-        self._taken = None
+        self._taken = self.checksum = None
         self.parameter.grad = None
 
     # Master

@@ -25,12 +25,14 @@ class MasterGroups:
         self.base = base
         self._found: dict[tuple[int, str], Any] = {}  # what a base step has overwritten in a group, as it was before
 
-    def step(self, members: Sequence[ActiveParameter]) -> None:
-        """One base step from the gradients of ``members``, which are released, and back into the model."""
+    def step(self, members: Sequence[ActiveParameter], scale: Tensor | None = None) -> None:
+        """One base step from the gradients of ``members`` times ``scale``; they are released, the weights written."""
         if not members:
             return
         for member in members:
             member.ready_master().grad = member.gradient
+            if scale is not None and member.gradient is not None:
+                member.gradient.mul_(scale.to(member.gradient.device))
         before = [dict(group) for group in self.base.param_groups]
         every = self.base.param_groups
         with self._holding_masters(members):

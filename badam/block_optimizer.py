@@ -20,11 +20,14 @@ from badam._blocks_of_model import (
     distinct_parameters,
     given_blocks,
     inferred_blocks,
+    parameter_infos,
 )
 from badam._master_groups import MasterGroups
+from badam.compiled_update import CompiledAdamW
 from badam.errors import InputError, StateError
-from badam.functional import all_finite, clip_gradients_
+from badam.functional import all_finite, clip_factor, clip_gradients_, gradient_norm
 from badam.naming import Block, belongs, rows_of
+from badam.partition import split_by_rows
 from badam.schedule import BlockSchedule, SwitchMode
 from badam.vocabulary import Phase
 
@@ -58,6 +61,11 @@ class BlockOptimizer(Optimizer):
         write_back: how masters are rounded into the model when a block is left: ``stochastic`` keeps the movement in
             expectation, ``nearest`` loses what is smaller than the model's precision. Between steps of a visit it is
             always nearest, because the master is kept.
+        gradient_release: step each parameter as soon as its gradient is complete, within backward, so that no two
+            gradients exist at once. No accumulation over batches and no clipping over all parameters is possible.
+        update: ``base`` runs the base optimizer; ``compiled`` replaces AdamW's step by one compiled pass that reads
+            the gradient in the model's type (fp32 once there are several batches) and writes weight and master.
+        max_block_parameters: a block with more entries than this is split into ranges of rows of its matrices.
         seed: of the random order and of stochastic rounding; no other generator is touched.
 
     Raises:
@@ -80,11 +88,16 @@ class BlockOptimizer(Optimizer):
         ds_zero3_enabled: bool | None = None,
         *,
         write_back: Literal["stochastic", "nearest"] = "stochastic",
+        gradient_release: bool = False,
+        update: Literal["base", "compiled"] = "base",
+        max_block_parameters: int | None = None,
         seed: int = 0,
     ) -> None:
-        if write_back not in ("stochastic", "nearest"):
-            raise InputError(f"Unknown write_back {write_back!r}.", advice="Choose stochastic or nearest.")
+        _check_choice("write_back", write_back, ("stochastic", "nearest"))
+        _check_choice("update", update, ("base", "compiled"))
         self.base_optimizer = base_optimizer
+        self.update = update
+        self.gradient_release = gradient_release
         self.named_parameters_list = distinct_parameters(named_parameters_list)
         self.active_modules = list(active_modules)
         self.verbose = verbose
@@ -97,7 +110,10 @@ class BlockOptimizer(Optimizer):
         self.non_finite_steps = 0
         self._switch_hooks: list[SwitchHook] = []
         self._active: list[ActiveParameter] = []
-        self._base = MasterGroups(base_optimizer)
+        self._released: set[str] = set()
+        self._skipped_in_step = False
+        self._clip_factor: Tensor | None = None
+        self._base = CompiledAdamW(base_optimizer) if update == "compiled" else MasterGroups(base_optimizer)
         self._is_built = False
 
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
@@ -112,6 +128,9 @@ class BlockOptimizer(Optimizer):
             )
         else:
             self.blocks = given_blocks(block_prefix_list, self.named_parameters_list)
+        if max_block_parameters is not None:
+            infos = parameter_infos(self.named_parameters_list)
+            self.blocks = tuple(part for b in self.blocks for part in split_by_rows(b, infos, max_block_parameters))
         check_prefixes(self.active_modules, self.named_parameters_list)
         check_trainable(self.blocks, self.active_modules, self._trainable())
         self.schedule = BlockSchedule(switch_mode, switch_block_every, len(self.blocks), seed, start_block)
@@ -194,30 +213,40 @@ class BlockOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with phases.within(Phase.STEP):
-            stepped = self._step_on_masters([member for member in self._active if member.gradient is not None])
-        if not stepped:
-            return loss
+        if not self.gradient_release:
+            with phases.within(Phase.STEP):
+                stepped = self._step_on([member for member in self._active if member.gradient is not None])
+            if not stepped:
+                return loss
+        self._released.clear()
+        self._skipped_in_step = False
         self.global_step += 1
         self.steps_in_visit += 1
         if self.schedule.ends_visit(self.steps_in_visit):
             self.switch_trainable_params()
         return loss
 
-    def _step_on_masters(self, members: list[ActiveParameter]) -> bool:
+    def _step_on(self, members: list[ActiveParameter]) -> bool:
         """One base step on the masters of ``members``; False if a gradient was not finite."""
-        gradients = [member.gradient for member in members if member.gradient is not None]
-        if not all_finite(gradients):
-            self._skip_non_finite()
+        if not self._are_finite(members):
+            self._skip_non_finite(members)
             return False
-        del gradients
-        self._base.step(members)
+        self._base.step(members, self._clip_factor)
+        self._clip_factor = None
         return True
 
-    def _skip_non_finite(self) -> None:
-        self.non_finite_steps += 1
-        for member in self._active:
+    def _are_finite(self, members: list[ActiveParameter]) -> bool:
+        seen = [member.checksum if member.hides_gradient else member.gradient for member in members]
+        return all_finite([tensor for tensor in seen if tensor is not None])
+
+    def _skip_non_finite(self, members: list[ActiveParameter]) -> None:
+        self._clip_factor = None
+        for member in members:
             member.drop_gradient()
+        if self._skipped_in_step:  # with gradient_release, by another parameter
+            return
+        self._skipped_in_step = self.gradient_release
+        self.non_finite_steps += 1
         self._say(
             f"Step skipped: a gradient of block {self.current_block.name} is infinite or NaN "
             f"({self.non_finite_steps} skipped so far, {self.global_step} done)."
@@ -226,6 +255,7 @@ class BlockOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Release all gradients (or set those that exist to zero)."""
         super().zero_grad(set_to_none)
+        self._clip_factor = None
         for member in self._active:
             if set_to_none:
                 member.drop_gradient()
@@ -243,10 +273,26 @@ class BlockOptimizer(Optimizer):
 
         Returns:
             The norm before, shape (), computed in fp32.
+
+        Raises:
+            InputError: with ``gradient_release``, where the gradients are never there together.
         """
+        if self.gradient_release:
+            raise InputError(
+                "gradient_release steps on each gradient as it appears, so they cannot be clipped together.",
+                advice="Do not clip, or leave gradient_release off.",
+            )
         with phases.within(Phase.STEP):
             gradients = [member.gradient for member in self._active if member.gradient is not None]
-            return clip_gradients_(gradients, max_norm, norm_type)
+            if self.update == "base":
+                return clip_gradients_(gradients, max_norm, norm_type)
+            # The compiled pass multiplies in passing; scaling here would round in the model's type.
+            norm = gradient_norm(gradients, norm_type)
+            if self._clip_factor is not None:
+                norm = norm * self._clip_factor
+            factor = clip_factor(norm, max_norm)
+            self._clip_factor = factor if self._clip_factor is None else factor * self._clip_factor
+            return norm
 
     # The switch
 
@@ -293,9 +339,10 @@ class BlockOptimizer(Optimizer):
                 self._active.append(ActiveParameter(name, parameter, rows))
             elif name not in self._frozen:
                 _freeze(parameter)
-        visible = HAS_GRAD_DTYPE and not any(member.rows for member in self._active)
+        compiled = self.update == "compiled"
+        hidden = compiled or self.gradient_release or any(member.rows for member in self._active)
         for member in self._active:
-            member.collect(visible=visible, ready=self._on_gradient)
+            member.collect(visible=HAS_GRAD_DTYPE and not hidden, keep_dtype=compiled, ready=self._on_gradient)
 
     def _end_visit(self) -> None:
         for member in self._active:
@@ -303,8 +350,20 @@ class BlockOptimizer(Optimizer):
             _freeze(member.parameter)
         self._active = []
 
+    @torch.no_grad()
     def _on_gradient(self, member: ActiveParameter) -> None:
-        """A hook has taken the gradient of ``member``."""
+        """A hook has taken the gradient of ``member``, within backward."""
+        if not self.gradient_release:
+            return
+        if member.name in self._released:
+            raise InputError(
+                f"The gradient of {member.name} came twice before step(): gradient_release cannot accumulate over "
+                "batches.",
+                advice="Call step() after every backward(), or leave gradient_release off.",
+            )
+        self._released.add(member.name)
+        with phases.within(Phase.STEP):
+            self._step_on([member])
 
     # Sharing groups and state with the base optimizer
 
@@ -423,6 +482,11 @@ class BlockOptimizer(Optimizer):
             or torch.distributed.get_rank() == 0
         ):
             print(message)
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"Unknown {option} {value!r}.", advice=f"Choose one of {', '.join(choices)}.")
 
 
 def _frozen_by_user(named_parameters: list[tuple[str, nn.Parameter]]) -> set[str]:

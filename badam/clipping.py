@@ -42,7 +42,8 @@ def clip_grad_norm_old_version(
     hiding = [optimizer for optimizer in map(innermost_optimizer, self._optimizers) if hides_gradients(optimizer)]
     if hiding:
         norms = [optimizer.clip_grad_norm_(max_norm, norm_type) for optimizer in hiding]
-        return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        joint: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        return joint
     return clip_gradients_([p.grad for p in parameters if p.grad is not None], max_norm, norm_type)
 
 

@@ -93,12 +93,10 @@ def non_finite_flags(tensors: Iterable[Tensor]) -> list[Tensor]:
     return flags
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
+def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every entry of ``tensors`` is finite; True for fake tensors, after the same allocations."""
     flags = non_finite_flags(tensors)
-    if any(is_fake(flag) for flag in flags):
-        return True
-    return not any(flag.item() for flag in flags)
+    return any(is_fake(flag) for flag in flags) or not any(flag.item() for flag in flags)
 
 
 def gradient_norm(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:

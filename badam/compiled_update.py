@@ -1,0 +1,136 @@
+"""AdamW as one compiled pass: reads the model-dtype gradient, writes master, moments and weight.
+
+A base optimizer needs an fp32 gradient beside the 16-bit one, and the write-back reads every master once more. Here
+both are part of the update: per entry 14 bytes are read and 14 written for bf16, as many as fused AdamW alone moves
+for fp32 parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from badam._active import ActiveParameter
+from badam._master_groups import MasterGroups
+from badam.errors import InputError
+from badam.functional import is_fake
+
+_UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "differentiable")
+
+
+class CompiledAdamW(MasterGroups):
+    """Takes the place of ``AdamW.step``; options, state and what is saved stay those of the base optimizer.
+
+    Agrees with ``torch.optim.AdamW`` within rounding of fp32, not bit for bit. On fake tensors only what the update
+    allocates happens.
+
+    Raises:
+        InputError: if the base optimizer is not ``torch.optim.AdamW``, or has an option that the pass does not know.
+    """
+
+    def __init__(self, base: Optimizer) -> None:
+        if type(base) is not AdamW:
+            raise InputError(
+                f'update="compiled" is AdamW; the base optimizer is {type(base).__name__}.',
+                advice='Use torch.optim.AdamW as the base optimizer, or update="base".',
+            )
+        for group in base.param_groups:
+            wrong = [option for option in _UNSUPPORTED_OPTIONS if group.get(option)]
+            if wrong:
+                raise InputError(
+                    f'update="compiled" does not know AdamW\'s option {wrong[0]}.', advice='Use update="base".'
+                )
+        super().__init__(base)
+
+    def step(self, members: Sequence[ActiveParameter], scale: Tensor | None = None) -> None:
+        """One AdamW step from the gradients of ``members`` times ``scale``; they are released, the weights written."""
+        factor = 1.0 if scale is None or is_fake(scale) else float(scale)
+        by_parameter = {id(member.parameter): member for member in members}
+        for group in self.base.param_groups:
+            for parameter in group["params"]:
+                if (member := by_parameter.get(id(parameter))) is not None:
+                    self._update(member, group, factor)
+
+    def _update(self, member: ActiveParameter, group: dict[str, Any], scale: float) -> None:
+        master, gradient = member.ready_master().detach(), member.gradient
+        assert gradient is not None
+        state = self._state_of(member)
+        state["step"] += 1
+        if not is_fake(master):
+            numbers = _numbers(int(state["step"]), group, scale).to(master.device)
+            written = [master, state["exp_avg"], state["exp_avg_sq"], *([member.weight] if member.is_copied else [])]
+            dense = [tensor.contiguous() for tensor in written]
+            _compiled()(gradient.contiguous().view(-1), numbers, *(tensor.view(-1) for tensor in dense))
+            for tensor, result in zip(written, dense, strict=True):
+                if result is not tensor:
+                    tensor.copy_(result)
+        member.mark_written()
+        member.drop_gradient()
+
+    def _state_of(self, member: ActiveParameter) -> dict[str, Any]:
+        """The entries that AdamW makes, so that a state saved here loads there and the other way round."""
+        master = member.ready_master()
+        state: dict[str, Any] = self.base.state[master]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(master, requires_grad=False, memory_format=torch.preserve_format)
+        elif not is_fake(master):
+            state["step"] = state["step"].cpu()  # a fused base keeps it on the device; reading it there would wait
+        return state
+
+
+def _numbers(step: int, group: dict[str, Any], scale: float) -> Tensor:
+    """What the pass multiplies by, folded in double precision: shape (8,), fp32, see :func:`adamw_`."""
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    lr = float(group["lr"])
+    correction1, correction2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
+    step_size, eps = lr * correction2 / correction1, group["eps"] * correction2
+    decay = 1 - lr * group["weight_decay"]
+    return torch.tensor([scale, decay, beta1, 1 - beta1, beta2, 1 - beta2, step_size, eps])
+
+
+def adamw_(
+    gradient: Tensor,
+    numbers: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor | None = None,
+) -> None:
+    """One AdamW step (Loshchilov and Hutter, arXiv 1711.05101) in place, on flat tensors of one length.
+
+    Args:
+        gradient: any floating type; not changed.
+        numbers: fp32, shape (8,): factor of the gradient, factor of the master (1 - lr * weight decay), beta1,
+            1 - beta1, beta2, 1 - beta2, step size and eps, the last two with both bias corrections in them.
+        master: fp32; updated.
+        exp_avg: fp32 first moment; updated.
+        exp_avg_sq: fp32 second moment; updated.
+        weight: bf16 or fp16; receives the master, rounded to nearest.
+    """
+    scale, decay, beta1, rest1, beta2, rest2, step_size, eps = numbers.unbind()
+    wide = gradient.float() * scale
+    first = exp_avg * beta1 + wide * rest1
+    second = exp_avg_sq * beta2 + wide * wide * rest2
+    updated = master * decay - step_size * first / (second.sqrt() + eps)
+    exp_avg.copy_(first)
+    exp_avg_sq.copy_(second)
+    master.copy_(updated)
+    if weight is not None:
+        weight.copy_(updated)
+
+
+@functools.cache
+def _compiled() -> Callable[..., None]:
+    """:func:`adamw_`, compiled once for all lengths; allowed to fuse a multiplication with an addition."""
+    from torch._inductor import config
+
+    options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
+    known = isinstance(getattr(config.cpp, "enable_floating_point_contract_flag", None), str)
+    return torch.compile(adamw_, dynamic=True, fullgraph=True, options=options if known else None)
