@@ -62,6 +62,7 @@ def timeline_chart(timeline: StepTimeline) -> Chart:
             "hovertemplate": "%{text}<extra></extra>",
         }
     )
+    along = (peak.tick - ticks[0]) / max(1, ticks[-1] - ticks[0])
     limit = timeline.limit_bytes
     shapes = [limit_line(limit, scale)] if within_sight(limit, peak.total_bytes) else []
     layout = {
@@ -72,7 +73,7 @@ def timeline_chart(timeline: StepTimeline) -> Chart:
         },
         "hovermode": "x",
         "shapes": [*_phase_bands(timeline), *shapes],
-        "annotations": [_marker(peak.tick, scale(peak.total_bytes), f"peak {format_bytes(peak.total_bytes)}")],
+        "annotations": [_marker(peak.tick, scale(peak.total_bytes), f"peak {format_bytes(peak.total_bytes)}", along)],
     }
     rows = tuple(
         (span.phase.value, format_bytes(span.peak_bytes), clean(span.module) or "outside the modules")
@@ -159,7 +160,7 @@ def blocks_chart(plan: Plan, rows: Sequence[BlockRow]) -> Chart | None:
         "xaxis": block_axis([row.name for row in known]),
         "barmode": "group",
         "shapes": [limit_line(limit, scale)] if within_sight(limit, heights[worst]) else [],
-        "annotations": [_marker(worst, scale(heights[worst]), f"worst: {names[worst]}")],
+        "annotations": [_marker(worst, scale(heights[worst]), f"worst: {names[worst]}", worst / len(known))],
     }
     summary = (
         f"The worst of {len(known)} blocks is {clean(known[worst].name)} with {format_bytes(heights[worst])}; "
@@ -202,8 +203,10 @@ def _phase_bands(timeline: StepTimeline) -> list[dict[str, Any]]:
     return bands
 
 
-def _marker(x: float, y: float, text: str) -> dict[str, Any]:
-    return {"x": x, "y": y, "text": text, "showarrow": True, "arrowhead": 2, "ax": 0, "ay": -28}
+def _marker(x: float, y: float, text: str, along: float) -> dict[str, Any]:
+    """An arrow from ``text`` to a point; ``along`` the axis, from 0 to 1, decides to which side the text goes."""
+    side = "left" if along < 1 / 3 else ("right" if along > 2 / 3 else "center")
+    return {"x": x, "y": y, "text": text, "showarrow": True, "arrowhead": 2, "ax": 0, "ay": -28, "xanchor": side}
 
 
 def _bars(name: str, x: Sequence[Any], sizes: Sequence[int | None], scale: Scale, colour: str) -> dict[str, Any]:
