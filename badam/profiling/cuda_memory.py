@@ -32,6 +32,11 @@ class CudaMemory:
         self._reserved_bytes = 0
         self.description = f"torch.cuda memory statistics by phase; {self._meter.description}"
 
+    @property
+    def live_bytes(self) -> int:
+        """Bytes allocated now."""
+        return int(torch.cuda.memory_allocated())
+
     def start(self) -> None:
         """Forget the peaks of what ran before."""
         torch.cuda.reset_peak_memory_stats()

@@ -38,6 +38,10 @@ class MemorySource(Protocol):
 
     description: str  # how bytes are measured, in words
 
+    @property
+    def live_bytes(self) -> int:
+        """Allocated bytes when the last step ended."""
+
     def start(self) -> None:
         """Begin to measure; best before the model is built."""
 

@@ -57,7 +57,7 @@ class Recorder:
         self._stack = ExitStack()
         self._awaiting_seconds: list[tuple[int, StepMemory]] = []
         self._block = 0
-        self._listeners: list[Callable[[StepMemory], None]] = []
+        self._listeners: list[Callable[[int, StepMemory], None]] = []
         self.log = RunLog()
 
     def start(self) -> None:
@@ -78,8 +78,13 @@ class Recorder:
         self._stack.close()
         self._collect(wait=True)
 
-    def on_step(self, listener: Callable[[StepMemory], None]) -> None:
-        """Call ``listener`` with the memory of every optimizer step that ends."""
+    @property
+    def live_bytes(self) -> int:
+        """Allocated bytes when the last step ended."""
+        return self._memory.live_bytes
+
+    def on_step(self, listener: Callable[[int, StepMemory], None]) -> None:
+        """Call ``listener`` with the block and the memory of every optimizer step that ends."""
         self._listeners.append(listener)
 
     def note(self, *, loss: float | None = None, tokens: int = 0) -> None:
@@ -119,11 +124,11 @@ class Recorder:
         assert self._states is not None, "phases are followed after attach() only"
         memory = self._memory.end_step()
         self._clock.end_step()
-        self._awaiting_seconds.append((self._block, memory))
-        self._block = self._states.active_block()
+        block, self._block = self._block, self._states.active_block()
+        self._awaiting_seconds.append((block, memory))
         self._collect()
         for listener in self._listeners:
-            listener(memory)
+            listener(block, memory)
 
     def _collect(self, *, wait: bool = False) -> None:
         """Join memory with the seconds that have become known."""

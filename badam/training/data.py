@@ -1,0 +1,107 @@
+"""Training data as TRL's trainer takes it, from whatever the user has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from badam.errors import DataError
+from badam.training.data_files import PlacedRow, read_rows
+from badam.training.formats import Format, Kind, SftRow, detect
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+CHUNK_ROWS = 4096
+"""Rows that exist as Python objects at a time; Arrow keeps the rest in a tenth of the memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """Data ready for tokenization.
+
+    ``dataset`` has the columns of ``kind``; ``skipped`` rows had nothing to learn from (an empty answer).
+    """
+
+    dataset: Dataset
+    kind: Kind
+    description: str
+    skipped: int = 0
+
+
+def load_data(
+    source: str, *, chat: bool, columns: Mapping[str, str] | None = None, split: str = "train"
+) -> TrainingData:
+    """Read and convert training data.
+
+    Args:
+        source: file, directory or Hub id.
+        chat: whether prompts become chat messages, because the tokenizer has a template for them.
+        columns: names that the formats know, and the data's names for them.
+        split: of a Hub data set.
+
+    Raises:
+        DataError: for everything that can be wrong with data; names line, byte or columns.
+    """
+    rows = (PlacedRow(_renamed(row, columns or {}), place) for row, place in read_rows(source, split=split))
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{source} has no records.", advice="Give a file with at least one record.")
+    known = detect(first.row.keys(), source=first.place)
+    converted = _Converter(known, chat)
+    dataset = to_dataset(converted(chain([first], rows)))
+    if dataset is None:
+        raise DataError(
+            f"None of the {converted.skipped} records of {source} has text to learn from.",
+            advice=f"Check the column {known.needed[-1]}.",
+        )
+    return TrainingData(dataset, known.kind, f"{source} ({known.name}, {len(dataset):,} records)", converted.skipped)
+
+
+def to_dataset(rows: Iterable[SftRow]) -> Dataset | None:
+    """An Arrow data set of ``rows``, made in chunks; None if there is no row."""
+    import pyarrow
+    from datasets import Dataset
+
+    tables = [pyarrow.Table.from_pylist(chunk) for chunk in _chunks(rows)]
+    return Dataset(pyarrow.concat_tables(tables)) if tables else None
+
+
+class _Converter:
+    """Converts rows one by one and counts those that are left out."""
+
+    def __init__(self, known: Format, chat: bool) -> None:
+        self._known = known
+        self._chat = chat
+        self.skipped = 0
+
+    def __call__(self, rows: Iterable[PlacedRow]) -> Iterator[SftRow]:
+        for row, place in rows:
+            missing = [name for name in self._known.needed if name not in row]
+            if missing:
+                raise DataError(f"{place}: the record lacks {', '.join(missing)}, which the first record has.")
+            try:
+                converted = self._known.convert(row, self._chat)
+            except ValueError as error:
+                raise DataError(f"{place}: {error}.") from error
+            if converted is None:
+                self.skipped += 1
+            else:
+                yield converted
+
+
+def _renamed(row: Mapping[str, object], columns: Mapping[str, str]) -> Mapping[str, object]:
+    return {**row, **{name: row[theirs] for name, theirs in columns.items() if theirs in row}} if columns else row
+
+
+def _chunks(rows: Iterable[SftRow]) -> Iterator[list[SftRow]]:
+    chunk: list[SftRow] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK_ROWS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

@@ -1,0 +1,57 @@
+"""Running out of memory, told in the words of the plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from badam import phases
+from badam.errors import OutOfMemory
+from badam.plan import Plan
+from badam.units import format_bytes
+
+_CPU_REFUSAL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+_CUDA_REFUSAL = re.compile(r"Tried to allocate ([\d.]+ [KMG]iB)")
+
+
+@contextmanager
+def explained(plan: Plan) -> Iterator[None]:
+    """Turn a refused allocation into an error with phase, size, prediction and what to change.
+
+    Raises:
+        OutOfMemory: with exit code 3.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _told(plan, str(error)) from error
+    except RuntimeError as error:  # the CPU allocator has no class of its own for it
+        if _CPU_REFUSAL.search(str(error)) is None:
+            raise
+        raise _told(plan, str(error)) from error
+
+
+def _told(plan: Plan, message: str) -> OutOfMemory:
+    training = plan.training
+    predicted = "nothing was predicted"
+    if plan.prediction is not None:
+        predicted = (
+            f"the plan had predicted {format_bytes(plan.prediction.peak_device_bytes)} of "
+            f"{format_bytes(plan.target.usable_bytes)}, highest in {plan.prediction.peak_phase}"
+        )
+    smaller = max(1, training.batch_size // 2)
+    change = f"--batch-size {smaller}" if smaller < training.batch_size else f"--seq-len {training.seq_len // 2}"
+    return OutOfMemory(
+        f"Out of memory in {phases.current()}, when {_refused_size(message)} more were asked for; {predicted}.",
+        advice=f"Plan again with {change}; another process may also hold memory. The last checkpoint is unchanged.",
+    )
+
+
+def _refused_size(message: str) -> str:
+    cpu, cuda = _CPU_REFUSAL.search(message), _CUDA_REFUSAL.search(message)
+    if cpu is not None:
+        return format_bytes(int(cpu.group(1)))
+    return cuda.group(1) if cuda is not None else "some bytes"

@@ -1,0 +1,104 @@
+"""What a person sees while a run goes on, and the same as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from badam.units import format_bytes
+
+PLAIN_LINES = 20
+"""Lines of a run whose output is not a terminal."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """One optimizer step as shown and logged; memory in bytes."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float | None
+    block: str
+    tokens_per_second: float
+    live_bytes: int
+    peak_bytes: int  # the highest so far
+
+    def sentence(self, planned_bytes: int | None) -> str:
+        """The step on one line."""
+        peak = f"peak {format_bytes(self.peak_bytes)}"
+        if planned_bytes is not None:
+            peak += f" of {format_bytes(planned_bytes)} planned"
+        return (
+            f"loss {self.loss:.3f}  lr {self.learning_rate:.2e}  block {self.block}  "
+            f"{self.tokens_per_second:,.0f} tok/s  memory {format_bytes(self.live_bytes)}, {peak}"
+        )
+
+
+class ProgressDisplay:
+    """A live bar with the latest step under it; on anything but a terminal, a line now and then.
+
+    Args:
+        console: where to draw.
+        total_steps: of the run.
+        planned_bytes: the predicted peak, to show the measured one against.
+    """
+
+    def __init__(self, console: Console, total_steps: int, planned_bytes: int | None) -> None:
+        self._console = console
+        self._total = total_steps
+        self._planned = planned_bytes
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        )
+        self._task = self._progress.add_task("training", total=total_steps)
+        self._live: Live | None = None
+
+    def start(self) -> None:
+        """Begin to draw."""
+        if self._console.is_terminal:
+            self._live = Live(self._progress, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def show(self, view: StepView) -> None:
+        """Draw the latest step."""
+        sentence = view.sentence(self._planned)
+        if self._live is not None:
+            self._progress.update(self._task, completed=view.step)
+            self._live.update(Group(self._progress, Text(sentence)))
+        elif view.step in (1, self._total) or view.step % max(1, self._total // PLAIN_LINES) == 0:
+            self._console.print(f"step {view.step}/{self._total}  {sentence}", highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Stop drawing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one object per optimizer step, appended, so that a resumed run goes on in the same file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def append(self, view: StepView) -> None:
+        """Write one step."""
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(asdict(view)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,84 @@
+"""Where the weights and the tokenizer of a run come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from badam.errors import InputError
+from badam.plan import ModelSpec
+
+PRETRAINED, RANDOM = "pretrained", "random"
+OWN_NAMESPACE = "badam/"
+"""Catalogued models under this name exist as configurations only, for trying things out."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def locate_weights(spec: ModelSpec, init: str) -> str | None:
+    """The Hub id or directory to load a plan's model from; None to initialize it at random.
+
+    Args:
+        spec: the plan's model.
+        init: ``pretrained`` for where the plan's model came from, ``random``, or a directory with safetensors files.
+
+    Raises:
+        InputError: if there are no weights there, or the Hub does not give them.
+    """
+    if init == RANDOM or (init == PRETRAINED and spec.id.startswith(OWN_NAMESPACE)):
+        return None
+    if init != PRETRAINED:
+        return _checked_directory(Path(init))
+    if spec.source == "directory":
+        return _checked_directory(Path(spec.id))
+    if spec.source == "config":
+        raise InputError(
+            f"The plan was made from the configuration {spec.id}, which has no weights.",
+            advice="Start from random weights with --init random, or name a local directory: --init DIR.",
+        )
+    _check_hub(spec.id)
+    return spec.id
+
+
+def tokenizer_source(spec: ModelSpec, weights: str | None) -> str | None:
+    """Where to load the tokenizer from; None to train one, where random weights give tokens no meaning anyway."""
+    if weights is not None:
+        return weights
+    directory = Path(spec.id)
+    if spec.source == "directory" and any((directory / name).exists() for name in _TOKENIZER_FILES):
+        return spec.id
+    return None
+
+
+def _checked_directory(directory: Path) -> str:
+    if not directory.is_dir():
+        raise InputError(
+            f"There is no directory {directory} to load weights from.",
+            advice=f"--init takes {PRETRAINED}, {RANDOM} or a directory with safetensors files.",
+        )
+    if not any(directory.glob("*.safetensors")):
+        raise InputError(
+            f"The directory {directory} has no safetensors file.",
+            advice="Convert the weights to safetensors, or start from random ones with --init random.",
+        )
+    return str(directory)
+
+
+def _check_hub(name: str) -> None:
+    """Ask for the smallest file first, so that a missing token or network is known in seconds."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    advice = f"Start from random weights with --init {RANDOM}, or name a local directory with them: --init DIR."
+    try:
+        hf_hub_download(name, "config.json")
+    except GatedRepoError as error:
+        raise InputError(
+            f"The weights of {name} are gated: the Hub asks for a token with access to them.",
+            advice=f"Accept the licence on its page and log in with: hf auth login. {advice}",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"The Hub has no public model {name}.", advice=advice) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"The weights of {name} are not in the local cache, and the Hub cannot be reached.", advice=advice
+        ) from error

@@ -1,0 +1,132 @@
+"""``badam-train``: run a plan, leave a checkpoint and what was measured."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from badam.errors import InputError
+from badam_cli._app import reporting_errors, say
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def train(
+    plan: Annotated[Path, typer.Option(help="The plan, as badam-plan wrote it.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="File (json, jsonl, csv, parquet, txt), directory or Hub id, in alpaca, prompt/completion, messages, "
+            "ShareGPT or plain text form. The default needs no file: docstrings of Python's standard library."
+        ),
+    ] = "stdlib-docstrings",
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=YOURS", help="Your name for a column, as in completion=answer.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
+    output_dir: Annotated[Path, typer.Option(help="New or empty directory for checkpoints and measured.json.")] = Path(
+        "runs/badam"
+    ),
+    init: Annotated[str, typer.Option(help="pretrained, random, or a directory with safetensors weights.")] = (
+        "pretrained"
+    ),
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
+    save_steps: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; none by default.")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep; all by default.")] = None,
+    lr_scheduler: Annotated[
+        Literal["cosine", "linear", "constant", "constant_with_warmup"], typer.Option(help="Learning rate over time.")
+    ] = "cosine",
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps in which the learning rate rises.")] = 0,
+    pad_to: Annotated[
+        Literal["auto", "plan", "longest"],
+        typer.Option(
+            help="Length of batches: the plan's, their longest example's, or the plan's for the first two steps of "
+            "each visit, which shows early whether the plan fits."
+        ),
+    ] = "auto",
+    on_long: Annotated[
+        Literal["truncate", "drop", "refuse"], typer.Option(help="What happens to examples longer than planned.")
+    ] = "truncate",
+    seed: Annotated[int, typer.Option(min=0, help="Of random weights and the order of the data.")] = 0,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="Also log to tensorboard, wandb, ... as transformers can.")
+    ] = None,
+) -> None:
+    """Train the plan's model, and measure memory and time beside it.
+
+    OUTPUT_DIR gets model/ (safetensors and tokenizer), checkpoint-N/, measured.json, metrics.jsonl and plan.json.
+    Exit code: 0 done; 2 bad input; 3 out of memory; 130 or 143 stopped by SIGINT or SIGTERM after saving.
+    """
+    with reporting_errors():
+        from badam.plan import load_plan
+
+        loaded = load_plan(plan)
+        columns = _columns(column or [])
+        _quiet()
+        from rich.console import Console
+
+        from badam.training.options import RunOptions
+        from badam.training.run import run_plan
+
+        options = RunOptions(
+            output_dir=output_dir,
+            data=data,
+            columns=columns,
+            split=split,
+            init=init,
+            max_steps=max_steps,
+            epochs=epochs,
+            resume=resume,
+            save_steps=save_steps,
+            keep=keep,
+            lr_scheduler=lr_scheduler,
+            warmup_steps=warmup_steps,
+            padding=pad_to,
+            on_long=on_long,
+            seed=seed,
+            report_to=tuple(report_to or ()),
+        )
+        command = shlex.join(["badam-train", *sys.argv[1:]])
+        result = run_plan(loaded, options, Console(stderr=True), command=command)
+    if result.stopped_by is not None:
+        say(f"stopped by {result.stopped_by.name} after step {result.step} and saved; go on with --resume")
+        raise typer.Exit(128 + result.stopped_by)
+    measurement = result.measured.measurement
+    say(f"loss {measurement.first_loss:.3f} -> {measurement.last_loss:.3f} in {measurement.steps} steps")
+    say(f"model: {result.model_path}")
+    say(f"compare: badam-report {plan} {result.measured_path}")
+
+
+def _columns(given: list[str]) -> dict[str, str]:
+    columns = {}
+    for text in given:
+        name, equals, theirs = text.partition("=")
+        if not (name and equals and theirs):
+            raise InputError(f"--column {text} has no name on both sides of '='.", advice="Write completion=answer.")
+        columns[name] = theirs
+    return columns
+
+
+def _quiet() -> None:
+    """Libraries speak only of errors, unless the user asked for more; before they are imported, where they ask."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
