@@ -34,6 +34,12 @@ def report(
         str, typer.Option(metavar="PERCENT", help="Largest accepted error of a peak; beyond it the exit code is 1.")
     ] = "5%",
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a self-contained HTML report.")] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate", help="Also keep what these runs say about their device; badam-plan then plans with it."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Every figure on stdout as JSON, and nothing else.")] = False,
 ) -> None:
     """Show what was predicted beside what was measured.
@@ -42,12 +48,19 @@ def report(
     Exit code: 0 within the tolerance, 1 beyond it, 2 bad input.
     """
     with reporting_errors():
-        passed = _report([plan, *measured], parse_percent(tolerance), html, as_json=as_json)
+        accuracy, run_paths = _compare([plan, *measured], parse_percent(tolerance))
+        _show(accuracy, as_json=as_json)
+        if html is not None:
+            _write_html(accuracy, run_paths[0], html)
+            say(f"report written to {html}")
+        if calibrate:
+            _calibrate(accuracy)
+        passed = all(comparison.verdict.passed for comparison in accuracy.comparisons)
     raise typer.Exit(0 if passed else 1)
 
 
-def _report(paths: list[Path], tolerance: float, html: Path | None, *, as_json: bool) -> bool:
-    """Compare, show, and say whether every run is within the tolerance."""
+def _compare(paths: list[Path], tolerance: float) -> tuple[Accuracy, list[Path]]:
+    """Every run beside its plan, and the files of the runs."""
     from badam.plan import load_plan
     from badam.profiling.record import load_measured
     from badam_planner.compare import compare, plan_of, summarize
@@ -64,12 +77,7 @@ def _report(paths: list[Path], tolerance: float, html: Path | None, *, as_json: 
         )
     plans, runs = [load_plan(path) for path in plan_paths], [load_measured(path) for path in run_paths]
     comparisons = [compare(plan_of(run, plans), run, tolerance=tolerance) for run in runs]
-    accuracy = summarize(comparisons)
-    _show(accuracy, as_json=as_json)
-    if html is not None:
-        _write_html(accuracy, run_paths[0], html)
-        say(f"report written to {html}")
-    return all(comparison.verdict.passed for comparison in comparisons)
+    return summarize(comparisons), run_paths
 
 
 def _show(accuracy: Accuracy, *, as_json: bool) -> None:
@@ -105,6 +113,19 @@ def _write_html(accuracy: Accuracy, measured: Path, html: Path) -> None:
         say(f"no timeline in the report: {error.message}")
         timeline = None
     write_comparison_html(comparison, html, timeline=timeline, curve=read_curve(measured))
+
+
+def _calibrate(accuracy: Accuracy) -> None:
+    """Add the runs to what is known of their device."""
+    from badam_planner.calibration import calibrate
+    from badam_planner.probe.calibration_store import device_key, load_calibration, save_calibration
+
+    gpu = device_key(accuracy.comparisons[0].run.machine)
+    runs = [(comparison.plan, comparison.run) for comparison in accuracy.comparisons]
+    calibration = calibrate(gpu, runs, load_calibration(gpu))
+    path = save_calibration(calibration)
+    say(calibration.sentence())
+    say(f"kept in {path}")
 
 
 def parse_percent(text: str) -> float:

@@ -174,6 +174,24 @@ def test_html_that_cannot_be_written_is_bad_input(plan_file: Path, measured_file
     assert "Cannot write" in result.stderr
 
 
+def test_calibration_is_kept_for_the_device_of_the_runs(
+    plan_file: Path, measured_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BADAM_DATA_DIR", str(tmp_path / "data"))
+    result = run(plan_file, measured_file, "--calibrate", "--json")
+    assert result.exit_code == 0
+    json.loads(result.stdout)
+    assert "Calibrated by 1 run on NVIDIA GeForce RTX 3090: context 1.00 GiB" in result.stderr
+    assert (tmp_path / "data" / "calibration" / "rtx3090.json").is_file()
+
+
+def test_a_run_of_another_plan_file_does_not_calibrate(plan_file: Path, tmp_path: Path) -> None:
+    save_record(factories.measured_run(factories.plan(method="badam-ratio")), tmp_path / "measured.json")
+    result = run(plan_file, tmp_path / "measured.json", "--calibrate")
+    assert result.exit_code == 2
+    assert "is not the one that the run was started with" in result.stderr
+
+
 def test_the_command_loads_neither_torch_nor_plotly(plan_file: Path, measured_file: Path) -> None:
     script = (
         "import sys; from badam_cli.report import app\n"
