@@ -52,16 +52,15 @@ class AllocatorLog:
         Raises:
             BadamError: if torch's profiler is in use in this thread already; there is one per thread.
         """
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop messages are no news to a user
-        _prepare_profiler(_config(), {ProfilerActivity.CPU})
-        try:
-            # torch's stub leaves out the last parameter, which restricts the record to user ranges and memory.
-            _enable_profiler(_config(), {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
-        except RuntimeError as error:
+        if torch.autograd._profiler_enabled():
             raise BadamError(
                 "Memory cannot be measured: torch's profiler is already running in this thread.",
                 advice="Record either with badam.profiling or with torch.profiler, not with both at once.",
-            ) from error
+            )
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop messages are no news to a user
+        _prepare_profiler(_config(), {ProfilerActivity.CPU})
+        # torch's stub leaves out the last parameter, which restricts the record to user ranges and memory.
+        _enable_profiler(_config(), {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
         self._running = True
 
     def mark(self, number: int) -> None:

@@ -153,6 +153,11 @@ class Recording:
         """The optimizer steps so far, each with its block, memory and seconds."""
         return self._recorder.log.steps
 
+    @property
+    def live_bytes(self) -> int:
+        """Allocated bytes when the last step ended, or when recording began."""
+        return self._recorder.live_bytes
+
     def measured_run(self) -> MeasuredRun:
         """The record that badam-report compares with the plan.
 

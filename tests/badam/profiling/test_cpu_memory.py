@@ -1,0 +1,175 @@
+"""Measured CPU memory against sums that can be done by hand, and against a walk over everything that is alive."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from badam.errors import BadamError
+from badam.profiling.allocator_log import AllocatorEvent, AllocatorLog
+from badam.profiling.cpu_memory import Account, CpuMemory, Mark
+from badam.profiling.states import ModelStates, Storage, live_cpu_tensors
+from badam.vocabulary import Category, Phase
+
+SIDE = 64
+MATRIX = SIDE * SIDE * 4
+
+
+@pytest.fixture
+def memory() -> Iterator[CpuMemory]:
+    source = CpuMemory()
+    source.start()
+    yield source
+    source.stop()
+
+
+def model_and_optimizer() -> tuple[nn.Linear, torch.optim.Optimizer]:
+    model = nn.Linear(SIDE, SIDE, bias=False)
+    return model, torch.optim.AdamW(model.parameters(), fused=True)
+
+
+def bytes_of_live_tensors() -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in live_cpu_tensors()}
+    return sum(storages.values())
+
+
+def step(memory: CpuMemory, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    memory.phase_begins(Phase.FORWARD)
+    loss = model(torch.randn(8, SIDE)).sum()
+    memory.phase_begins(Phase.BACKWARD)
+    loss.backward()
+    del loss
+    memory.phase_begins(Phase.STEP)
+    optimizer.step()
+    optimizer.zero_grad()
+    memory.phase_begins(Phase.SETUP)
+
+
+def test_live_bytes_equal_a_walk_over_everything_alive(memory: CpuMemory) -> None:
+    """The sum of the allocator's reports and the tensors that the garbage collector knows are found independently."""
+    model, optimizer = model_and_optimizer()
+    memory.attach(ModelStates(model, optimizer))
+    for _ in range(3):
+        step(memory, model, optimizer)
+        memory.end_step()
+        gc.collect()
+        assert memory.live_bytes == bytes_of_live_tensors()
+
+
+def test_the_peak_is_split_into_what_each_byte_is_for(memory: CpuMemory) -> None:
+    before = memory.live_bytes
+    model, optimizer = model_and_optimizer()
+    memory.attach(ModelStates(model, optimizer))
+    for _ in range(2):
+        step(memory, model, optimizer)
+        result = memory.end_step()
+    assert result.by_category[Category.PARAMETER] == MATRIX
+    assert result.by_category[Category.GRADIENT] == MATRIX
+    assert result.by_category[Category.OPTIMIZER_STATE] == 2 * MATRIX + 4
+    rest = result.by_category[Category.ACTIVATION] - before
+    assert 0 < rest < MATRIX
+    assert sum(result.by_category.values()) == result.peak_bytes
+
+
+def test_a_peak_belongs_to_the_phase_that_made_it(memory: CpuMemory) -> None:
+    model, optimizer = model_and_optimizer()
+    memory.attach(ModelStates(model, optimizer))
+    memory.phase_begins(Phase.FORWARD)
+    floor = memory.live_bytes
+    torch.empty(1000, dtype=torch.uint8)
+    memory.phase_begins(Phase.LOSS)
+    torch.empty(5000, dtype=torch.uint8)
+    memory.phase_begins(Phase.BACKWARD)
+    torch.empty(3000, dtype=torch.uint8)
+    peaks = memory.end_step().peak_by_phase
+    assert {phase: peak - floor for phase, peak in peaks.items()} == {
+        Phase.SETUP: 0,
+        Phase.FORWARD: 1000,
+        Phase.LOSS: 5000,
+        Phase.BACKWARD: 3000,
+    }
+
+
+def test_what_was_alive_before_counts_until_it_dies() -> None:
+    early = torch.empty(1 << 20, dtype=torch.uint8)
+    memory = CpuMemory()
+    memory.start()
+    try:
+        model, optimizer = model_and_optimizer()
+        memory.attach(ModelStates(model, optimizer))
+        with_early = memory.live_bytes
+        memory.phase_begins(Phase.FORWARD)
+        del early
+        memory.phase_begins(Phase.BACKWARD)
+        result = memory.end_step()
+    finally:
+        memory.stop()
+    assert memory.live_bytes == with_early - (1 << 20)
+    assert result.peak_by_phase[Phase.FORWARD] == with_early
+    assert result.peak_by_phase[Phase.BACKWARD] == with_early - (1 << 20)
+
+
+def test_parameters_mapped_from_a_file_count(memory: CpuMemory, tmp_path: object) -> None:
+    model, optimizer = model_and_optimizer()
+    path = f"{tmp_path}/weights"
+    mapped = torch.from_file(path, shared=True, size=SIDE * SIDE)
+    model.weight.data = mapped
+    before = memory.live_bytes
+    memory.attach(ModelStates(model, optimizer))
+    memory.phase_begins(Phase.FORWARD)
+    assert memory.end_step().by_category[Category.PARAMETER] == MATRIX
+    assert memory.live_bytes == before + MATRIX
+
+
+def test_a_second_profiler_in_the_thread_is_refused_in_a_sentence(memory: CpuMemory) -> None:
+    with pytest.raises(BadamError, match="already running"):
+        CpuMemory().start()
+
+
+def test_nothing_is_lost_between_two_readings() -> None:
+    log = AllocatorLog()
+    log.start()
+    kept = torch.empty(100, dtype=torch.uint8)
+    first = log.drain()
+    del kept
+    second = log.stop()
+    assert [event.nbytes for event in first] == [100]
+    assert [event.nbytes for event in second] == [-100]
+    assert second[0].address == first[0].address
+
+
+sizes = st.integers(min_value=1, max_value=1000)
+actions = st.lists(st.tuples(st.integers(0, 5), sizes, st.sampled_from([*Phase, None])), max_size=60)
+
+
+@given(actions)
+@settings(max_examples=60, deadline=None)
+def test_replaying_keeps_the_account_of_a_simple_model(script: list[tuple[int, int, Phase | None]]) -> None:
+    """Six addresses are handed out and taken back in any order, also twice in a row; phases change in between."""
+    account = Account()
+    live: dict[int, int] = {}
+    events: list[AllocatorEvent] = []
+    marks: list[Mark] = []
+    phase = Phase.SETUP
+    peaks = {phase: 0}
+    for time, (address, nbytes, change) in enumerate(script):
+        if change is not None:
+            phase = change
+            marks.append(Mark(phase, (Storage(address, nbytes, Category.GRADIENT),)))
+            events.append(AllocatorEvent(time, len(marks) - 1, 0))
+        elif address in live and nbytes % 2:
+            events.append(AllocatorEvent(time, address, -live.pop(address)))
+        else:
+            live[address] = nbytes
+            events.append(AllocatorEvent(time, address, nbytes))
+        peaks[phase] = max(peaks.get(phase, 0), sum(live.values()))
+    result = account.replay(events, marks)
+    assert account.live_bytes == sum(live.values())
+    assert result.peak_by_phase == peaks
+    assert sum(result.by_category.values()) == result.peak_bytes
