@@ -16,7 +16,7 @@ from badam_cli._app import reporting_errors, say
 if TYPE_CHECKING:
     from badam_planner.compare import Accuracy
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -153,5 +153,9 @@ def _looks_like(path: Path, field: str) -> bool:
 
 
 def main() -> None:
-    """The console entry point."""
+    """Console entry point."""
     app()
+
+
+if __name__ == "__main__":
+    main()

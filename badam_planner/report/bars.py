@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from badam.units import format_bytes, format_gib
+from badam.units import format_bytes
 from badam.vocabulary import Category
+from badam_planner.report.text import unit_for
 
 UNSPLIT = "not split"
 """The part of a phase's memory that no record tells apart."""
@@ -69,23 +70,25 @@ class StackedBars:
         ascii_only = options.ascii_only
         label_width = max(len(bar.label) for bar in self.bars)
         side_width = max(len(bar.side) for bar in self.bars)
-        value_width = max(len(format_gib(bar.total_bytes)) for bar in self.bars)
+        longest = max(bar.total_bytes for bar in self.bars)
+        unit = unit_for(longest)
+        value_width = max(len(unit.number(bar.total_bytes)) for bar in self.bars)
         remark_width = max(len(bar.remark) for bar in self.bars)
         width = options.max_width - label_width - side_width - value_width - remark_width - 4
-        longest = max(bar.total_bytes for bar in self.bars)
         shown_limit = self.limit_bytes if self.limit_bytes <= 2 * longest else None
         scale = max(longest, shown_limit or 0, 1)
         for bar in self.bars:
             line = Text(no_wrap=True, overflow="crop")
             line.append(f"{bar.label:<{label_width}} {bar.side:<{side_width}} ")
             line.append_text(_draw(bar, max(width, 10), scale, shown_limit, ascii_only))
-            line.append(f" {format_gib(bar.total_bytes):>{value_width}}")
+            line.append(f" {unit.number(bar.total_bytes):>{value_width}}")
             line.append(f" {bar.remark}".rstrip(), style="bold")
             yield line
         yield _legend(self.bars, ascii_only)
         limit = format_bytes(self.limit_bytes)
         mark = "|" if ascii_only else "│"
-        yield Text(f"GiB of tensors; {mark} marks the limit, {limit}." if shown_limit else f"The limit is {limit}.")
+        where = f"{mark} marks the limit, {limit}" if shown_limit else f"the limit is {limit}"
+        yield Text(f"{unit.name} of tensors; {where}.")
 
 
 def _draw(bar: Bar, width: int, scale: int, limit: int | None, ascii_only: bool) -> Text:

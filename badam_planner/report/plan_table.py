@@ -7,16 +7,16 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from badam.units import format_bytes, format_count, format_gib
+from badam.units import format_bytes, format_count
 from badam.vocabulary import Category
 from badam_planner.report.bars import Bar, StackedBars
-from badam_planner.report.text import clean, shorten
+from badam_planner.report.text import SizeUnit, clean, shorten, unit_for
 from badam_planner.result import Candidate, SearchResult
 
 ONE_LINE_WIDTH = 100
 """From this width on every figure has a column; below it two share one, and none is dropped."""
 
-EXPLANATION = "Sizes in GiB. 2M+16M/D: model states only. Backward: mean over blocks; all blocks active is 100%."
+EXPLANATION = "2M+16M/D: model states only. Backward: mean over blocks; all blocks active is 100%."
 
 
 def render_candidates(result: SearchResult) -> RenderableType:
@@ -25,7 +25,9 @@ def render_candidates(result: SearchResult) -> RenderableType:
     heading.append(
         f", {format_bytes(result.usable_bytes)} usable, batch {result.batch_size} x {result.seq_len} tokens", "not bold"
     )
-    return Group(heading, Text(), _Candidates(result.candidates), Text(EXPLANATION))
+    unit = unit_for(max(candidate.peak_device_bytes for candidate in result.candidates))
+    explanation = Text(f"Sizes in {unit.name}. {EXPLANATION}")
+    return Group(heading, Text(), _Candidates(result.candidates, unit), explanation)
 
 
 def render_peak(candidate: Candidate, usable_bytes: int) -> RenderableType:
@@ -38,8 +40,9 @@ def render_peak(candidate: Candidate, usable_bytes: int) -> RenderableType:
 class _Candidates:
     """A table that chooses its layout when it learns the width of the console."""
 
-    def __init__(self, candidates: tuple[Candidate, ...]) -> None:
+    def __init__(self, candidates: tuple[Candidate, ...], unit: SizeUnit) -> None:
         self._candidates = candidates
+        self._unit = unit
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wide = options.max_width >= ONE_LINE_WIDTH
@@ -48,7 +51,7 @@ class _Candidates:
         rows = []
         for candidate in self._candidates:
             mark = recommended if candidate.recommended else (" " if candidate.fits else too_big)
-            rows.append(_wide_figures(candidate, mark) if wide else _narrow_figures(candidate, mark))
+            rows.append((_wide_figures if wide else _narrow_figures)(candidate, mark, self._unit))
         # The figures are never cut; the place of the peak gets what they leave.
         figures = [max(map(_width, column)) for column in zip(columns, *rows, strict=False)]
         peak_width = options.max_width - sum(figures) - (1 + padding) * len(figures)
@@ -82,27 +85,27 @@ def _width(cell: str) -> int:
     return max(len(line) for line in cell.split("\n"))
 
 
-def _wide_figures(candidate: Candidate, mark: str) -> tuple[str, ...]:
+def _wide_figures(candidate: Candidate, mark: str, unit: SizeUnit) -> tuple[str, ...]:
     return (
         _setting(candidate, mark),
         str(candidate.num_blocks),
         format_count(candidate.largest_block_parameters),
-        format_gib(candidate.formula_bytes),
-        format_gib(candidate.peak_allocated_bytes),
-        format_gib(candidate.peak_reserved_bytes),
-        format_gib(candidate.peak_device_bytes),
-        _headroom(candidate),
+        unit.number(candidate.formula_bytes),
+        unit.number(candidate.peak_allocated_bytes),
+        unit.number(candidate.peak_reserved_bytes),
+        unit.number(candidate.peak_device_bytes),
+        _headroom(candidate, unit),
         f"{candidate.backward_relative:.0%}",
     )
 
 
-def _narrow_figures(candidate: Candidate, mark: str) -> tuple[str, ...]:
+def _narrow_figures(candidate: Candidate, mark: str, unit: SizeUnit) -> tuple[str, ...]:
     return (
         _setting(candidate, mark),
         f"{candidate.num_blocks}\n{format_count(candidate.largest_block_parameters)}",
-        f"{format_gib(candidate.formula_bytes)}\n{candidate.backward_relative:.0%}",
-        f"{format_gib(candidate.peak_allocated_bytes)}\n{format_gib(candidate.peak_reserved_bytes)}",
-        f"{format_gib(candidate.peak_device_bytes)}\n{_headroom(candidate)}",
+        f"{unit.number(candidate.formula_bytes)}\n{candidate.backward_relative:.0%}",
+        f"{unit.number(candidate.peak_allocated_bytes)}\n{unit.number(candidate.peak_reserved_bytes)}",
+        f"{unit.number(candidate.peak_device_bytes)}\n{_headroom(candidate, unit)}",
     )
 
 
@@ -110,9 +113,9 @@ def _setting(candidate: Candidate, mark: str) -> str:
     return f"{mark} {candidate.strategy}\n  {candidate.checkpointing}, {candidate.loss}"
 
 
-def _headroom(candidate: Candidate) -> str:
+def _headroom(candidate: Candidate, unit: SizeUnit) -> str:
     sign = "+" if candidate.headroom_bytes > 0 else ""
-    return f"{sign}{format_gib(candidate.headroom_bytes)}"
+    return f"{sign}{unit.number(candidate.headroom_bytes)}"
 
 
 def _place(candidate: Candidate, width: int) -> str:

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from badam.units import format_bytes
+from dataclasses import dataclass
+
+from badam.units import GIB, MIB, format_bytes, format_gib
 from badam_planner.compare import Pair
 
 NOTHING = "-"
 """Shown where a figure does not exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizeUnit:
+    """The unit that a table or a set of bars shares, so that its numbers compare at a glance."""
+
+    name: str
+    factor: int
+
+    def number(self, size: int) -> str:
+        """``size`` bytes as a number in this unit."""
+        return format_gib(size * (GIB // self.factor))
+
+
+def unit_for(largest: int) -> SizeUnit:
+    """GiB, or MiB where the largest number would begin with a zero."""
+    return SizeUnit("GiB", GIB) if largest >= GIB else SizeUnit("MiB", MIB)
 
 
 def clean(name: str) -> str:
@@ -32,8 +51,18 @@ def signed_bytes(size: int | None) -> str:
     return "exact" if size == 0 else f"{'+' if size > 0 else ''}{format_bytes(size)}"
 
 
+def percent(fraction: float) -> str:
+    """A share without its sign; one that is not zero is never shown as zero."""
+    if 0 < abs(fraction) < 0.00005:
+        return "<0.01%"
+    return f"{abs(fraction):.2%}"
+
+
 def signed_percent(fraction: float | None) -> str:
-    return NOTHING if fraction is None else f"{fraction:+.2%}"
+    if fraction is None:
+        return NOTHING
+    sign = "-" if fraction < 0 else ("+" if fraction > 0 else "")
+    return f"{sign}{percent(fraction)}"
 
 
 def error_percent(pair: Pair) -> str:
@@ -48,5 +77,5 @@ def error_in_words(pair: Pair) -> str:
     error = pair.error_bytes
     if not error:
         return "exact" if error == 0 else "not measured"
-    share = "" if pair.error_fraction is None else f"{abs(pair.error_fraction):.2%}, "
+    share = "" if pair.error_fraction is None else f"{percent(pair.error_fraction)}, "
     return f"{share}{format_bytes(abs(error))} too {'high' if error > 0 else 'low'}"

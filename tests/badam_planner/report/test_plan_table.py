@@ -57,3 +57,10 @@ def test_peak_bar_names_every_part_of_the_peak() -> None:
     text = render(render_peak(result.candidates[0], result.usable_bytes), 100)
     assert "logits and loss" in text
     assert "20.00" in text
+
+
+def test_a_small_model_is_shown_in_mib() -> None:
+    small = {f"peak_{kind}_bytes": size * 2**20 for kind, size in (("allocated", 97), ("reserved", 98), ("device", 99))}
+    text = render(render_candidates(factories.search_result(factories.candidate(**small))), 100)
+    assert "Sizes in MiB." in text
+    assert "99.00" in text

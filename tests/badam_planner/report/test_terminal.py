@@ -59,7 +59,7 @@ def test_a_limit_far_away_is_named_and_does_not_squeeze_the_bars() -> None:
     plan = factories.plan()
     far = plan.model_copy(update={"target": plan.target.model_copy(update={"usable_bytes": 4001 * GIB})})
     text = render(render_comparison(compare(far, factories.measured_run(far))), 80)
-    assert "The limit is 4000.00 GiB." in text
+    assert "the limit is 4000.00 GiB." in text
     assert "│" not in text
     assert "█" * 20 in text
 

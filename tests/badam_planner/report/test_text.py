@@ -3,8 +3,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from badam.units import GIB, MIB
 from badam_planner.compare import Pair
-from badam_planner.report.text import clean, error_in_words, error_percent, shorten, signed_bytes
+from badam_planner.report.text import clean, error_in_words, error_percent, shorten, signed_bytes, unit_for
 
 
 @given(st.text(), st.integers(2, 60))
@@ -35,3 +36,14 @@ def test_signs_and_missing_figures() -> None:
         "none measured",
         "-",
     ]
+
+
+def test_an_error_is_never_shown_as_none() -> None:
+    shown = [error_percent(Pair(10**9 + extra, 10**9)) for extra in (0, 1, -1, 10**6)]
+    assert shown == ["0.00%", "+<0.01%", "-<0.01%", "+0.10%"]
+    assert error_in_words(Pair(10**9 - 1, 10**9)) == "<0.01%, 1 B too low"
+
+
+def test_numbers_of_small_models_are_in_mib() -> None:
+    assert [unit_for(size).name for size in (GIB, GIB - 1)] == ["GiB", "MiB"]
+    assert [unit_for(size).number(size) for size in (3 * GIB, 3 * MIB)] == ["3.00", "3.00"]
