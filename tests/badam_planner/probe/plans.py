@@ -1,0 +1,83 @@
+"""Tiny plans for rehearsals, built without files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from badam.plan import Dtype, Loss, ModelSpec, Plan, Strategy, Target, config_digest
+from badam.training.assemble import choose_attention
+from badam_planner.planning import Request, staged_plan
+from badam_planner.probe.evaluate import ModelTree, inspect_model
+from badam_planner.search import Setting
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 768, "hidden_size": 32,
+    "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 768, "n_embd": 32, "n_head": 4,
+    "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+GEMMA2: dict[str, Any] = {
+    "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "vocab_size": 96, "hidden_size": 32,
+    "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16,
+}  # fmt: skip
+QWEN3_MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 768, "hidden_size": 32,
+    "intermediate_size": 48, "moe_intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+BERT: dict[str, Any] = {
+    "model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 96, "hidden_size": 32,
+    "intermediate_size": 48, "num_attention_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+
+DEPTH_FIELD = {"gpt2": "n_layer"}
+CPU = Target(gpu="cpu", total_bytes=2**40, usable_bytes=2**40)
+
+
+def spec_of(config: dict[str, Any], depth: int) -> ModelSpec:
+    """``config`` with ``depth`` layers."""
+    facts = {**config, DEPTH_FIELD.get(config["model_type"], "num_hidden_layers"): depth}
+    encoder = config["model_type"] == "bert"
+    return ModelSpec(
+        id=config["model_type"],
+        source="config",
+        config=facts,
+        config_digest=config_digest(facts),
+        task="sequence-classification" if encoder else "causal-lm",
+        parameters=1,
+    )
+
+
+def plan_of(
+    config: dict[str, Any],
+    depth: int,
+    *,
+    strategy: Strategy = "layer",
+    checkpointing: bool = False,
+    loss: Loss = "full",
+    batch_size: int = 2,
+    seq_len: int = 24,
+    grad_accum: int = 1,
+    dtype: Dtype = "bfloat16",
+    target: Target = CPU,
+    include_embedding: bool = False,
+    include_lm_head: bool = False,
+) -> tuple[Plan, ModelTree]:
+    """A plan and the module tree that it is for."""
+    spec = spec_of(config, depth)
+    attention = choose_attention(spec)
+    tree = inspect_model(spec, attention)
+    request = Request(
+        spec=spec,
+        target=target,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        grad_accum=grad_accum,
+        dtype=dtype,
+        attention=attention,
+        include_embedding=include_embedding,
+        include_lm_head=include_lm_head,
+    )
+    return staged_plan(request, strategy, Setting("all" if checkpointing else "none", loss), tree), tree

@@ -1,0 +1,166 @@
+"""Composition against rehearsal at full depth, event by event."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tests.badam_planner.probe.plans import BERT, GEMMA2, GPT2, LLAMA, QWEN3_MOE, plan_of
+
+from badam.plan import Target
+from badam.vocabulary import Phase
+from badam_planner import compose as composing
+from badam_planner.events import NEVER, Recording
+from badam_planner.probe import evaluate, rehearse
+from badam_planner.probe.evaluate import Evaluator
+
+
+def everything_in(recording: Recording) -> list[tuple[Any, ...]]:
+    """All that a recording says, in order of time; two recordings are equal if these are."""
+    found: list[tuple[Any, ...]] = []
+    for one in recording.allocations:
+        found.append(
+            (one.born, "born", one.nbytes, one.phase, one.module, one.operation, one.shape, one.dtype, one.category,
+             one.label)
+        )  # fmt: skip
+        if one.died != NEVER:
+            found.append((one.died, "died", one.born))
+    found += [(tick, "phase", phase) for tick, phase in recording.phase_starts]
+    found += [(mark.tick, "mark", mark.kind, mark.layer) for mark in recording.layer_marks]
+    return sorted(found, key=lambda entry: entry[0])
+
+
+ARCHITECTURES = {"llama": LLAMA, "gpt2": GPT2, "gemma2": GEMMA2, "qwen3_moe": QWEN3_MOE, "bert": BERT}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "architecture": draw(st.sampled_from(sorted(ARCHITECTURES))),
+        "depth": draw(st.integers(2, 12)),
+        "strategy": draw(st.sampled_from(["layer", "attn-mlp", "matrix"])),
+        "checkpointing": draw(st.booleans()),
+        "loss": draw(st.sampled_from(["full", "chunked"])),
+        "batch_size": draw(st.integers(1, 3)),
+        "seq_len": draw(st.integers(2, 40)),
+        "grad_accum": draw(st.integers(1, 2)),
+        "include_embedding": draw(st.booleans()),
+        "block": draw(st.floats(0, 1, exclude_max=True)),
+    }
+
+
+def compare(case: dict[str, Any]) -> None:
+    case = dict(case)
+    config = ARCHITECTURES[case.pop("architecture")]
+    depth, where = case.pop("depth"), case.pop("block")
+    if config is BERT:
+        case["loss"] = "full"
+    plan, tree = plan_of(config, depth, **case)
+    block = int(where * len(plan.partition.blocks))
+    composed = Evaluator(tree).recording(plan, block)
+    full = Evaluator(tree, exact=True).recording(plan, block)
+    assert everything_in(composed) == everything_in(full)
+    assert composed.flops == full.flops
+
+
+RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+DEEP = {
+    "architecture": "llama", "depth": 12, "strategy": "layer", "checkpointing": True, "loss": "full", "batch_size": 1,
+    "seq_len": 8, "grad_accum": 1, "include_embedding": False, "block": 0.0,
+}  # fmt: skip
+
+
+@settings(max_examples=15, **RELAXED)
+@given(cases())
+@example(DEEP)
+@example({**DEEP, "block": 0.5})
+@example({**DEEP, "architecture": "gemma2", "block": 0.5, "checkpointing": False})
+@example({**DEEP, "architecture": "gpt2", "strategy": "matrix", "grad_accum": 2})
+def test_a_composed_recording_equals_the_one_at_full_depth(case: dict[str, Any]) -> None:
+    compare(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **RELAXED)
+@given(cases())
+def test_three_hundred_composed_recordings_equal_those_at_full_depth(case: dict[str, Any]) -> None:
+    compare(case)
+
+
+def test_deep_models_are_composed_and_not_rehearsed_at_full_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tree = plan_of(LLAMA, 16)
+    asked: list[int] = []
+    original = rehearse.rehearse
+
+    def counting(*args: Any, **kwargs: Any) -> Recording:
+        asked.append(len(kwargs.get("without", ())))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(rehearse, "rehearse", counting)
+    evaluator = Evaluator(tree)
+    for block in range(16):
+        evaluator.recording(plan, block)
+    assert len(asked) <= 9
+    assert min(asked) >= 16 - 2 * composing.KEPT_CYCLES - 1
+
+
+def test_layers_that_differ_are_rehearsed_at_full_depth() -> None:
+    plan, tree = plan_of(GEMMA2, 9)
+    assert len(set(tree.layer_kinds.values())) == 2
+    full = Evaluator(tree, exact=True).recording(plan, 0)
+    assert everything_in(Evaluator(tree).recording(plan, 0)) == everything_in(full)
+
+
+def test_a_run_that_turns_out_not_to_repeat_falls_back_to_full_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Recording:
+        raise composing.NotPeriodic("for the test")
+
+    plan, tree = plan_of(LLAMA, 8)
+    full = Evaluator(tree, exact=True).recording(plan, 0)
+    monkeypatch.setattr(evaluate, "compose", refuse)
+    assert everything_in(Evaluator(tree).recording(plan, 0)) == everything_in(full)
+
+
+def test_the_worst_block_is_the_maximum_over_all_blocks() -> None:
+    for strategy in ("layer", "matrix"):
+        plan, tree = plan_of(LLAMA, 3, strategy=strategy, checkpointing=True, include_embedding=True)
+        evaluator = Evaluator(tree)
+        known = evaluator.worst_block(plan)
+        every = evaluator.every_block(plan, known)
+        assert known.worst.peak_device_bytes == max(block.peak_device_bytes for block in every.blocks)
+
+
+def test_giving_up_needs_no_more_than_one_block_too_large() -> None:
+    plan, tree = plan_of(LLAMA, 4)
+    evaluator = Evaluator(tree)
+    peak = evaluator.worst_block(plan).worst.peak_device_bytes
+    assert evaluator.worst_block(plan, give_up_above=peak - 1) is None
+    assert evaluator.worst_block(plan, give_up_above=peak) is not None
+
+
+def test_relative_backward_equals_what_every_blocks_own_rehearsal_counts() -> None:
+    plan, tree = plan_of(LLAMA, 6, checkpointing=True)
+    evaluator = Evaluator(tree)
+    relative = evaluator.worst_block(plan).backward_relative
+    counts = [
+        sum(
+            count
+            for (phase, _), count in evaluator.recording(plan, block).flops.items()
+            if phase in (Phase.BACKWARD, Phase.RECOMPUTE)
+        )
+        for block in range(6)
+    ]
+    for one, count in zip(relative, counts, strict=True):
+        assert one / relative[0] == pytest.approx(count / counts[0])
+    assert relative == tuple(sorted(relative, reverse=True))
+    assert 0 < relative[-1] < relative[0] < 1
+
+
+def test_a_card_has_the_context_and_workspace_on_top() -> None:
+    card = Target(gpu="card", total_bytes=2**40, usable_bytes=2**40, context_bytes=2**28, workspace_bytes=2**23)
+    plan, tree = plan_of(LLAMA, 4, target=card)
+    on_card = Evaluator(tree).worst_block(plan).worst
+    assert on_card.peak_device_bytes == on_card.peak_reserved_bytes + 2**28
+    assert on_card.peak_reserved_bytes >= on_card.peak_allocated_bytes > 2**23
