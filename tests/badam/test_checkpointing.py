@@ -4,7 +4,7 @@ import copy
 import functools
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,14 +18,6 @@ from badam.errors import InputError
 from badam.vocabulary import Phase
 
 LAYERS = 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Layer(nn.Module):
