@@ -26,7 +26,7 @@ TARGET = Target(gpu="rtx3090", total_bytes=24 * GIB, usable_bytes=23 * GIB, cont
 
 
 def pair(
-    *, allocated: int = 0, reserved: int = 0, device: int | None = 0, **measurement: Any
+    *, allocated: int = 0, reserved: int = 0, device: int | None = 0, date: str = "", **measurement: Any
 ) -> tuple[Plan, MeasuredRun]:
     """A run that needed so many bytes more than its plan says: allocated, reserved beyond it, outside torch."""
     plan = factories.plan(target=TARGET)
@@ -36,7 +36,8 @@ def pair(
         "peak_device_bytes": None if device is None else 22 * GIB + allocated + reserved + device,
         **measurement,
     }
-    return plan, factories.measured_run(plan, measurement=measured)
+    provenance = factories.PROVENANCE.model_copy(update={"date": date})
+    return plan, factories.measured_run(plan, measurement=measured, provenance=provenance)
 
 
 def test_context_workspace_and_residual_are_told_apart() -> None:
@@ -54,6 +55,12 @@ def test_figures_are_medians_over_the_runs() -> None:
 def test_margin_of_one_run_is_what_its_plan_fell_short() -> None:
     assert calibrate("rtx3090", [pair(device=100 * MIB)]).margin_bytes == 100 * MIB
     assert calibrate("rtx3090", [pair(device=-100 * MIB)]).margin_bytes == 0
+
+
+def test_what_all_runs_show_alike_is_no_shortfall() -> None:
+    found = calibrate("rtx3090", [pair(allocated=2 * MIB, date=date) for date in ("a", "b")])
+    assert len(found.samples) == 2
+    assert (found.workspace_bytes, found.margin_bytes) == (10 * MIB, 0)
 
 
 def test_margin_judges_each_run_by_the_others() -> None:

@@ -127,6 +127,15 @@ def test_unvisited_blocks_are_listed_noted_and_not_judged() -> None:
     assert any("1 of 3 blocks were not visited" in note for note in comparison.notes)
 
 
+def test_a_block_measured_in_no_step_was_not_visited() -> None:
+    idle = factories.block_measurements(1, steps=0)[0].model_copy(update={"name": "layer 2", "peak_allocated_bytes": 0})
+    plan = factories.plan()
+    run = factories.measured_run(plan, measurement={"blocks": (*factories.block_measurements(2), idle)})
+    comparison = compare(plan, run)
+    assert comparison.blocks[2].memory.measured is None
+    assert comparison.verdict.passed
+
+
 def test_another_plan_file_and_other_settings_are_noted() -> None:
     plan = factories.plan()
     other = factories.plan(training=plan.training.model_copy(update={"batch_size": 4}))

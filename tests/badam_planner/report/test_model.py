@@ -58,3 +58,11 @@ def test_what_lies_before_the_start_is_left_out_but_still_counted(timeline: Time
     assert all(sample.tick >= start for sample in step.samples)
     whole = {sample.tick: sample.total_bytes for sample in sample_timeline(timeline, title="", limit_bytes=0).samples}
     assert all(whole[sample.tick] == sample.total_bytes for sample in step.samples)
+
+
+def test_of_neighbouring_events_the_highest_is_drawn() -> None:
+    lives = [(10, 0, 1), (6, 2, 3), (4, 4, 5), (3, 6, 7)]
+    allocations = [Allocation(size, born, died, Phase.FORWARD, "", "", (), "") for size, born, died in lives]
+    timeline = Timeline(Recording(allocations, [(0, Phase.FORWARD)], end=8))
+    step = sample_timeline(timeline, title="", limit_bytes=0, most=4)
+    assert [sample.total_bytes for sample in step.samples] == [10, 6, 4, 3, 0]

@@ -93,6 +93,8 @@ def test_names_are_escaped_in_the_page_and_in_the_figures() -> None:
     seen = Seen.of(text)
     assert len(seen.all("script")) == 3
     assert seen.all("img") == []
+    (figures,) = (text for attributes, text in seen.scripts if attributes.get("id") == "figures")
+    assert "<" not in figures
     assert any(HOSTILE in words for words in seen.words)
     for figure in seen.figures():
         assert "<script" not in str(figure)
