@@ -13,7 +13,7 @@ from badam_planner.report.memory_charts import blocks_chart, parts_chart, phases
 from badam_planner.report.model import StepTimeline, TrainingCurve
 from badam_planner.report.overview_charts import accuracy_chart, partitions_chart
 from badam_planner.report.page import Page, write_page
-from badam_planner.report.text import bytes_or_nothing, error_in_words, error_percent, signed_bytes
+from badam_planner.report.text import bytes_or_nothing, error_in_words, error_percent, percent, signed_bytes
 from badam_planner.report.time_charts import backward_chart, curve_chart
 from badam_planner.result import SearchResult
 
@@ -151,7 +151,7 @@ def accuracy_page(accuracy: Accuracy) -> Page:
         passed=passed == len(accuracy.comparisons),
         verdict=f"{passed} of {len(accuracy.comparisons)} runs are within {worst.verdict.tolerance * 100:g}%.",
         facts=(
-            ("median error of the allocated peak", f"{accuracy.median_error:.2%}"),
+            ("median error of the allocated peak", percent(accuracy.median_error)),
             ("wrong fits", str(accuracy.wrong_fits)),
             ("false refusals", str(accuracy.false_refusals)),
             ("without device memory measured", str(accuracy.undecided)),

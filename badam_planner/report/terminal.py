@@ -19,6 +19,7 @@ from badam_planner.report.text import (
     clean,
     error_in_words,
     error_percent,
+    percent,
     shorten,
     signed_bytes,
 )
@@ -77,7 +78,7 @@ def render_accuracy(accuracy: Accuracy) -> RenderableType:
         fits += f"; {accuracy.undecided} without device memory measured"
     return Group(
         table,
-        Text(f"median error {accuracy.median_error:.2%} of the allocated peak; {fits}."),
+        Text(f"median error {percent(accuracy.median_error)} of the allocated peak; {fits}."),
         Text(
             f"worst: run {number} ({_run_name(worst)}), {error_in_words(worst.verdict.worst)} "
             f"at {clean(worst.verdict.worst_name)}; {explain(worst)}."
