@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler
+from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler, _profiler_enabled
 from torch._C._profiler import (
     ProfilerActivity,
     ProfilerConfig,
@@ -52,7 +52,7 @@ class AllocatorLog:
         Raises:
             BadamError: if torch's profiler is in use in this thread already; there is one per thread.
         """
-        if torch.autograd._profiler_enabled():
+        if _profiler_enabled():
             raise BadamError(
                 "Memory cannot be measured: torch's profiler is already running in this thread.",
                 advice="Record either with badam.profiling or with torch.profiler, not with both at once.",

@@ -74,7 +74,9 @@ class ProgressDisplay:
             self._progress.update(self._task, completed=view.step)
             self._live.update(Group(self._progress, Text(sentence)))
         elif view.step in (1, self._total) or view.step % max(1, self._total // PLAIN_LINES) == 0:
-            self._console.print(f"step {view.step}/{self._total}  {sentence}", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"step {view.step}/{self._total}  {sentence}", highlight=False, markup=False, soft_wrap=True
+            )
 
     def stop(self) -> None:
         """Stop drawing."""

@@ -70,7 +70,7 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
     weights = None if checkpoint else locate_weights(plan.model, options.init)
     tokenizer_from = str(checkpoint) if checkpoint else tokenizer_source(plan.model, weights)
     tokenizer, data = load_inputs(plan, options, tokenizer_from)
-    console.print(f"data: {data.description}" + (f"; {data.skipped:,} skipped" if data.skipped else ""))
+    _tell(console, f"data: {data.description}" + (f"; {data.skipped:,} skipped" if data.skipped else ""))
     device = _device(plan)
     with ExitStack() as stack:
         stack.enter_context(_own_display())
@@ -79,7 +79,7 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
         stack.callback(recorder.stop)
         model = _model(plan, options, weights)
         trainer, lengths = _trainer(plan, options, model, tokenizer, data, device)
-        console.print(f"lengths: {lengths}")
+        _tell(console, f"lengths: {lengths}")
         total_steps = _total_steps(trainer, options)
         if checkpoint is not None and step_of(checkpoint) >= total_steps:
             raise InputError(
@@ -202,14 +202,19 @@ def _planned_bytes(plan: Plan) -> int | None:
     return plan.prediction.peak_allocated_bytes if plan.prediction else None
 
 
+def _tell(console: Console, text: str) -> None:
+    """One line as it is: nothing coloured by guessing, nothing broken at a width."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def _warn(plan: Plan, device: torch.device, total_steps: int, console: Console) -> None:
     if device.type == "cpu" and plan.target.gpu != "cpu":
-        console.print(
-            f"note: the plan is for {plan.target.gpu}; this machine has no CUDA device, so it runs on the CPU."
+        _tell(
+            console, f"note: the plan is for {plan.target.gpu}; this machine has no CUDA device, so it runs on the CPU."
         )
     warning = coverage(plan, total_steps).warning()
     if warning:
-        console.print(f"warning: {warning}")
+        _tell(console, f"warning: {warning}")
 
 
 def _save_model(trainer: PlanTrainer, output_dir: Path) -> Path:
