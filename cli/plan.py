@@ -14,6 +14,7 @@ import typer
 from badam_cli._app import reporting_errors, say
 
 if TYPE_CHECKING:
+    from badam.plan import Target
     from badam_planner.planning import Answer
 
 Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
@@ -79,7 +80,7 @@ def plan(
             from badam_planner.probe.target import find_target
 
             spec = describe_model(model)
-            target = find_target(gpu, None if gpu_memory is None else parse_bytes(gpu_memory))
+            target = _calibrated(find_target(gpu, None if gpu_memory is None else parse_bytes(gpu_memory)))
             request = Request(
                 spec=spec,
                 target=target,
@@ -120,6 +121,18 @@ def _refuse_unplanned(method: str, engine: str, num_gpus: int) -> None:
         raise InputError(
             f"Engine {engine} on {num_gpus} cards cannot be planned by this version.", advice="Plan for a single card."
         )
+
+
+def _calibrated(target: Target) -> Target:
+    """The target with what runs measured on it have taught, if there were any."""
+    from badam_planner.calibration import calibrated
+    from badam_planner.probe.calibration_store import load_calibration
+
+    calibration = load_calibration(target.gpu)
+    if calibration is None:
+        return target
+    say(calibration.sentence())
+    return calibrated(target, calibration)
 
 
 def _visit_length(text: str) -> int | None:
@@ -165,9 +178,10 @@ def _present(answer: Answer, output: Path, html: Path | None, *, as_json: bool) 
         save_record(answer.plan, output)
         say(f"plan written to {output}")
     if html is not None:
+        from badam_planner.report.gather import rehearse_step
         from badam_planner.report.html import write_plan_html
 
-        write_plan_html(answer.plan, html)
+        write_plan_html(answer.plan, html, result=answer.result, timeline=rehearse_step(answer.plan))
         say(f"report written to {html}")
 
 
