@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,9 +38,12 @@ class ActiveParameter:
         self.parameter = parameter
         self.rows = rows
         self.master: Tensor | None = None
-        self.checksum: Tensor | None = None
         self._written_version = -1
+        self.hides_gradient = False  # whether a hook takes the gradient away from parameter.grad
         self._taken: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._summed: Callable[[], Tensor | None] = _nothing
+        self._summed_version = -1
         self._handle: RemovableHandle | None = None
 
     @property
@@ -56,28 +60,33 @@ class ActiveParameter:
     # Gradient
 
     def collect(self, *, visible: bool, keep_dtype: bool = False, ready: Callable[[ActiveParameter], None]) -> None:
-        """Begin to collect gradients; ``ready`` is called at each one that a hook takes away."""
-        self.parameter.requires_grad_(True)
-        if visible:
-            if self.is_copied:
-                self.parameter.grad_dtype = torch.float32
-            return
+        """Begin to collect gradients.
 
-        def take(parameter: Tensor) -> None:
-            self._take(keep_dtype)
+        Args:
+            visible: leave them in ``parameter.grad``.
+            keep_dtype: a hidden gradient of one batch stays in the model's type.
+            ready: called when a gradient is complete, within backward.
+        """
+        self.parameter.requires_grad_(True)
+        self.hides_gradient = not visible
+        if visible and self.is_copied:
+            self.parameter.grad_dtype = torch.float32
+
+        def on_accumulated(parameter: Tensor) -> None:
+            if parameter.grad is None:
+                return
+            if not visible:
+                self._take(keep_dtype)
+            self._inspect()
             ready(self)
 
-        self._handle = self.parameter.register_post_accumulate_grad_hook(take)
+        self._handle = self.parameter.register_post_accumulate_grad_hook(on_accumulated)
 
     def _take(self, keep_dtype: bool) -> None:
         gradient, self.parameter.grad = self.parameter.grad, None
-        if gradient is None:
-            return
+        assert gradient is not None
         if self.rows is not None:
             gradient = gradient[self.rows[0] : self.rows[1]].clone()
-        # Infinities and NaN survive a sum. It is cheap here, where the gradient has just been written.
-        checksum = gradient.sum(dtype=torch.float32 if gradient.dtype == torch.float16 else None).float()
-        self.checksum = checksum if self.checksum is None else self.checksum + checksum
         if self._taken is not None:
             # Whatever the first one was kept in, a sum of several is accumulated in fp32.
             self._taken = self._taken.to(torch.promote_types(gradient.dtype, torch.float32)).add_(gradient)
@@ -86,13 +95,23 @@ class ActiveParameter:
         else:
             self._taken = gradient.float()
 
-    @property
-    def hides_gradient(self) -> bool:
-        """Whether a hook takes the gradient away from ``parameter.grad``.
+    def _inspect(self) -> None:
+        """Sum the gradient while it is in the cache: infinities and NaN survive a sum, so the step need not look."""
+        gradient = self.gradient
+        if gradient is not None:
+            wide = torch.float32 if gradient.dtype == torch.float16 else None
+            self._sum = gradient.detach().sum(dtype=wide).float()
+            self._summed = weakref.ref(gradient)
+            self._summed_version = gradient._version
 
-        Then ``checksum`` (shape (), fp32) is the sum of its entries: not finite if one of them is not.
-        """
-        return self._handle is not None
+    def finiteness(self) -> Tensor | None:
+        """A number (shape (), fp32) that is finite if the gradient is; None if there is no gradient."""
+        gradient = self.gradient
+        if gradient is None:
+            return None
+        if self._summed() is not gradient or (not is_fake(gradient) and gradient._version != self._summed_version):
+            self._inspect()  # someone has scaled or replaced it since, clipping for instance
+        return self._sum
 
     @property
     def gradient(self) -> Tensor | None:
@@ -101,7 +120,7 @@ class ActiveParameter:
 
     def drop_gradient(self) -> None:
         """Release the gradient."""
-        self._taken = self.checksum = None
+        self._taken = self._sum = None
         self.parameter.grad = None
 
     # Master
@@ -162,6 +181,10 @@ class ActiveParameter:
         if HAS_GRAD_DTYPE and self.is_copied:
             self.parameter.grad_dtype = self.parameter.dtype
         self.parameter.requires_grad_(False)
+
+
+def _nothing() -> None:
+    """Stands for a reference whose tensor is gone."""
 
 
 def write_nearest(members: Sequence[ActiveParameter]) -> None:

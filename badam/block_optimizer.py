@@ -175,6 +175,11 @@ class BlockOptimizer(Optimizer):
         return [*self.current_block.prefixes, *self.active_modules]
 
     @property
+    def active_parameters(self) -> tuple[ActiveParameter, ...]:
+        """The parameters of the active block, with their masters and gradients."""
+        return tuple(self._active)
+
+    @property
     def param_idx2lp(self) -> dict[int, Tensor]:
         """Active parameters of the model by their index in ``named_parameters_list``."""
         index = self._index_by_name()
@@ -236,8 +241,8 @@ class BlockOptimizer(Optimizer):
         return True
 
     def _are_finite(self, members: list[ActiveParameter]) -> bool:
-        seen = [member.checksum if member.hides_gradient else member.gradient for member in members]
-        return all_finite([tensor for tensor in seen if tensor is not None])
+        sums = [total for member in members if (total := member.finiteness()) is not None]
+        return all_finite(sums)
 
     def _skip_non_finite(self, members: list[ActiveParameter]) -> None:
         self._clip_factor = None

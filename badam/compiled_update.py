@@ -52,25 +52,19 @@ class CompiledAdamW(MasterGroups):
         factor = 1.0 if scale is None or is_fake(scale) else float(scale)
         by_parameter = {id(member.parameter): member for member in members}
         for group in self.base.param_groups:
+            numbers: dict[tuple[int, torch.device], Tensor] = {}  # equal for all parameters that started together
             for parameter in group["params"]:
-                if (member := by_parameter.get(id(parameter))) is not None:
-                    self._update(member, group, factor)
-
-    def _update(self, member: ActiveParameter, group: dict[str, Any], scale: float) -> None:
-        master, gradient = member.ready_master().detach(), member.gradient
-        assert gradient is not None
-        state = self._state_of(member)
-        state["step"] += 1
-        if not is_fake(master):
-            numbers = _numbers(int(state["step"]), group, scale).to(master.device)
-            written = [master, state["exp_avg"], state["exp_avg_sq"], *([member.weight] if member.is_copied else [])]
-            dense = [tensor.contiguous() for tensor in written]
-            _compiled()(gradient.contiguous().view(-1), numbers, *(tensor.view(-1) for tensor in dense))
-            for tensor, result in zip(written, dense, strict=True):
-                if result is not tensor:
-                    tensor.copy_(result)
-        member.mark_written()
-        member.drop_gradient()
+                if (member := by_parameter.get(id(parameter))) is None:
+                    continue
+                state = self._state_of(member)
+                state["step"] += 1
+                if not is_fake(parameter):
+                    key = (int(state["step"]), parameter.device)
+                    if key not in numbers:
+                        numbers[key] = _numbers(key[0], group, factor).to(parameter.device)
+                    _update(member, state, numbers[key])
+                member.mark_written()
+                member.drop_gradient()
 
     def _state_of(self, member: ActiveParameter) -> dict[str, Any]:
         """The entries that AdamW makes, so that a state saved here loads there and the other way round."""
@@ -85,14 +79,32 @@ class CompiledAdamW(MasterGroups):
         return state
 
 
+def _update(member: ActiveParameter, state: dict[str, Any], numbers: Tensor) -> None:
+    """Run the pass on one parameter; tensors that are not contiguous go through copies."""
+    assert member.gradient is not None
+    written = [member.ready_master().detach(), state["exp_avg"], state["exp_avg_sq"]]
+    if member.is_copied:
+        written.append(member.weight)
+    flat = [tensor.view(-1) if tensor.is_contiguous() else tensor.flatten() for tensor in written]
+    _compiled()(member.gradient.flatten(), numbers, *flat)
+    for tensor, result in zip(written, flat, strict=True):
+        if not tensor.is_contiguous():
+            tensor.copy_(result.view(tensor.shape))
+
+
 def _numbers(step: int, group: dict[str, Any], scale: float) -> Tensor:
-    """What the pass multiplies by, folded in double precision: shape (8,), fp32, see :func:`adamw_`."""
+    """What the pass multiplies by, folded in double precision so that it multiplies little; shape (7,), fp32.
+
+    Factor of the master (1 - lr * weight decay), of the first moment (beta1) and of the gradient in it
+    ((1 - beta1) * scale), of the second moment (beta2) and of the squared gradient in it ((1 - beta2) * scale**2),
+    step size and eps, the last two with both bias corrections in them.
+    """
     beta1, beta2 = (float(beta) for beta in group["betas"])
     lr = float(group["lr"])
     correction1, correction2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
     step_size, eps = lr * correction2 / correction1, group["eps"] * correction2
     decay = 1 - lr * group["weight_decay"]
-    return torch.tensor([scale, decay, beta1, 1 - beta1, beta2, 1 - beta2, step_size, eps])
+    return torch.tensor([decay, beta1, (1 - beta1) * scale, beta2, (1 - beta2) * scale**2, step_size, eps])
 
 
 def adamw_(
@@ -107,18 +119,17 @@ def adamw_(
 
     Args:
         gradient: any floating type; not changed.
-        numbers: fp32, shape (8,): factor of the gradient, factor of the master (1 - lr * weight decay), beta1,
-            1 - beta1, beta2, 1 - beta2, step size and eps, the last two with both bias corrections in them.
+        numbers: fp32, shape (7,), see :func:`_numbers`.
         master: fp32; updated.
         exp_avg: fp32 first moment; updated.
         exp_avg_sq: fp32 second moment; updated.
         weight: bf16 or fp16; receives the master, rounded to nearest.
     """
-    scale, decay, beta1, rest1, beta2, rest2, step_size, eps = numbers.unbind()
-    wide = gradient.float() * scale
+    decay, beta1, rest1, beta2, rest2, step_size, eps = numbers.unbind()
+    wide = gradient.float()
     first = exp_avg * beta1 + wide * rest1
-    second = exp_avg_sq * beta2 + wide * wide * rest2
-    updated = master * decay - step_size * first / (second.sqrt() + eps)
+    second = exp_avg_sq * beta2 + (wide * rest2) * wide
+    updated = master * decay - (step_size * first) / (second.sqrt() + eps)
     exp_avg.copy_(first)
     exp_avg_sq.copy_(second)
     master.copy_(updated)

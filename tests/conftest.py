@@ -1,4 +1,4 @@
-"""Tiny models and batches that tests share. Everything is random, built from a configuration, and made in milliseconds."""
+"""Tiny random models and batches that tests share, built from a configuration in milliseconds."""
 
 from __future__ import annotations
 
