@@ -3,16 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from badam.errors import InputError, near_matches
 from badam.naming import Block, ParameterInfo, belongs, rows_of
-from badam.partition import layer_stacks, partition_parameters
+from badam.partition import layer_stacks, partition_parameters, split_by_rows
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 BlockSpec = Block | str | Sequence[str]
+
+_FROZEN_HERE = "_frozen_by_badam"
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksOfModel:
+    """A model's parameters and its blocks, checked against each other."""
+
+    named_parameters: NamedParameters
+    frozen: set[str]  # names that the user froze
+    trainable: NamedParameters  # neither frozen nor unknown to the base optimizer
+    blocks: tuple[Block, ...]
+    always: list[str]  # prefixes that are active besides every block
+
+
+def blocks_of_model(
+    named_parameters: Iterable[tuple[str, Any]],
+    specs: Sequence[BlockSpec] | None,
+    optimized: Iterable[Any],
+    *,
+    always: Sequence[str] = (),
+    include_embedding: bool = False,
+    include_lm_head: bool = False,
+    max_parameters: int | None = None,
+) -> BlocksOfModel:
+    """Find or check the blocks of a model.
+
+    Args:
+        named_parameters: the model's; a generator is read to its end.
+        specs: the blocks as the user wrote them; None finds the layers.
+        optimized: the parameters of the base optimizer.
+        always: prefixes that are active besides every block.
+        include_embedding: also make a block of the embedding, where blocks are found.
+        include_lm_head: also make a block of the output projection, where blocks are found.
+        max_parameters: split blocks with more entries than this by rows.
+
+    Raises:
+        InputError: for a prefix that matches nothing, or a block that would train nothing.
+    """
+    distinct = distinct_parameters(named_parameters)
+    frozen = _frozen_by_user(distinct)
+    known = {id(parameter) for parameter in optimized}
+    trainable = [(name, parameter) for name, parameter in distinct if id(parameter) in known and name not in frozen]
+    if specs is None:
+        blocks = inferred_blocks(distinct, frozen, include_embedding=include_embedding, include_lm_head=include_lm_head)
+    else:
+        blocks = given_blocks(specs, distinct)
+    if max_parameters is not None:
+        infos = parameter_infos(distinct)
+        blocks = tuple(part for block in blocks for part in split_by_rows(block, infos, max_parameters))
+    check_prefixes(always, distinct)
+    check_trainable(blocks, always, trainable)
+    return BlocksOfModel(distinct, frozen, trainable, blocks, list(always))
+
+
+def freeze(parameter: nn.Parameter) -> None:
+    """Stop training ``parameter``, and mark it as frozen by an optimizer and not by the user."""
+    parameter.requires_grad_(False)
+    parameter.grad = None
+    setattr(parameter, _FROZEN_HERE, True)
+
+
+def _frozen_by_user(named_parameters: NamedParameters) -> set[str]:
+    """Names of parameters that are frozen and were not frozen by an earlier optimizer on the same model."""
+    return {
+        name
+        for name, parameter in named_parameters
+        if not parameter.requires_grad and not getattr(parameter, _FROZEN_HERE, False)
+    }
 
 
 def distinct_parameters(named_parameters: Iterable[tuple[str, Any]]) -> NamedParameters:

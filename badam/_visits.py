@@ -1,0 +1,260 @@
+"""Which block is active, what belongs to it, and what it takes to change that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from badam import phases
+from badam._active import HAS_GRAD_DTYPE, ActiveParameter
+from badam._blocks_of_model import BlocksOfModel, freeze
+from badam._master_groups import MasterGroups
+from badam._messages import Messages
+from badam.errors import InputError
+from badam.naming import Block, belongs, rows_of
+from badam.plan import WriteBack
+from badam.schedule import BlockSchedule, SwitchMode
+from badam.vocabulary import Phase
+
+
+class BlockVisits(Optimizer):
+    """The part of :class:`badam.BlockOptimizer` that goes from block to block.
+
+    Args:
+        base: the base optimizer; its groups and state become this optimizer's own.
+        model: the model's parameters and blocks.
+        schedule: the order of visits.
+        write_back: how masters are rounded into the model when a block is left.
+        hide_gradients: take gradients out of ``parameter.grad``.
+        keep_dtype: leave a hidden gradient of one batch in the model's type.
+        messages: where to announce blocks.
+    """
+
+    def __init__(
+        self,
+        base: MasterGroups,
+        model: BlocksOfModel,
+        schedule: BlockSchedule,
+        *,
+        write_back: WriteBack,
+        hide_gradients: bool,
+        keep_dtype: bool,
+        messages: Messages,
+    ) -> None:
+        self.named_parameters_list = model.named_parameters
+        self.blocks = model.blocks
+        self.active_modules = model.always
+        self.schedule = schedule
+        self.write_back = write_back
+        self.global_step = 0
+        self.steps_in_visit = 0
+        self.visit = 0
+        self._base = base
+        self._model = model
+        self._hide_gradients = hide_gradients
+        self._keep_dtype = keep_dtype
+        self._messages = messages
+        self._switch_hooks: list[Callable[[Any], None]] = []
+        self._active: list[ActiveParameter] = []
+        self._is_built = False
+        super().__init__(base.base.param_groups, base.base.defaults)
+        self._share_with_base()
+        self._begin_visit()
+        self._announce(None)
+
+    # What is active
+
+    @property
+    def base_optimizer(self) -> Optimizer:
+        """The optimizer that runs inside a block."""
+        return self._base.base
+
+    @property
+    def verbose(self) -> int:
+        """0 says nothing, 1 names each new block, 2 also its parameters."""
+        return self._messages.verbose
+
+    @property
+    def block_num(self) -> int:
+        """D, the number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def block_prefix_list(self) -> list[list[str]]:
+        """The prefixes of each block."""
+        return [list(block.prefixes) for block in self.blocks]
+
+    @property
+    def switch_mode(self) -> SwitchMode:
+        """The order of visits."""
+        return self.schedule.mode
+
+    @property
+    def switch_block_every(self) -> int:
+        """K, the steps of one visit."""
+        return self.schedule.switch_every
+
+    @property
+    def current_block_idx(self) -> int:
+        """The index of the active block."""
+        return self.schedule.block_at(self.visit)
+
+    @property
+    def current_block(self) -> Block:
+        """The active block."""
+        return self.blocks[self.current_block_idx]
+
+    @property
+    def active_param_prefixs(self) -> list[str]:
+        """The prefixes of everything that is active now."""
+        return [*self.current_block.prefixes, *self.active_modules]
+
+    @property
+    def active_parameters(self) -> tuple[ActiveParameter, ...]:
+        """The parameters of the active block, with their masters and gradients."""
+        return tuple(self._active)
+
+    @property
+    def hides_gradients(self) -> bool:
+        """Whether gradients are kept here and not in ``parameter.grad``, so that only this object can clip them."""
+        return any(member.hides_gradient for member in self._active)
+
+    @property
+    def param_idx2lp(self) -> dict[int, Tensor]:
+        """Active parameters of the model by their index in ``named_parameters_list``."""
+        index = self._index_by_name()
+        return {index[member.name]: member.parameter for member in self._active}
+
+    @property
+    def param_idx2hp(self) -> dict[int, Tensor]:
+        """fp32 masters by the same index; empty until the first step of a visit, which makes them."""
+        index = self._index_by_name()
+        return {index[member.name]: member.master for member in self._active if member.master is not None}
+
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """The fp32 copies that exist now, by parameter name; a parameter that needs no copy has none."""
+        return {m.name: m.master for m in self._active if m.master is not None and m.is_copied}
+
+    # Changing it
+
+    def register_switch_hook(self, hook: Callable[[Self], None]) -> Callable[[], None]:
+        """Call ``hook(self)`` now and whenever another block has become active; returns what removes it again."""
+        self._switch_hooks.append(hook)
+        hook(self)
+        return lambda: self._switch_hooks.remove(hook)
+
+    @torch.no_grad()
+    def switch_trainable_params(self, verbose: int | None = None) -> None:
+        """End the visit now and begin the next one; ``step`` calls this after K steps.
+
+        Everything of the old block is released before anything of the new one is made.
+        """
+        with phases.within(Phase.SWITCH):
+            self._base.forget()
+            self.write_back_block()
+            self._end_visit()
+            self.visit += 1
+            self.steps_in_visit = 0
+            self._begin_visit()
+        self._announce_switch(verbose)
+
+    @torch.no_grad()
+    def write_back_block(self) -> None:
+        """Round the active block's masters into the model as if the block were left; the masters stay.
+
+        At the end of training this gives the last block the same treatment as all others. Weights that were loaded
+        into the model since the last step are not overwritten.
+        """
+        if self.write_back == "nearest":  # the weights are that already, after every step
+            return
+        generators: dict[torch.device, torch.Generator] = {}
+        for member in self._active:
+            device = member.parameter.device
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(self._rounding_seed())
+            member.write_stochastically(generators[device])
+
+    def _rounding_seed(self) -> int:
+        """Different in every visit and a function of saved numbers only, so that a resumed run rounds alike."""
+        return (self.schedule.seed * 0x9E3779B97F4A7C15 + self.visit * 0xD1B54A32D192ED03 + 1) % 2**63
+
+    def _begin_visit(self) -> None:
+        prefixes = self.active_param_prefixs
+        for name, parameter in self._model.trainable:
+            if belongs(name, prefixes):
+                self._active.append(ActiveParameter(name, parameter, rows_of(name, prefixes)))
+        active = {member.name for member in self._active}
+        for name, parameter in self.named_parameters_list:
+            if name not in active and name not in self._model.frozen:
+                freeze(parameter)
+        visible = HAS_GRAD_DTYPE and not self._hide_gradients and not any(member.rows for member in self._active)
+        for member in self._active:
+            member.collect(visible=visible, keep_dtype=self._keep_dtype, ready=self._on_gradient)
+
+    def _end_visit(self) -> None:
+        for member in self._active:
+            member.close()
+            freeze(member.parameter)
+        self._active = []
+
+    def _restart_visit(self, visit: int, steps_in_visit: int) -> None:
+        """Be ``steps_in_visit`` steps into ``visit``, without masters or state and without touching a weight."""
+        self._base.forget()
+        self._end_visit()
+        self.visit, self.steps_in_visit = visit, steps_in_visit
+        self._begin_visit()
+
+    def _on_gradient(self, member: ActiveParameter) -> None:
+        """The gradient of ``member`` is complete, within backward."""
+
+    # Being an optimizer to the outside
+
+    def _share_with_base(self) -> None:
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        self.defaults = self.base_optimizer.defaults
+        self._is_built = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not supported once built: a parameter that came later would be in no block.
+
+        Raises:
+            InputError: always, except while the constructor takes over the user's groups.
+        """
+        if self._is_built:
+            raise InputError(
+                "Parameters cannot be added to a BlockOptimizer.",
+                advice="Build it after all parameters exist; freeze those that should train later.",
+            )
+        super().add_param_group(param_group)
+
+    def train(self) -> None:
+        """Passed on to a base optimizer that knows it (schedule-free ones)."""
+        getattr(self.base_optimizer, "train", lambda: None)()
+
+    def eval(self) -> None:
+        """Passed on to a base optimizer that knows it (schedule-free ones)."""
+        getattr(self.base_optimizer, "eval", lambda: None)()
+
+    def _index_by_name(self) -> dict[str, int]:
+        return {name: index for index, (name, _) in enumerate(self.named_parameters_list)}
+
+    def _announce_switch(self, verbose: int | None = None) -> None:
+        self._announce(verbose)
+        for hook in list(self._switch_hooks):
+            hook(self)
+
+    def _announce(self, verbose: int | None) -> None:
+        text = f"Training block {self.current_block_idx + 1} of {self.block_num}: {self.current_block.name}."
+        epoch, position = divmod(self.visit, self.block_num)
+        if position == 0 and self.block_num > 1:
+            order = ", ".join(str(index + 1) for index in self.schedule.order(epoch))
+            text += f" The order of this block epoch is {order}."
+        self._messages.say(text, verbose=verbose)
+        names = ", ".join(member.name for member in self._active)
+        self._messages.say(f"Its parameters: {names}.", verbose=verbose, level=2)
