@@ -58,7 +58,7 @@ def near_matches(name: str, known: Iterable[str], limit: int = 5) -> list[str]:
     def fold(text: str) -> str:
         return "".join(character for character in text.lower() if character.isalnum())
 
-    folded = {}
+    folded: dict[str, str] = {}
     for candidate in known:
         folded.setdefault(fold(candidate), candidate)
     wanted = fold(name)

@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from badam.errors import PlanError
 from badam.vocabulary import Category, Phase
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 
-Method = Literal[
-    "badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"
-]
+Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
 Engine = Literal["single", "zero3", "fsdp2"]
 Strategy = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
 SwitchMode = Literal["random", "ascending", "descending", "fixed"]
@@ -35,9 +34,13 @@ Seconds = Annotated[float, Field(ge=0)]
 
 
 class Record(BaseModel):
-    """A frozen record that refuses unknown fields, so a typing error in a hand-edited file is found, not ignored."""
+    """A frozen record that refuses unknown fields, so a typing error in a hand-edited file is found, not ignored.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_enum_values=False)
+    Infinity and NaN are written by these names, as Python's json reads them: a model's configuration may hold one, and
+    so may the loss of a run that diverged.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class ModelSpec(Record):
@@ -95,7 +98,7 @@ class OptimizerSpec(Record):
     """The base optimizer that runs inside a block."""
 
     name: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(default=1e-5, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -178,7 +181,10 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def load_record(path: Path, kind: type[RecordT], word: str, advice: str) -> RecordT:
-    """Read and validate a record of class ``kind`` from a JSON file; errors call it a ``word``."""
+    """Read and validate a record of class ``kind`` from a JSON file; errors call it a ``word``.
+
+    Values must have the type of their field: a number in quotes is a mistake, not a number.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -192,28 +198,44 @@ def load_record(path: Path, kind: type[RecordT], word: str, advice: str) -> Reco
             f"The {word} {path} is not complete JSON: {error.msg} at line {error.lineno}, column {error.colno}.",
             advice=advice,
         ) from error
-    found = content.get("schema_version") if isinstance(content, dict) else None
-    if found != SCHEMA_VERSION:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
+        raise PlanError(f"The {word} {path} cannot be read as JSON: {error}.", advice=advice) from error
+    if not isinstance(content, dict):
+        raise PlanError(f"The {word} {path} holds no JSON object but a {type(content).__name__}.", advice=advice)
+    if (found := content.get("schema_version")) != SCHEMA_VERSION:
         raise PlanError(
             f"The {word} {path} has schema_version {found!r}; this version reads {SCHEMA_VERSION}.", advice=advice
         )
     try:
-        return kind.model_validate_json(text)
+        return kind.model_validate_json(text, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        found_text = "" if first["type"] == "missing" else f"; found {str(first['input'])[:80]!r}"
-        raise PlanError(f"The {word} {path}, field {field}: {first['msg']}{found_text}{more}.", advice=advice) from error
+        raise PlanError(f"The {word} {path}{_first_mistake(error)}.", advice=advice) from error
+
+
+def _first_mistake(error: ValidationError) -> str:
+    """The first wrong field by its path, what is expected there and what was found, and how many more there are."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    where = f", field {field}" if field else " as a whole"
+    expected = {"extra_forbidden": "there is no field of this name", "missing": "this field is missing"}
+    found = "" if first["type"] == "missing" else f"; found {repr(first['input'])[:80]}"
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {expected.get(first['type'], first['msg'])}{found}{more}"
 
 
 def save_record(record: Record, path: str | Path) -> None:
-    """Write a record as JSON: whole or not at all, through a temporary name in the same directory."""
+    """Write a record as JSON: whole or not at all, through a temporary name in the same directory.
+
+    Raises:
+        PlanError: if the file cannot be written; what was there before is still there.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise PlanError(f"Cannot write {path}: {error.strerror or error}.", advice="Choose another path.") from error
+    finally:
+        with suppress(OSError):  # after success there is none, and where none could be written none can be removed
+            temporary.unlink()

@@ -6,6 +6,7 @@ entry in forward and 12 in backward. ``chunked`` holds the logits of a few posit
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
@@ -28,7 +29,15 @@ SMALLEST_CHUNK = 64
 """Positions per chunk below which the matrix products would be too thin to be fast."""
 
 IGNORE_INDEX = -100
-_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_UNSUPPORTED = {
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+    "output_multiplier": (None, 1),
+    "logits_soft_cap": (None,),
+    "output_router_logits": (None, False),
+}
+"""What a configuration may ask for that the chunked loss does not do, each with the values that ask for nothing."""
 
 
 def full_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], num_items: Tensor | int | None) -> Tensor:
@@ -57,20 +66,26 @@ def check_chunked(model: PreTrainedModel) -> nn.Module:
     """The output projection of a model whose loss can be computed in chunks.
 
     Raises:
-        InputError: if the model does more between its last hidden state and its logits than project and soft-cap.
+        InputError: if the model does more between its last hidden state and its loss than project, soft-cap and
+            compare each position with the next token.
     """
     head = model.get_output_embeddings()
     name = type(model).__name__
-    if head is None or model.base_model is model or not name.endswith(("ForCausalLM", "LMHeadModel")):
-        raise InputError(f"The chunked loss needs a causal language model; {name} is none.", advice="Use --loss full.")
+    if not name.endswith(("ForCausalLM", "LMHeadModel")):
+        raise _cannot_chunk(f"needs a causal language model; {name} is none")
+    if head is None or {*model.children()} != {model.base_model, head}:
+        raise _cannot_chunk(f"knows one projection after the last layer; {name} has other modules there")
+    if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:
+        raise _cannot_chunk(f"compares each position with the next token; {name} has a loss of its own")
     config = model.config.get_text_config()
-    for attribute in _LOGIT_SCALES:
-        if getattr(config, attribute, None) not in (None, 1, 1.0):
-            raise InputError(
-                f"The chunked loss does not scale logits, but {name} sets {attribute}={getattr(config, attribute)}.",
-                advice="Use --loss full.",
-            )
+    for attribute, neutral in _UNSUPPORTED.items():
+        if getattr(config, attribute, None) not in neutral:
+            raise _cannot_chunk(f"leaves out {attribute}, but {name} sets it to {getattr(config, attribute)}")
     return cast(nn.Module, head)
+
+
+def _cannot_chunk(reason: str) -> InputError:
+    return InputError(f"The chunked loss {reason}.", advice="Use --loss full.")
 
 
 def chunked_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], num_items: Tensor | int | None) -> Tensor:
@@ -97,7 +112,8 @@ def chunked_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], num_items:
             Tensor,
             checkpoint(_chunk_loss, head, rows, wanted, softcap, use_reentrant=False, preserve_rng_state=False),
         )
-    return total / ((targets != IGNORE_INDEX).sum() if num_items is None else num_items)
+    divisor = cast(Tensor, targets != IGNORE_INDEX).sum() if num_items is None else num_items
+    return total / divisor
 
 
 def chunk_positions(vocabulary: int) -> int:
