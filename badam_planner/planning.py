@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from badam.errors import DoesNotFit
-from badam.partition import ParameterInfo, partition_parameters
+from badam.partition import partition_parameters
 from badam.plan import (
     Attention,
     BlockPlan,
@@ -24,17 +24,18 @@ from badam.plan import (
     Prediction,
     Provenance,
     Schedule,
-    Strategy,
     SwitchMode,
     Target,
     Training,
 )
 from badam.units import format_bytes
 from badam_planner.probe.evaluate import Evaluator, ModelTree, PlanForecast, inspect_model
-from badam_planner.result import Candidate, SearchResult
-from badam_planner.search import Setting, ladder, recommended_index, relief, strategies
+from badam_planner.result import Answer, Candidate, SearchResult
+from badam_planner.search import Cut, Relief, Setting, ladder, recommended_index, relief, strategies
 
 Progress = Callable[[str], None]
+
+BYTES_PER_WEIGHT: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,34 +66,23 @@ class Request:
     command: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What was tried, and either the plan that is recommended or why there is none."""
-
-    result: SearchResult
-    plan: Plan | None
-    refusal: DoesNotFit | None
-
-
 def make_plan(request: Request, progress: Progress = lambda _text: None) -> Answer:
     """Try every partition that the request leaves open and plan the one to recommend.
 
     The refusal, if nothing fits, says by how much, what is largest, and which options would fit.
     """
     progress(f"building the module tree of {request.spec.id}")
-    tree = inspect_model(request.spec, request.attention)
-    evaluator = Evaluator(tree, exact=request.exact)
-    tried: list[tuple[Plan, PlanForecast]] = []
-    for strategy in strategies(request.method, request.partition):
-        tried.append(_first_that_fits(request, strategy, tree, evaluator, progress))
-    if request.compare_methods and request.method != "adam":
-        everything = replace(request, method="adam")
-        tried.append(_first_that_fits(everything, "full", tree, evaluator, progress))
+    evaluator = Evaluator(inspect_model(request.spec, request.attention), exact=request.exact)
+    asked_for = strategies(request.method, request.partition)
+    tried = [_first_that_fits(request, strategy, evaluator, progress) for strategy in asked_for]
     fits = [_headroom(request, forecast) >= 0 for _, forecast in tried]
-    best = recommended_index(fits[: len(strategies(request.method, request.partition))])
+    best = recommended_index(fits)
+    compared = []
+    if request.compare_methods and request.method != "adam":
+        compared = [_first_that_fits(replace(request, method="adam"), "full", evaluator, progress)]
     candidates = tuple(
         _candidate(request, plan, forecast, recommended=index == best and fits[best])
-        for index, (plan, forecast) in enumerate(tried)
+        for index, (plan, forecast) in enumerate([*tried, *compared])
     )
     result = SearchResult(
         model_id=request.spec.id,
@@ -103,13 +93,13 @@ def make_plan(request: Request, progress: Progress = lambda _text: None) -> Answ
         candidates=candidates,
     )
     if not fits[best]:
-        return Answer(result, None, _refusal(request, tried, tree, evaluator, progress))
+        return Answer(result, None, _refusal(request, tried, evaluator, progress))
     plan, forecast = tried[best]
     progress("forecasting every block of the recommended partition")
     return Answer(result, _with_prediction(plan, evaluator.every_block(plan, forecast)), None)
 
 
-def staged_plan(request: Request, strategy: Strategy, setting: Setting, tree: ModelTree) -> Plan:
+def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTree) -> Plan:
     """The plan of one candidate, without its prediction."""
     if strategy == "full":
         prefixes = tuple(dict.fromkeys(info.name.split(".", 1)[0] for info in tree.parameters))
@@ -165,18 +155,23 @@ def formula_bytes(parameters: int, blocks: int) -> int:
 
 
 def _first_that_fits(
-    request: Request, strategy: Strategy, tree: ModelTree, evaluator: Evaluator, progress: Progress
+    request: Request, strategy: Cut, evaluator: Evaluator, progress: Progress
 ) -> tuple[Plan, PlanForecast]:
     """The fastest setting of a partition that fits, or the leanest one, which is the ladder's last."""
-    settings = ladder(request.checkpointing, request.loss, tree.can_chunk)
-    for rung, setting in enumerate(settings, start=1):
-        progress(f"rehearsing {strategy} blocks, checkpointing {setting.checkpointing}, {setting.loss} loss")
-        plan = staged_plan(request, strategy, setting, tree)
-        limit = None if rung == len(settings) else request.target.usable_bytes
-        forecast = evaluator.worst_block(plan, give_up_above=limit)
-        if forecast is not None and (_headroom(request, forecast) >= 0 or rung == len(settings)):
+    *faster, leanest = ladder(request.checkpointing, request.loss, evaluator.tree.can_chunk)
+    for setting in faster:
+        progress(f"rehearsing {strategy} blocks, {_in_words(setting)}")
+        plan = staged_plan(request, strategy, setting, evaluator.tree)
+        forecast = evaluator.worst_block(plan, give_up_above=request.target.usable_bytes)
+        if forecast is not None:
             return plan, forecast
-    raise AssertionError("the last rung of a ladder is always forecast")
+    progress(f"rehearsing {strategy} blocks, {_in_words(leanest)}")
+    plan = staged_plan(request, strategy, leanest, evaluator.tree)
+    return plan, evaluator.worst_block(plan)
+
+
+def _in_words(setting: Setting) -> str:
+    return f"checkpointing {setting.checkpointing}, {setting.loss} loss"
 
 
 def _headroom(request: Request, forecast: PlanForecast) -> int:
@@ -219,9 +214,7 @@ def _with_prediction(plan: Plan, forecast: PlanForecast) -> Plan:
                 "backward_relative": relative,
             }
         )
-        for block, own, relative in zip(
-            plan.partition.blocks, forecast.blocks, forecast.backward_relative, strict=True
-        )
+        for block, own, relative in zip(plan.partition.blocks, forecast.blocks, forecast.backward_relative, strict=True)
     )
     prediction = Prediction(
         peak_allocated_bytes=worst.peak_allocated_bytes,
@@ -239,37 +232,57 @@ def _with_prediction(plan: Plan, forecast: PlanForecast) -> Plan:
 
 
 def _refusal(
-    request: Request,
-    tried: list[tuple[Plan, PlanForecast]],
-    tree: ModelTree,
-    evaluator: Evaluator,
-    progress: Progress,
+    request: Request, tried: list[tuple[Plan, PlanForecast]], evaluator: Evaluator, progress: Progress
 ) -> DoesNotFit:
-    """Why nothing fits, and the first change that would make it fit."""
+    """Why nothing fits, and the mildest change that would make it fit."""
     plan, forecast = min(tried, key=lambda pair: pair[1].worst.peak_device_bytes)
-    worst = forecast.worst
+    worst, training = forecast.worst, plan.training
     category, size = max(worst.by_category.items(), key=lambda item: item[1])
     message = (
         f"{request.spec.id} needs {format_bytes(worst.peak_device_bytes)} at its leanest "
-        f"({plan.partition.strategy} blocks, checkpointing {plan.training.checkpointing}, {plan.training.loss} loss, "
+        f"({plan.partition.strategy} blocks, {_in_words(Setting(training.checkpointing, training.loss))}, "
         f"batch {request.batch_size} of {request.seq_len} tokens), {request.target.gpu} offers "
         f"{format_bytes(request.target.usable_bytes)}: {format_bytes(-_headroom(request, forecast))} too much. "
         f"The largest part is {category}, {format_bytes(size)}, at the peak in {worst.peak_phase}."
     )
-    for options, changed in relief(request.batch_size, request.seq_len):
-        progress(f"trying {options}")
-        smaller = replace(request, **changed, checkpointing="auto", loss="auto")
-        for strategy in strategies(request.method, "auto"):
-            fitting = _first_that_fits(smaller, strategy, tree, evaluator, progress)
-            if _headroom(smaller, fitting[1]) >= 0:
-                setting = fitting[0]
-                chosen = (
-                    f"{options} --partition {strategy} --checkpointing {setting.training.checkpointing} "
-                    f"--loss {setting.training.loss}"
-                )
-                return DoesNotFit(message, advice=f"This would fit: {chosen.strip()}")
+    options = _what_would_fit(request, evaluator, progress)
+    if options is None and request.method != "badam":
+        options = _what_would_fit(replace(request, method="badam"), evaluator, progress)
+        options = options and f"--method badam {options}"
+    if options is not None:
+        return DoesNotFit(message, advice=f"This would fit: {options}")
+    weights = request.spec.parameters * BYTES_PER_WEIGHT[request.dtype]
     return DoesNotFit(
         message,
         advice="No batch size, length or partition makes it fit: the weights alone take "
-        f"{format_bytes(2 * request.spec.parameters)}. Choose a larger card or a smaller model.",
+        f"{format_bytes(weights)}. Choose a larger card or a smaller model.",
     )
+
+
+def _what_would_fit(request: Request, evaluator: Evaluator, progress: Progress) -> str | None:
+    """The options of the mildest change with which the request fits, as the user would type them."""
+    sizes = list(relief(request.batch_size, request.seq_len))
+    kinds = strategies(request.method, "auto")
+
+    def resized(size: Relief) -> Request:
+        progress(f"trying batch {size.batch_size} of {size.seq_len} tokens")
+        return replace(request, batch_size=size.batch_size, seq_len=size.seq_len, checkpointing="auto", loss="auto")
+
+    if not any(_fits_at_its_leanest(resized(sizes[-1]), strategy, evaluator) for strategy in reversed(kinds)):
+        return None
+    for size in sizes:
+        for strategy in kinds:
+            smaller = resized(size)
+            if _fits_at_its_leanest(smaller, strategy, evaluator):
+                plan, _ = _first_that_fits(smaller, strategy, evaluator, progress)
+                levers = (f"--checkpointing {plan.training.checkpointing}", f"--loss {plan.training.loss}")
+                partition = () if strategy == "full" else (f"--partition {strategy}",)
+                return " ".join((*size.options, *partition, *levers))
+    return None
+
+
+def _fits_at_its_leanest(request: Request, strategy: Cut, evaluator: Evaluator) -> bool:
+    """Whether a partition fits with the ladder's last setting; found out with its first block that is too large."""
+    leanest = ladder(request.checkpointing, request.loss, evaluator.tree.can_chunk)[-1]
+    plan = staged_plan(request, strategy, leanest, evaluator.tree)
+    return evaluator.worst_block(plan, give_up_above=request.target.usable_bytes) is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from badam.errors import DoesNotFit
+from badam.plan import Plan
 from badam.vocabulary import Category, Phase
 
 
@@ -41,3 +43,12 @@ class SearchResult:
     batch_size: int
     seq_len: int
     candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was tried, and either the plan that is recommended or why there is none."""
+
+    result: SearchResult
+    plan: Plan | None
+    refusal: DoesNotFit | None

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-from badam.plan import Checkpointing, Loss, Method, Strategy
+from badam.plan import Checkpointing, Loss, Method
 
-PREFERENCE: tuple[Strategy, ...] = ("layer", "attn-mlp", "matrix")
+Cut = Literal["layer", "attn-mlp", "matrix", "full"]
+"""The ways to cut a model that are searched; ``full`` is one block of everything."""
+
+PREFERENCE: tuple[Cut, ...] = ("layer", "attn-mlp", "matrix")
 """Larger blocks first: they train more at a time; smaller ones only save memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The two memory levers that cost time or exactness of nothing but time."""
+    """The two memory levers: what they save costs time and nothing else."""
 
     checkpointing: Checkpointing
     loss: Loss
 
 
 def ladder(checkpointing: str, loss: str, can_chunk: bool) -> tuple[Setting, ...]:
-    """The settings to try, fastest first. "auto" opens a lever; a model whose loss cannot be chunked keeps the full one.
+    """The settings to try, fastest first and leanest last. "auto" opens a lever, if the model's loss can be chunked.
 
     The chunked loss costs one more projection, checkpointing one more forward of every layer: hence the order.
     """
@@ -35,7 +39,7 @@ def _as(checkpointing: str) -> Checkpointing:
     return "all" if checkpointing == "all" else "none"
 
 
-def strategies(method: Method, partition: str) -> tuple[Strategy, ...]:
+def strategies(method: Method, partition: str) -> tuple[Cut, ...]:
     """The partitions to try for a method, in order of preference."""
     if method == "adam":
         return ("full",)
@@ -47,16 +51,21 @@ def recommended_index(fits: list[bool]) -> int:
     return fits.index(True) if True in fits else 0
 
 
-def relief(batch_size: int, seq_len: int, shortest: int = 64) -> Iterator[tuple[str, dict[str, int]]]:
-    """Changes that need less memory, the mildest first: same request, smaller batches, then shorter sequences.
+@dataclass(frozen=True, slots=True)
+class Relief:
+    """A size of micro-batch to try, and the options that ask for it; none for the size of the request itself."""
 
-    Yields:
-        The options as the user would type them, and the changed fields of the request.
-    """
-    yield "", {}
+    batch_size: int
+    seq_len: int
+    options: tuple[str, ...] = ()
+
+
+def relief(batch_size: int, seq_len: int, shortest: int = 64) -> Iterator[Relief]:
+    """Sizes that need less and less memory: that of the request, smaller batches, then single shorter sequences."""
+    yield Relief(batch_size, seq_len)
     while batch_size > 1:
         batch_size //= 2
-        yield f"--batch-size {batch_size}", {"batch_size": batch_size}
+        yield Relief(batch_size, seq_len, (f"--batch-size {batch_size}",))
     while seq_len // 2 >= shortest:
         seq_len //= 2
-        yield f"--batch-size 1 --seq-len {seq_len}", {"batch_size": 1, "seq_len": seq_len}
+        yield Relief(1, seq_len, ("--batch-size 1", f"--seq-len {seq_len}"))

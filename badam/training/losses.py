@@ -112,8 +112,8 @@ def chunked_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], num_items:
             Tensor,
             checkpoint(_chunk_loss, head, rows, wanted, softcap, use_reentrant=False, preserve_rng_state=False),
         )
-    divisor = cast(Tensor, targets != IGNORE_INDEX).sum() if num_items is None else num_items
-    return total / divisor
+    mean: Tensor = total / ((targets != IGNORE_INDEX).sum() if num_items is None else num_items)
+    return mean
 
 
 def chunk_positions(vocabulary: int) -> int:

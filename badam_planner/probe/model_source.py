@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +26,9 @@ def find_config(name: str) -> tuple[str, Source, dict[str, Any]]:
         InputError: if nothing by that name can be read; lists near matches.
     """
     path = Path(name)
-    if path.is_dir():
+    if _exists(path, Path.is_dir):
         return str(path), "directory", _read_config(path / CONFIG_FILE)
-    if path.suffix == ".json" or path.is_file():
+    if path.suffix == ".json" or _exists(path, Path.is_file):
         return str(path), "config", _read_config(path)
     try:
         record = catalogue.find_model(name)
@@ -44,7 +45,15 @@ def describe_model(name: str) -> ModelSpec:
     Raises:
         InputError: as :func:`find_config`, and if transformers cannot build the model.
     """
-    model_id, source, config = find_config(name)
+    return specify(*find_config(name))
+
+
+def specify(model_id: str, source: Source, config: dict[str, Any]) -> ModelSpec:
+    """The specification of a model whose configuration was found; loads torch to count its parameters.
+
+    Raises:
+        InputError: if transformers cannot build the model.
+    """
     spec = ModelSpec(
         id=model_id,
         source=source,
@@ -74,29 +83,51 @@ def _task(config: dict[str, Any]) -> Literal["causal-lm", "sequence-classificati
     return "sequence-classification" if encoder else "causal-lm"
 
 
+def _exists(path: Path, as_what: Callable[[Path], bool]) -> bool:
+    """Whether ``path`` is there; a name that no path can have, or that may not be looked up, is none."""
+    try:
+        return as_what(path)
+    except OSError:
+        return False
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     advice = "Give a directory with a config.json, a config.json, a catalogue name or a Hub id."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror or error}.", advice=advice) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}.", advice=advice) from error
     if not isinstance(content, dict) or "model_type" not in content:
         raise InputError(f"{path} has no model_type, so it is no model configuration.", advice=advice)
     return content
 
 
+def _special_float(entry: dict[str, Any]) -> Any:
+    """transformers writes an infinite number as ``{"__float__": "Infinity"}``."""
+    return float(entry["__float__"]) if entry.keys() == {"__float__"} else entry
+
+
 def _fetch_config(hub_id: str) -> dict[str, Any]:
-    from transformers import AutoConfig
+    """The configuration of a model on the Hub, from this machine's cache if it is there.
+
+    Only the JSON file is read: code that comes with a model is not run.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     try:
-        return dict(AutoConfig.from_pretrained(hub_id).to_dict())
-    except (OSError, ValueError) as error:
+        cached = try_to_load_from_cache(hub_id, CONFIG_FILE)
+        if not isinstance(cached, str):
+            # A download tries again for half a minute where there is no network; this question is asked once.
+            get_hf_file_metadata(hf_hub_url(hub_id, CONFIG_FILE))
+            cached = hf_hub_download(hub_id, CONFIG_FILE)
+    except Exception as error:  # the classes of the library and of its HTTP client change between releases
         close = near_matches(hub_id, [record.id for record in catalogue.models()])
-        known = f"Catalogued and close: {', '.join(close)}." if close else "badam-plan --list-models shows what is known."
-        reason = str(error).splitlines()[0]
+        known = f"Catalogued and close: {', '.join(close)}. " if close else ""
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"The model {hub_id} is not in the catalogue and its configuration cannot be fetched: {reason}",
-            advice=f"{known} A local directory or config.json works without network.",
+            advice=f"{known}A local directory or config.json works without network.",
         ) from error
+    return _read_config(Path(cached))
