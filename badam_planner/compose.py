@@ -36,23 +36,28 @@ class NotPeriodic(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Equal cycles of layers (module paths), of which the first three and the last are rehearsed."""
+    """Equal cycles of layers (module paths). Of more than four, the first three and the last are rehearsed."""
 
     cycles: tuple[tuple[str, ...], ...]
 
     @property
-    def kept(self) -> tuple[tuple[str, ...], ...]:
-        """The cycles that are rehearsed."""
-        return (*self.cycles[: KEPT_CYCLES - 1], self.cycles[-1])
-
-    @property
     def left_out(self) -> tuple[str, ...]:
-        """The layers that are not."""
+        """The layers that need not be rehearsed."""
         return tuple(layer for cycle in self.cycles[KEPT_CYCLES - 1 : -1] for layer in cycle)
+
+    def stand_ins(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the four cycles of a recording that is to be composed to this run.
+
+        A run of two or three cycles has no use for some of the four; these get names that no layer has.
+        """
+        total, period = len(self.cycles), len(self.cycles[0])
+        unused = [tuple(f"unused.{cycle}.{place}" for place in range(period)) for cycle in range(KEPT_CYCLES)]
+        used = [self.cycles[n] if n < total - 1 else unused[n] for n in range(KEPT_CYCLES - 1)]
+        return (*used, self.cycles[-1])
 
 
 def find_runs(layers: Sequence[str], roles: Sequence[Hashable | None]) -> list[Run]:
-    """The runs of equal cycles worth composing, longest saving first come first served, left to right.
+    """The runs of at least two equal cycles, left to right, each as long as the layers allow.
 
     Args:
         layers: module paths in order of execution.
@@ -63,9 +68,9 @@ def find_runs(layers: Sequence[str], roles: Sequence[Hashable | None]) -> list[R
     while at < len(layers):
         period, cycles = max(
             ((period, _repeats(roles, at, period)) for period in range(1, LONGEST_PERIOD + 1)),
-            key=lambda found: (found[0] * (found[1] - KEPT_CYCLES), -found[0]),
+            key=lambda found: (found[0] * (found[1] - 1), -found[0]),
         )
-        if cycles <= KEPT_CYCLES:
+        if cycles < 2:
             at += 1
             continue
         starts = range(at, at + period * cycles, period)
@@ -93,17 +98,16 @@ def renamed(recording: Recording, names: Mapping[str, str]) -> Recording:
         return recording
     pairs = tuple(names), tuple(names.values())
 
-    def moved(allocation: Allocation) -> Allocation:
-        if allocation.operation == GIVEN:
-            return allocation
-        label = allocation.label if allocation.label is None else _rename(allocation.label, *pairs)
-        return replace(allocation, module=_rename(allocation.module, *pairs), label=label)
+    renamer = _Renamer(*pairs)
+
+    def moved(one: Allocation) -> Allocation:
+        return one if one.operation == GIVEN else _copy(one, renamer, one.born, one.died)
 
     return replace(
         recording,
         allocations=[moved(allocation) for allocation in recording.allocations],
         layer_marks=[replace(mark, layer=names.get(mark.layer, mark.layer)) for mark in recording.layer_marks],
-        flops={(phase, _rename(module, *pairs)): count for (phase, module), count in recording.flops.items()},
+        flops={(phase, renamer(module)): count for (phase, module), count in recording.flops.items()},
     )
 
 
@@ -111,7 +115,7 @@ class _Item(NamedTuple):
     """One thing in the stream: a mark, the begin of a phase, a birth or a death."""
 
     what: Literal["mark", "phase", "birth", "death"]
-    index: int = -1  # of the allocation
+    allocation: int = -1  # its index in the recording
     phase: Phase | None = None
     kind: Kind | None = None
     layer: str = ""
@@ -141,7 +145,11 @@ class _Reference(NamedTuple):
 
 
 def compose(recording: Recording, run: Run) -> Recording:
-    """The recording as it would be with every cycle of ``run`` present.
+    """The recording as it would be with every cycle of ``run`` present, and no other.
+
+    Args:
+        recording: has four cycles, under the names of ``run.stand_ins()``.
+        run: any number of cycles from two on.
 
     Raises:
         NotPeriodic: if the two middle cycles of the recording are not alike.
@@ -158,14 +166,15 @@ class _Composer:
         self.recording = recording
         self.run = run
         self.total = len(run.cycles)
-        self.cycle_of_layer = {layer: number for number, cycle in enumerate(run.kept) for layer in cycle}
+        self.kept = run.stand_ins()
+        self.cycle_of_layer = {layer: number for number, cycle in enumerate(self.kept) for layer in cycle}
         self.spans = self._cut(list(_stream(recording)))
-        self.births: list[list[int]] = [[] for _ in run.kept]  # allocation indices by cycle
+        self.births: list[list[int]] = [[] for _ in self.kept]  # allocation indices by cycle
         self.home: dict[int, tuple[int, _Ordinal]] = {}  # allocation index -> cycle and place in it
-        passages = [0] * len(run.kept)
+        passages = [0] * len(self.kept)
         for span in self.spans:
             if span.cycle is not None:
-                made = [item.index for item in span.items if item.what == "birth"]
+                made = [item.allocation for item in span.items if item.what == "birth"]
                 for place, index in enumerate(made):
                     self.home[index] = (span.cycle, (passages[span.cycle], place))
                 self.births[span.cycle] += made
@@ -196,7 +205,8 @@ class _Composer:
 
     def _portrait(self, cycle: int) -> list[object]:
         """What a cycle does, in terms that are equal for equal cycles."""
-        names = self.run.kept[cycle]
+        names = self.kept[cycle]
+        anonymous = _Renamer(names, tuple(f"#{place}" for place in range(len(names))))
         portrait: list[object] = []
         for span in self.spans:
             if span.cycle != cycle:
@@ -204,11 +214,11 @@ class _Composer:
             portrait.append(span.kind)
             for item in span.items:
                 if item.what == "birth":
-                    born = self.recording.allocations[item.index]
-                    module = _rename(born.module, names, tuple(f"#{n}" for n in range(len(names))))
+                    born = self.recording.allocations[item.allocation]
+                    module = anonymous(born.module)
                     portrait.append((born.nbytes, born.phase, module, born.operation, born.shape, born.dtype))
                 elif item.what == "death":
-                    reference = self._reference(item.index, cycle)
+                    reference = self._reference(item.allocation, cycle)
                     if reference is None or abs(reference.distance) > 1:
                         raise NotPeriodic(f"{names[0]} releases something made outside of its neighbourhood")
                     portrait.append(reference)
@@ -227,10 +237,12 @@ class _Composer:
 
     def composed(self) -> Recording:
         if self._portrait(1) != self._portrait(2):
-            raise NotPeriodic(f"{self.run.kept[1][0]} and {self.run.kept[2][0]} behave differently")
+            raise NotPeriodic(f"{self.kept[1][0]} and {self.kept[2][0]} behave differently")
         self.output = Recording(flops=self._flops())
         self.placed: dict[_Place, int] = {}  # new index by place
         for span in self.spans:
+            if self._is_unused(span.cycle):
+                continue
             if span.cycle == 2 and span.kind == "backward":
                 for number in range(self.total - 2, KEPT_CYCLES - 2, -1):
                     self._write(span, number)
@@ -240,23 +252,33 @@ class _Composer:
                     self._write(span, number)
         return self.output
 
+    def _is_unused(self, cycle: int | None) -> bool:
+        """Whether a cycle of the recording has no place in a run this short."""
+        return cycle is not None and self.total - 1 <= cycle < KEPT_CYCLES - 1
+
     def _number(self, cycle: int | None) -> int | None:
         """The cycle's number in the whole model."""
         return self.total - 1 if cycle == KEPT_CYCLES - 1 else cycle
 
     def _write(self, span: _Span, number: int | None) -> None:
         out = self.output
+        renamer = self._renamer(span.cycle, number)
         for item in span.items:
             if item.what == "birth":
-                self.placed[self._place(item.index, span, number)] = len(out.allocations)
-                born = self._renamed(self.recording.allocations[item.index], span.cycle, number)
-                out.allocations.append(replace(born, born=out.end, died=NEVER))
+                self.placed[self._place(item.allocation, span, number)] = len(out.allocations)
+                out.allocations.append(_copy(self.recording.allocations[item.allocation], renamer, out.end, NEVER))
                 out.end += 1
             elif item.what == "death":
-                self._release(self._place(item.index, span, number))
-                if span.cycle is None and self.home.get(item.index, (0, 0))[0] == 2:
+                if (
+                    span.cycle is None
+                    and item.allocation in self.home
+                    and self._is_unused(self.home[item.allocation][0])
+                ):
+                    continue
+                self._release(self._place(item.allocation, span, number))
+                if span.cycle is None and self.home.get(item.allocation, (0, 0))[0] == 2:
                     for other in range(KEPT_CYCLES - 1, self.total - 1):
-                        self._release((other, self.home[item.index][1]))
+                        self._release((other, self.home[item.allocation][1]))
             elif item.what == "phase":
                 assert item.phase is not None
                 out.phase_starts.append((out.end, item.phase))
@@ -284,23 +306,29 @@ class _Composer:
 
     def _layer(self, layer: str, cycle: int, number: int | None) -> str:
         assert number is not None
-        return self.run.cycles[number][self.run.kept[cycle].index(layer)]
+        return self.run.cycles[number][self.kept[cycle].index(layer)]
 
-    def _renamed(self, allocation: Allocation, cycle: int | None, number: int | None) -> Allocation:
-        if cycle is None or number is None or self.run.kept[cycle] == self.run.cycles[number]:
-            return allocation
-        names = self.run.kept[cycle], self.run.cycles[number]
-        label = allocation.label if allocation.label is None else _rename(allocation.label, *names)
-        return replace(allocation, module=_rename(allocation.module, *names), label=label)
+    def _renamer(self, cycle: int | None, number: int | None) -> _Renamer:
+        if cycle is None or number is None:
+            return _Renamer((), ())
+        return _Renamer(self.kept[cycle], self.run.cycles[number])
 
     def _flops(self) -> dict[tuple[Phase, str], int]:
-        flops = dict(self.recording.flops)
-        model = self.run.kept[2]
+        """Operations by phase and module: those of the second middle cycle also for the cycles that it stands for."""
+        flops: dict[tuple[Phase, str], int] = {}
         for (phase, module), count in self.recording.flops.items():
-            if any(module == layer or module.startswith(f"{layer}.") for layer in model):
-                for cycle in self.run.cycles[KEPT_CYCLES - 1 : -1]:
-                    flops[phase, _rename(module, model, cycle)] = count
+            cycle = self._cycle_of(module)
+            if not self._is_unused(cycle):
+                flops[phase, module] = count
+            if cycle == KEPT_CYCLES - 2:
+                for names in self.run.cycles[KEPT_CYCLES - 1 : -1]:
+                    flops[phase, _Renamer(self.kept[cycle], names)(module)] = count
         return flops
+
+    def _cycle_of(self, module: str) -> int | None:
+        while module and module not in self.cycle_of_layer:
+            module = module.rpartition(".")[0]
+        return self.cycle_of_layer.get(module)
 
 
 def _stream(recording: Recording) -> Iterator[_Item]:
@@ -315,10 +343,33 @@ def _stream(recording: Recording) -> Iterator[_Item]:
     return (item for _, item in timed)
 
 
-def _rename(text: str, old: Sequence[str], new: Sequence[str]) -> str:
-    """``text`` with the first of the module paths in ``old`` that it contains replaced by its counterpart."""
-    for before, after in zip(old, new, strict=True):
-        start, found, rest = text.rpartition(before) if text.endswith(before) else text.partition(f"{before}.")
-        if found and (not start or start.endswith(" ")):
-            return f"{start}{after}{'.' if found.endswith('.') else ''}{rest}"
-    return text
+class _Renamer:
+    """Replaces the module path in a text by its counterpart; remembers, since few texts come often."""
+
+    def __init__(self, old: Sequence[str], new: Sequence[str]) -> None:
+        self._pairs = [pair for pair in zip(old, new, strict=True) if pair[0] != pair[1]]
+        self._known: dict[str, str] = {}
+
+    def __call__(self, text: str) -> str:
+        if not self._pairs:
+            return text
+        known = self._known.get(text)
+        if known is None:
+            known = self._known[text] = self._replaced(text)
+        return known
+
+    def _replaced(self, text: str) -> str:
+        """The text with the first of the old paths that it contains, whole or as the begin of a path, replaced."""
+        for before, after in self._pairs:
+            start, found, rest = text.rpartition(before) if text.endswith(before) else text.partition(f"{before}.")
+            if found and (not start or start.endswith(" ")):
+                return f"{start}{after}{'.' if found.endswith('.') else ''}{rest}"
+        return text
+
+
+def _copy(one: Allocation, renamer: _Renamer, born: int, died: int) -> Allocation:
+    """The same allocation in another layer at another time. (dataclasses.replace would take half of the time here.)"""
+    label = None if one.label is None else renamer(one.label)
+    return Allocation(
+        one.nbytes, born, died, one.phase, renamer(one.module), one.operation, one.shape, one.dtype, one.category, label
+    )

@@ -30,6 +30,7 @@ from badam.plan import (
 )
 from badam.units import format_bytes
 from badam_planner.probe.evaluate import Evaluator, ModelTree, PlanForecast, inspect_model
+from badam_planner.probe.model_source import explaining
 from badam_planner.result import Answer, Candidate, SearchResult
 from badam_planner.search import Cut, Relief, Setting, ladder, recommended_index, relief, strategies
 
@@ -70,7 +71,15 @@ def make_plan(request: Request, progress: Progress = lambda _text: None) -> Answ
     """Try every partition that the request leaves open and plan the one to recommend.
 
     The refusal, if nothing fits, says by how much, what is largest, and which options would fit.
+
+    Raises:
+        InputError: if the model cannot be cut or rehearsed as the request asks.
     """
+    with explaining(request.spec.id):
+        return _made(request, progress)
+
+
+def _made(request: Request, progress: Progress) -> Answer:
     progress(f"building the module tree of {request.spec.id}")
     evaluator = Evaluator(inspect_model(request.spec, request.attention), exact=request.exact)
     asked_for = strategies(request.method, request.partition)

@@ -99,9 +99,7 @@ class Timeline:
         """What is alive just after ``tick``, with its category and bytes, largest first."""
         alive = [
             (allocation, category, size)
-            for allocation, category, size in zip(
-                self.recording.allocations, self.categories, self.sizes, strict=True
-            )
+            for allocation, category, size in zip(self.recording.allocations, self.categories, self.sizes, strict=True)
             if allocation.born <= tick and (allocation.died == NEVER or allocation.died > tick)
         ]
         return sorted(alive, key=lambda item: -item[2])

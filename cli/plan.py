@@ -6,8 +6,10 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,7 +17,7 @@ from badam_cli._app import reporting_errors, say
 
 if TYPE_CHECKING:
     from badam.plan import Target
-    from badam_planner.planning import Answer
+    from badam_planner.result import Answer
 
 Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
 PLANNED_METHODS = ("badam", "adam")
@@ -70,43 +72,57 @@ def plan(
     """
     with reporting_errors():
         _refuse_unplanned(method, engine, num_gpus)
-        steps = _visit_length(switch_every)
+        options = {
+            "method": method,
+            "compare_methods": compare_methods,
+            "partition": partition,
+            "include_embedding": include_embedding,
+            "include_lm_head": include_lm_head,
+            "batch_size": batch_size,
+            "seq_len": seq_len,
+            "grad_accum": grad_accum,
+            "dtype": dtype,
+            "checkpointing": checkpointing,
+            "loss": loss,
+            "attention": attention,
+            "switch_every": _visit_length(switch_every),
+            "switch_mode": switch_mode,
+            "samples": samples,
+            "epochs": epochs,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "exact": exact,
+        }
         with _progress() as progress:
             progress(f"reading {model}")
-            from badam.training.assemble import choose_attention
-            from badam.units import parse_bytes
-            from badam_planner.planning import Request, make_plan
-            from badam_planner.probe.model_source import describe_model
-            from badam_planner.probe.target import find_target
-
-            spec = describe_model(model)
-            target = _calibrated(find_target(gpu, None if gpu_memory is None else parse_bytes(gpu_memory)))
-            request = Request(
-                spec=spec,
-                target=target,
-                method=method,
-                compare_methods=compare_methods,
-                partition=partition,
-                include_embedding=include_embedding,
-                include_lm_head=include_lm_head,
-                batch_size=batch_size,
-                seq_len=seq_len,
-                grad_accum=grad_accum,
-                dtype=dtype,
-                checkpointing=checkpointing,
-                loss=loss,
-                attention=choose_attention(spec) if attention == "auto" else attention,
-                switch_every=steps,
-                switch_mode=switch_mode,
-                samples=samples,
-                epochs=epochs,
-                learning_rate=learning_rate,
-                seed=seed,
-                exact=exact,
-                command=shlex.join(["badam-plan", *sys.argv[1:]]),
-            )
-            answer = make_plan(request, progress)
+            target = _target(gpu, gpu_memory)
+            answer = _answer(model, target, options, progress)
         _present(answer, output, html, as_json=as_json)
+
+
+def _answer(model: str, target: Target, options: dict[str, Any], progress: Callable[[str], None]) -> Answer:
+    """The answer given before to the same question, or a new one; only a new one loads torch."""
+    from badam_planner.probe.answers import answer_key, load_answer, save_answer
+    from badam_planner.probe.model_source import find_config, specify
+
+    source = find_config(model)
+    key = answer_key({"model": source, "target": target.model_dump(mode="json"), **options})
+    command = shlex.join(["badam-plan", *sys.argv[1:]])
+    answer = load_answer(key)
+    if answer is None:
+        from badam.training.assemble import choose_attention
+        from badam_planner.planning import Request, make_plan
+
+        spec = specify(*source)
+        if options["attention"] == "auto":
+            options = {**options, "attention": choose_attention(spec)}
+        answer = make_plan(Request(spec=spec, target=target, command=command, **options), progress)
+        save_answer(key, answer)
+    elif answer.plan is not None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        provenance = answer.plan.provenance.model_copy(update={"command": command, "date": now})
+        answer = replace(answer, plan=answer.plan.model_copy(update={"provenance": provenance}))
+    return answer
 
 
 def _refuse_unplanned(method: str, engine: str, num_gpus: int) -> None:
@@ -123,11 +139,14 @@ def _refuse_unplanned(method: str, engine: str, num_gpus: int) -> None:
         )
 
 
-def _calibrated(target: Target) -> Target:
+def _target(gpu: str, gpu_memory: str | None) -> Target:
     """The target with what runs measured on it have taught, if there were any."""
+    from badam.units import parse_bytes
     from badam_planner.calibration import calibrated
     from badam_planner.probe.calibration_store import load_calibration
+    from badam_planner.probe.target import find_target
 
+    target = find_target(gpu, None if gpu_memory is None else parse_bytes(gpu_memory))
     calibration = load_calibration(target.gpu)
     if calibration is None:
         return target

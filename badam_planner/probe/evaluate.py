@@ -17,7 +17,7 @@ from badam.naming import belongs
 from badam.partition import ParameterInfo, layer_stacks
 from badam.plan import Attention, BlockPlan, ModelSpec, Plan, Training
 from badam.vocabulary import Phase
-from badam_planner.compose import NotPeriodic, compose, find_runs, renamed
+from badam_planner.compose import KEPT_CYCLES, NotPeriodic, Run, compose, find_runs, renamed
 from badam_planner.events import Recording
 from badam_planner.forecast import Forecast, forecast
 
@@ -112,7 +112,7 @@ class Evaluator:
     def __init__(self, tree: ModelTree, *, exact: bool = False) -> None:
         self.tree = tree
         self.exact = exact
-        self._rehearsed: dict[Hashable, tuple[Recording, tuple[str, ...]]] = {}
+        self._rehearsed: dict[Hashable, tuple[Recording, list[str]]] = {}
 
     @overload
     def worst_block(self, plan: Plan) -> PlanForecast: ...
@@ -141,38 +141,55 @@ class Evaluator:
 
     def every_block(self, plan: Plan, known: PlanForecast) -> PlanForecast:
         """Forecast all blocks of a plan whose worst block is ``known``."""
-        blocks = tuple(
-            known.worst
-            if index == known.worst_block
-            else forecast(self.recording(plan, index), plan.target, head_module=self.tree.head_module)
-            for index in range(len(plan.partition.blocks))
-        )
-        return replace(known, blocks=blocks)
+        forecasts = {known.worst_block: known.worst}
+        indices = range(len(plan.partition.blocks))
+        middle = len(indices) / 2
+        for index in sorted(indices, key=lambda index: abs(index - middle)):  # those in the middle answer for others
+            if index not in forecasts:
+                recording = self.recording(plan, index)
+                forecasts[index] = forecast(recording, plan.target, head_module=self.tree.head_module, largest=0)
+        return replace(known, blocks=tuple(forecasts[index] for index in indices))
 
     def recording(self, plan: Plan, index: int) -> Recording:
         """The rehearsal of one block at full depth, composed where that is possible and not forbidden."""
         from badam_planner.probe.rehearse import rehearse
 
         layers = self.tree.layers
-        roles = self._roles(plan.partition.blocks[index])
-        runs = [] if self.exact else find_runs(layers, [None if role.active else role for role in roles])
-        if not runs:
+        if self.exact:
             return rehearse(plan, index, layers=layers)
-        left_out = frozenset(layer for run in runs for layer in run.left_out)
-        kept = tuple(layer for layer in layers if layer not in left_out)
-        kept_roles = tuple(role for layer, role in zip(layers, roles, strict=True) if layer not in left_out)
-        elsewhere = tuple(path for path in plan.partition.blocks[index].prefixes if not self._layer_of(path))
-        key = (kept_roles, elsewhere, plan.training.model_dump_json(), plan.method)
+        roles = self._roles(plan.partition.blocks[index])
+        runs = find_runs(layers, [None if role.active else role for role in roles])
+        key = self._question(plan, index, roles, runs)
+        complete = all(len(run.cycles) >= KEPT_CYCLES for run in runs)
+        if key not in self._rehearsed and not complete:
+            runs = [run for run in runs if len(run.cycles) > KEPT_CYCLES]  # the short ones are rehearsed as they are
+            key = self._question(plan, index, roles, runs)
+        names = _names(layers, runs)
         if key not in self._rehearsed:
-            self._rehearsed[key] = rehearse(plan, index, layers=layers, without=left_out), kept
-        recording, names = self._rehearsed[key]
+            left_out = frozenset(layer for run in runs for layer in run.left_out)
+            self._rehearsed[key] = rehearse(plan, index, layers=layers, without=left_out), names
+        recording, recorded_names = self._rehearsed[key]
         try:
-            recording = renamed(recording, dict(zip(names, kept, strict=True)))
+            recording = renamed(recording, dict(zip(recorded_names, names, strict=True)))
             for run in runs:
                 recording = compose(recording, run)
         except NotPeriodic:
             return rehearse(plan, index, layers=layers)
         return recording
+
+    def _question(self, plan: Plan, index: int, roles: Sequence[Role], runs: Sequence[Run]) -> Hashable:
+        """Equal for blocks that one rehearsal answers for: the same roles, runs of any length, the same training."""
+        role_of = dict(zip(self.tree.layers, roles, strict=True))
+        first = {run.cycles[0][0]: run for run in runs}
+        inside = {layer for run in runs for cycle in run.cycles for layer in cycle}
+        shape: list[Hashable] = []
+        for layer in self.tree.layers:
+            if layer in first:
+                shape.append(("run", tuple(role_of[each] for each in first[layer].cycles[0])))
+            elif layer not in inside:
+                shape.append(role_of[layer])
+        elsewhere = tuple(path for path in plan.partition.blocks[index].prefixes if not self._layer_of(path))
+        return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method
 
     def _roles(self, block: BlockPlan) -> list[Role]:
         """What each layer is and does while ``block`` is active."""
@@ -204,6 +221,19 @@ class Evaluator:
 
     def _layer_of(self, path: str) -> str:
         return self.tree.layer_of(path)
+
+
+def _names(layers: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The layers of a rehearsal in order, runs as the four cycles that they are composed from."""
+    first = {run.cycles[0][0]: run for run in runs}
+    inside = {layer for run in runs for cycle in run.cycles for layer in cycle}
+    names: list[str] = []
+    for layer in layers:
+        if layer in first:
+            names += [each for cycle in first[layer].stand_ins() for each in cycle]
+        elif layer not in inside:
+            names.append(layer)
+    return names
 
 
 def backward_relative(

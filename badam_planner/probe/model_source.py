@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from badam.errors import InputError, near_matches
+from badam.errors import BadamError, InputError, near_matches
 from badam.plan import ModelSpec, config_digest
 from badam_planner.probe import catalogue
 
@@ -62,7 +63,27 @@ def specify(model_id: str, source: Source, config: dict[str, Any]) -> ModelSpec:
         task=_task(config),
         parameters=1,
     )
-    return spec.model_copy(update={"parameters": count_parameters(spec)})
+    with explaining(model_id):
+        return spec.model_copy(update={"parameters": count_parameters(spec)})
+
+
+@contextmanager
+def explaining(model_id: str) -> Iterator[None]:
+    """Turn what a model's own code raises into a sentence: its configuration, or the size asked for, is at fault.
+
+    Raises:
+        InputError: in place of any exception that is not already one of ours.
+    """
+    try:
+        yield
+    except BadamError:
+        raise
+    except Exception as error:  # a model may refuse its facts with any error there is
+        reason = next(iter(str(error).splitlines()), "")
+        raise InputError(
+            f"The code of {model_id} fails with this configuration and this request: {type(error).__name__}: {reason}",
+            advice="BADAM_TRACEBACK=1 in the environment shows where.",
+        ) from error
 
 
 def count_parameters(spec: ModelSpec) -> int:
@@ -79,7 +100,8 @@ def count_parameters(spec: ModelSpec) -> int:
 def _task(config: dict[str, Any]) -> Literal["causal-lm", "sequence-classification"]:
     """Encoders are fine-tuned for classification, everything that generates is a language model."""
     architectures = config.get("architectures") or []
-    encoder = any(name.endswith(("ForMaskedLM", "ForPreTraining", "SequenceClassification")) for name in architectures)
+    encoders = ("ForMaskedLM", "ForPreTraining", "SequenceClassification")
+    encoder = any(str(name).endswith(encoders) for name in architectures)
     return "sequence-classification" if encoder else "causal-lm"
 
 

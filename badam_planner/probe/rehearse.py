@@ -56,9 +56,7 @@ def fake_world() -> Iterator[None]:
         stack.enter_context(FakeTensorMode())
         stack.enter_context(no_init_weights())
         stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", _no_packed_sequences))
-        stack.enter_context(
-            patch.object(torch, "get_rng_state", lambda: torch.empty(state_bytes, dtype=torch.uint8))
-        )
+        stack.enter_context(patch.object(torch, "get_rng_state", lambda: torch.empty(state_bytes, dtype=torch.uint8)))
         stack.enter_context(patch.object(torch, "set_rng_state", lambda _state: None))
         yield
 
@@ -96,9 +94,7 @@ def rehearse(plan: Plan, block: int, *, layers: Sequence[str] = (), without: Col
     """
     chosen = plan.partition.blocks[block]
     there = tuple(layer for layer in chosen.checkpointed_layers if layer not in without)
-    alone = plan.partition.model_copy(
-        update={"blocks": (chosen.model_copy(update={"checkpointed_layers": there}),)}
-    )
+    alone = plan.partition.model_copy(update={"blocks": (chosen.model_copy(update={"checkpointed_layers": there}),)})
     visit = Schedule(switch_mode="ascending", switch_every=VISIT_STEPS)
     staged = plan.model_copy(update={"schedule": visit, "partition": alone})
     phases.enter(Phase.SETUP)
@@ -145,7 +141,7 @@ def _training_step(plan: Plan, model: PreTrainedModel, optimizer: BlockOptimizer
         tracker.label(batch.items(), Category.ACTIVATION, "batch")
         loss = forward_loss(model, batch, plan.training.loss, num_items=torch.zeros((), dtype=torch.int64))
         del batch
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()
         del loss
         label_gradients(model, tracker)
     phases.enter(Phase.STEP)

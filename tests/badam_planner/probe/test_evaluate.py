@@ -89,8 +89,8 @@ def test_three_hundred_composed_recordings_equal_those_at_full_depth(case: dict[
     compare(case)
 
 
-def test_deep_models_are_composed_and_not_rehearsed_at_full_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, tree = plan_of(LLAMA, 16)
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of layers left out of each rehearsal that is made from now on."""
     asked: list[int] = []
     original = rehearse.rehearse
 
@@ -99,11 +99,27 @@ def test_deep_models_are_composed_and_not_rehearsed_at_full_depth(monkeypatch: p
         return original(*args, **kwargs)
 
     monkeypatch.setattr(rehearse, "rehearse", counting)
+    return asked
+
+
+def test_five_short_rehearsals_answer_for_every_block_of_a_deep_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tree = plan_of(LLAMA, 16, checkpointing=True)
+    asked = counted(monkeypatch)
     evaluator = Evaluator(tree)
-    for block in range(16):
-        evaluator.recording(plan, block)
-    assert len(asked) <= 9
+    evaluator.every_block(plan, evaluator.worst_block(plan))
+    assert len(asked) == 5
     assert min(asked) >= 16 - 2 * composing.KEPT_CYCLES - 1
+
+
+def test_a_rehearsal_with_four_layers_on_both_sides_also_answers_for_two_and_three() -> None:
+    plan, tree = plan_of(LLAMA, 10)
+    evaluator, exact = Evaluator(tree), Evaluator(tree, exact=True)
+    evaluator.recording(plan, 5)
+    for block in (2, 3, 6, 7):
+        composed, full = evaluator.recording(plan, block), exact.recording(plan, block)
+        assert everything_in(composed) == everything_in(full)
+        assert composed.flops == full.flops
+    assert len(evaluator._rehearsed) == 1
 
 
 def test_layers_that_differ_are_rehearsed_at_full_depth() -> None:
