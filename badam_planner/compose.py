@@ -370,6 +370,7 @@ class _Renamer:
 def _copy(one: Allocation, renamer: _Renamer, born: int, died: int) -> Allocation:
     """The same allocation in another layer at another time. (dataclasses.replace would take half of the time here.)"""
     label = None if one.label is None else renamer(one.label)
+    where = renamer(one.module)
     return Allocation(
-        one.nbytes, born, died, one.phase, renamer(one.module), one.operation, one.shape, one.dtype, one.category, label
+        one.nbytes, born, died, one.phase, where, one.operation, one.shape, one.dtype, one.category, label, one.card_only
     )

@@ -29,6 +29,7 @@ class Allocation:
     dtype: str
     category: Category | None = None  # None until something is known about it
     label: str | None = None  # a name that a person understands, where there is one
+    card_only: bool = False  # scratch of a card's kernel; a CPU takes none of it
 
     def describe(self) -> str:
         """A name for reports: the label, or where and by which operator it was made, with its shape."""

@@ -38,7 +38,7 @@ def forecast(recording: Recording, target: Target, *, head_module: str, largest:
     if target.gpu == "cpu":
         timeline = Timeline(recording, head_module)
         return _summary(timeline, target, None, largest)
-    timeline = Timeline(recording, head_module, granularity=ROUNDING)
+    timeline = Timeline(recording, head_module, granularity=ROUNDING, on_card=True)
     allocator = replay(timeline, target.workspace_bytes)
     return _summary(timeline, target, allocator, largest)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from math import inf
 
-from badam.errors import DoesNotFit
+from badam.errors import DoesNotFit, InputError
 from badam.partition import partition_parameters
 from badam.plan import (
     Attention,
@@ -65,6 +66,12 @@ class Request:
     seed: int = 0
     exact: bool = False
     command: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < inf:
+            raise InputError(
+                f"{self.learning_rate} is no learning rate.", advice="Give a positive number: --learning-rate 1e-5."
+            )
 
 
 def make_plan(request: Request, progress: Progress = lambda _text: None) -> Answer:

@@ -31,10 +31,22 @@ class Timeline:
     projection and the loss make is logits and loss, in both directions.
     """
 
-    def __init__(self, recording: Recording, head_module: str = "", *, granularity: int = 1) -> None:
-        """Read ``recording``; sizes are rounded up to multiples of ``granularity`` bytes, as an allocator does."""
+    def __init__(
+        self, recording: Recording, head_module: str = "", *, granularity: int = 1, on_card: bool = False
+    ) -> None:
+        """Read a recording.
+
+        Args:
+            recording: what happened.
+            head_module: path of the output projection.
+            granularity: sizes are rounded up to multiples of so many bytes, as an allocator does.
+            on_card: count the scratch of the card's kernels too.
+        """
         self.recording = recording
-        self.sizes = [-(-allocation.nbytes // granularity) * granularity for allocation in recording.allocations]
+        self.sizes = [
+            0 if allocation.card_only and not on_card else -(-allocation.nbytes // granularity) * granularity
+            for allocation in recording.allocations
+        ]
         self._starts = [tick for tick, _ in recording.phase_starts]
         self._phases = [phase for _, phase in recording.phase_starts]
         self._backward_starts = [tick for tick, phase in recording.phase_starts if phase is Phase.BACKWARD]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from badam.errors import BadamError, InputError, near_matches
+from badam.errors import BadamError, InputError, in_one_line, near_matches
 from badam.plan import ModelSpec, config_digest
 from badam_planner.probe import catalogue
 
@@ -79,9 +79,8 @@ def explaining(model_id: str) -> Iterator[None]:
     except BadamError:
         raise
     except Exception as error:  # a model may refuse its facts with any error there is
-        reason = next(iter(str(error).splitlines()), "")
         raise InputError(
-            f"The code of {model_id} fails with this configuration and this request: {type(error).__name__}: {reason}",
+            f"The code of {model_id} fails with this configuration and this request: {in_one_line(error)}",
             advice="BADAM_TRACEBACK=1 in the environment shows where.",
         ) from error
 
@@ -147,9 +146,8 @@ def _fetch_config(hub_id: str) -> dict[str, Any]:
     except Exception as error:  # the classes of the library and of its HTTP client change between releases
         close = near_matches(hub_id, [record.id for record in catalogue.models()])
         known = f"Catalogued and close: {', '.join(close)}. " if close else ""
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"The model {hub_id} is not in the catalogue and its configuration cannot be fetched: {reason}",
+            f"The model {hub_id} is not in the catalogue and its configuration cannot be fetched: {in_one_line(error)}",
             advice=f"{known}A local directory or config.json works without network.",
         ) from error
     return _read_config(Path(cached))

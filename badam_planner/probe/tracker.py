@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from badam import phases
 from badam.vocabulary import Category, Phase
 from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, Recording
+from badam_planner.scratch import FLASH_BACKWARD, flash_backward_bytes
 from badam_planner.timeline import LOSS_MODULE
 
 
@@ -54,11 +55,25 @@ class StorageTracker(TorchDispatchMode):
         for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._see(leaf, name)
+        if name == FLASH_BACKWARD:
+            _, query, key = args[:3]
+            self._pass_through(flash_backward_bytes(query.shape, key.shape, query.element_size()), name)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             key = (self._phase, self.module)
             self.recording.flops[key] = self.recording.flops.get(key, 0) + formula(*args, **kwargs, out_val=output)
         return output
+
+    def _pass_through(self, sizes: Iterable[int], operation: str) -> None:
+        """Record scratch of a card's kernel: born together, dead before the operator returns."""
+        scratch = [
+            Allocation(nbytes, self._tick(), NEVER, self._phase, self.module, operation, (nbytes,), "uint8")
+            for nbytes in sizes
+        ]
+        for allocation in scratch:
+            allocation.card_only, allocation.label = True, f"scratch of flash attention in {self.module}"
+            allocation.died = self._tick()
+        self.recording.allocations += scratch
 
     def _see(self, tensor: Tensor, operation: str) -> int:
         storage = tensor.untyped_storage()

@@ -32,6 +32,7 @@ def nothing_left_over() -> Iterator[None]:
 
 def measured_peak(plan: Plan, block: int) -> tuple[int, dict[Category, int]]:
     """Highest allocated bytes of one visit to ``block`` on real tensors, and the categories there."""
+    gc.collect()
     torch.manual_seed(0)
     memory = CpuMemory()
     memory.start()
@@ -59,7 +60,7 @@ def measured_peak(plan: Plan, block: int) -> tuple[int, dict[Category, int]]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             phases.enter(Phase.SETUP)
-            steps.append(memory.end_step())
+            steps.append(memory.end_step(pause=False))
     memory.stop()
     highest = max(steps, key=lambda step: step.peak_bytes)
     return highest.peak_bytes, highest.by_category

@@ -1,0 +1,41 @@
+"""Memory that a card's kernel takes for itself while it runs, which never becomes a tensor that anyone sees. Pure.
+
+Only what is large is listed: scratch that grows with batch and length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+FLASH_BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
+"""The fake CPU operator that stands for the card's flash attention in backward."""
+
+_SEQUENCE_ROUNDING = 128
+_FP32 = 4
+
+
+def flash_backward_bytes(query: Sequence[int], key: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Scratch of flash attention's backward, allocation by allocation.
+
+    Formula: fp32 accumulator of the query's gradient and fp32 row sums, lengths rounded up to 128 and head sizes to 32
+    (above 128: 64); where several query heads share a key head, the gradients of key and value for every query head.
+    Units: bytes. Source: ``mha_bwd`` in PyTorch's ``flash_attn/flash_api.cpp``.
+    Not counted: the deterministic variant, which keeps several accumulators.
+
+    Args:
+        query: shape [batch, heads, length, head size].
+        key: shape [batch, key heads, length, head size].
+        itemsize: bytes per entry of query and key.
+    """
+    batch, heads, length, size = query
+    rounded = _round_up(length, _SEQUENCE_ROUNDING)
+    accumulator = batch * heads * rounded * _round_up(size, 32 if size <= 128 else 64) * _FP32
+    row_sums = batch * heads * rounded * _FP32
+    if key[1] == heads:
+        return row_sums, accumulator
+    expanded = batch * heads * key[2] * size * itemsize
+    return row_sums, accumulator, expanded, expanded
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
