@@ -28,8 +28,8 @@ SCRIPT = (
         ),
     ),
     (
-        "Run that plan: ten blocks, three visits of four steps to each.",
-        "badam-train --plan plan.json --output-dir run --max-steps 120 --lr-scheduler constant --pad-to plan",
+        "Run that plan: ten blocks, four visits of four steps to each.",
+        "badam-train --plan plan.json --output-dir run --max-steps 160 --pad-to plan",
     ),
     ("Was the prediction right?", "badam-report plan.json run/measured.json"),
 )

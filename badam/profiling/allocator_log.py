@@ -8,9 +8,11 @@ backward on the CPU runs in that thread.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +46,7 @@ class AllocatorLog:
     """Collects the allocator's reports from :meth:`start` to :meth:`stop`."""
 
     def __init__(self) -> None:
-        self._running = False
+        self.running = False
 
     def start(self) -> None:
         """Begin to listen.
@@ -61,7 +63,8 @@ class AllocatorLog:
         _prepare_profiler(_config(), {ProfilerActivity.CPU})
         # torch's stub leaves out the last parameter, which restricts the record to user ranges and memory.
         _enable_profiler(_config(), {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
-        self._running = True
+        self.running = True
+        atexit.register(self.stop)  # a process that ends with the profiler on crashes
 
     def mark(self, number: int) -> None:
         """Set mark ``number`` between what was allocated before and what comes."""
@@ -70,24 +73,32 @@ class AllocatorLog:
 
     def drain(self) -> list[AllocatorEvent]:
         """What was reported since the last call, in order of time; goes on listening."""
-        # Between stop and start nobody listens: a garbage collection there would release tensors unseen.
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
+        with _no_collection():  # between stop and start nobody listens, and a collection would release tensors unseen
             result = _disable_profiler()
-            self._running = False
+            atexit.unregister(self.stop)
             self.start()
-        finally:
-            if collecting:
-                gc.enable()
-        return _sorted_events(result)
+            return _sorted_events(result)
 
     def stop(self) -> list[AllocatorEvent]:
         """What was reported since the last call; ends listening. Does nothing if it had ended."""
-        if not self._running:
+        if not self.running:
             return []
-        self._running = False
-        return _sorted_events(_disable_profiler())
+        self.running = False
+        atexit.unregister(self.stop)
+        with _no_collection():
+            return _sorted_events(_disable_profiler())
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: reading makes ten thousands of objects without cycles, and would set it off each time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _config() -> ProfilerConfig:

@@ -6,11 +6,14 @@ for the GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 from badam.profiling.memory import StepMemory
 from badam.profiling.nvml import DeviceMeter
-from badam.profiling.states import ModelStates
+from badam.profiling.states import ModelStates, distinct_bytes
 from badam.vocabulary import Category, Phase
 
 
@@ -20,6 +23,8 @@ class CudaMemory:
     At the peak, PARAMETER, MASTER and OPTIMIZER_STATE are what the run held when the step began, and GRADIENT what it
     held when the phase of the peak began; a gradient that came into being within that phase counts as ACTIVATION.
     """
+
+    costly = False
 
     def __init__(self) -> None:
         self._meter = DeviceMeter(torch.cuda.current_device())
@@ -47,6 +52,9 @@ class CudaMemory:
         self._held = _held(states)
         self.start()
 
+    def begin_step(self, batch: Iterable[Tensor]) -> None:
+        """Every step is measured."""
+
     def phase_begins(self, phase: Phase) -> None:
         """Book the peak of the phase that ends."""
         statistics = torch.cuda.memory_stats_as_nested_dict()
@@ -60,9 +68,9 @@ class CudaMemory:
         # Between the layers of a checkpointed backward the gradients are not worth counting: none of a layer exists
         # while it is recomputed, and the peak within backward comes before most of them.
         if phase is not Phase.RECOMPUTE and self._states is not None:
-            self._gradient_bytes = sum(storage.nbytes for storage in self._states.gradients())
+            self._gradient_bytes = distinct_bytes(self._states.gradients()).get(Category.GRADIENT, 0)
 
-    def end_step(self) -> StepMemory:
+    def end_step(self, *, pause: bool) -> StepMemory:
         """The peaks since the previous step's end."""
         peaks, self._peaks = self._peaks, {}
         known = {**self._held, Category.GRADIENT: self._peak_gradient_bytes}
@@ -80,7 +88,4 @@ class CudaMemory:
 
 
 def _held(states: ModelStates) -> dict[Category, int]:
-    totals: dict[Category, int] = {}
-    for storage in (*states.parameters(), *states.optimizer_states()):
-        totals[storage.category] = totals.get(storage.category, 0) + storage.nbytes
-    return totals
+    return distinct_bytes((*states.parameters(), *states.optimizer_states()))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from badam.profiling.states import ModelStates
 from badam.vocabulary import Category, Phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from badam.profiling.states import ModelStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +42,11 @@ class MemorySource(Protocol):
     """Measures memory by phase; told of phases by the recorder, asked once per optimizer step."""
 
     description: str  # how bytes are measured, in words
+    costly: bool  # whether measuring a step takes time that is worth saving
 
     @property
     def live_bytes(self) -> int:
-        """Allocated bytes when the last step ended."""
+        """Allocated bytes when the last measured step ended."""
 
     def start(self) -> None:
         """Begin to measure; best before the model is built."""
@@ -48,11 +54,14 @@ class MemorySource(Protocol):
     def attach(self, states: ModelStates) -> None:
         """Tell which tensors are known by name, so that the peak can be split."""
 
+    def begin_step(self, batch: Iterable[Tensor]) -> None:
+        """The coming step is to be measured; ``batch`` are its inputs, which exist already."""
+
     def phase_begins(self, phase: Phase) -> None:
         """``phase`` begins now."""
 
-    def end_step(self) -> StepMemory:
-        """The step that has just ended."""
+    def end_step(self, *, pause: bool) -> StepMemory:
+        """The step that has just ended; with ``pause``, nothing is measured until :meth:`begin_step`."""
 
     def stop(self) -> None:
         """End measuring."""

@@ -17,12 +17,12 @@ badam-train uses the same recorder, started before the model is built.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from badam import phases
 from badam.errors import BadamError
@@ -31,6 +31,7 @@ from badam.profiling.clocks import CudaClock, PhaseClock, WallClock
 from badam.profiling.machine import provenance, this_machine
 from badam.profiling.memory import MemorySource, StepMemory
 from badam.profiling.record import MeasuredRun
+from badam.profiling.selection import StepSelection
 from badam.profiling.states import ModelStates
 from badam.profiling.summary import RunLog, StepRecord, summarize
 from badam.vocabulary import Phase
@@ -44,20 +45,30 @@ class Recorder:
 
     Args:
         device: where the model trains.
+        every_step: measure memory in every step. Otherwise, where that takes time, only in those that can show a
+            higher peak, see badam.profiling.selection; the loop must then call :meth:`next_step`.
         memory, clock: what measures; by default what fits the device.
     """
 
     def __init__(
-        self, device: torch.device, *, memory: MemorySource | None = None, clock: PhaseClock | None = None
+        self,
+        device: torch.device,
+        *,
+        every_step: bool,
+        memory: MemorySource | None = None,
+        clock: PhaseClock | None = None,
     ) -> None:
         self.device = device
         self._memory = memory or _memory_source(device)
+        self._every_step = every_step or not self._memory.costly
+        self._measuring = True
+        self._selection = StepSelection()
         self._clock = clock or (CudaClock() if device.type == "cuda" else WallClock())
         self._states: ModelStates | None = None
         self._stack = ExitStack()
-        self._awaiting_seconds: list[tuple[int, StepMemory]] = []
+        self._awaiting_seconds: list[tuple[int, StepMemory | None]] = []
         self._block = 0
-        self._listeners: list[Callable[[int, StepMemory], None]] = []
+        self._listeners: list[Callable[[int, StepMemory | None], None]] = []
         self.log = RunLog()
 
     def start(self) -> None:
@@ -83,9 +94,21 @@ class Recorder:
         """Allocated bytes when the last step ended."""
         return self._memory.live_bytes
 
-    def on_step(self, listener: Callable[[int, StepMemory], None]) -> None:
-        """Call ``listener`` with the block and the memory of every optimizer step that ends."""
+    def on_step(self, listener: Callable[[int, StepMemory | None], None]) -> None:
+        """Call ``listener`` with the block of every optimizer step that ends, and its memory if that was measured."""
         self._listeners.append(listener)
+
+    def next_step(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Tell the micro-batches of the coming optimizer step, before its forward."""
+        assert self._states is not None, "steps begin after attach()"
+        tensors = [tensor for batch in batches for tensor in batch.values()]
+        first, last = self._states.position()
+        size = max((tensor.numel() for tensor in tensors), default=0)
+        self._measuring = self._every_step or self._selection.pick(self._block, first=first, last=last, batch_size=size)
+        if self._measuring:
+            self._clock.phase_begins(phases.current())
+            self._memory.begin_step(tensors)
+            self._clock.resume()  # getting ready to measure is no part of training
 
     def note(self, *, loss: float | None = None, tokens: int = 0) -> None:
         """Tell the loss of a step, and how many tokens went through the model since the last call."""
@@ -115,14 +138,16 @@ class Recorder:
 
     def _phase_changes(self, previous: Phase, phase: Phase) -> None:
         self._clock.phase_begins(phase)
-        self._memory.phase_begins(phase)
+        if self._measuring:
+            self._memory.phase_begins(phase)
         if previous is Phase.STEP and phase is not Phase.SWITCH:
             self._end_step()
             self._clock.resume()  # reading the allocator's reports is no part of training
 
     def _end_step(self) -> None:
         assert self._states is not None, "phases are followed after attach() only"
-        memory = self._memory.end_step()
+        memory = self._memory.end_step(pause=not self._every_step) if self._measuring else None
+        self._measuring = self._every_step
         self._clock.end_step()
         block, self._block = self._block, self._states.active_block()
         self._awaiting_seconds.append((block, memory))
@@ -189,7 +214,7 @@ def record(optimizer: torch.optim.Optimizer, model: nn.Module, *, plan: Plan | N
         model: the model; the device is that of its parameters.
         plan: the plan that the loop runs, to write a measured run; without it ``run.steps`` is all there is.
     """
-    recorder = Recorder(next(model.parameters()).device)
+    recorder = Recorder(next(model.parameters()).device, every_step=True)
     with ExitStack() as stack:
         recorder.start()
         stack.callback(recorder.stop)

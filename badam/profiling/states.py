@@ -11,13 +11,25 @@ from torch import Tensor, nn
 
 from badam.vocabulary import Category
 
+NAMED = (Category.PARAMETER, Category.MASTER, Category.OPTIMIZER_STATE, Category.GRADIENT)
+"""What :class:`ModelStates` can name."""
 
-class Storage(NamedTuple):
-    """One block of memory under a tensor; two tensors that share memory share it."""
 
-    address: int
-    nbytes: int
+class Named(NamedTuple):
+    """A tensor and what it is."""
+
+    tensor: Tensor
     category: Category
+
+    @property
+    def address(self) -> int:
+        """Where its memory begins; tensors that share memory share it."""
+        return self.tensor.untyped_storage().data_ptr()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its memory."""
+        return self.tensor.untyped_storage().nbytes()
 
 
 class ModelStates:
@@ -34,27 +46,32 @@ class ModelStates:
         self.optimizer = unwrap(optimizer)
         self.base_optimizer: torch.optim.Optimizer = getattr(self.optimizer, "base_optimizer", self.optimizer)
 
-    def parameters(self) -> list[Storage]:
+    def parameters(self) -> list[Named]:
         """The model's parameters and buffers."""
-        return storages((*self.model.parameters(), *self.model.buffers()), Category.PARAMETER)
+        return [Named(tensor, Category.PARAMETER) for tensor in (*self.model.parameters(), *self.model.buffers())]
 
-    def optimizer_states(self) -> list[Storage]:
+    def optimizer_states(self) -> list[Named]:
         """Master copies, where they are not the parameters themselves, and the base optimizer's state tensors."""
         own: dict[int, Tensor] = getattr(self.optimizer, "param_idx2lp", {})
         masters: dict[int, Tensor] = getattr(self.optimizer, "param_idx2hp", {})
-        copies = [master for index, master in masters.items() if master is not own.get(index)]
-        values = [value for state in self.base_optimizer.state.values() for value in _tensors(state)]
-        return storages(copies, Category.MASTER) + storages(values, Category.OPTIMIZER_STATE)
+        copies = [Named(copy, Category.MASTER) for index, copy in masters.items() if copy is not own.get(index)]
+        states = (value for state in self.base_optimizer.state.values() for value in _tensors(state))
+        return copies + [Named(value, Category.OPTIMIZER_STATE) for value in states]
 
-    def gradients(self) -> list[Storage]:
+    def gradients(self) -> list[Named]:
         """Gradients of the model's parameters and of master copies, as far as they exist now."""
         masters: dict[int, Tensor] = getattr(self.optimizer, "param_idx2hp", {})
         owners = (*self.model.parameters(), *masters.values())
-        return storages((owner.grad for owner in owners if owner.grad is not None), Category.GRADIENT)
+        return [Named(owner.grad, Category.GRADIENT) for owner in owners if owner.grad is not None]
 
     def active_block(self) -> int:
         """Index of the block that is trained now; 0 for an optimizer without blocks."""
         return int(getattr(self.optimizer, "current_block_idx", 0))
+
+    def position(self) -> tuple[bool, bool]:
+        """Whether the coming step is the first of its visit, and whether it is the last."""
+        done = int(getattr(self.optimizer, "steps_in_visit", 0))
+        return done == 0, done + 1 == int(getattr(self.optimizer, "switch_block_every", 0))
 
 
 def unwrap(optimizer: Any) -> torch.optim.Optimizer:
@@ -63,14 +80,13 @@ def unwrap(optimizer: Any) -> torch.optim.Optimizer:
     return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
-def storages(tensors: Iterable[Tensor], category: Category) -> list[Storage]:
-    """The distinct blocks of memory under ``tensors``."""
-    found = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if storage.nbytes():
-            found[storage.data_ptr()] = Storage(storage.data_ptr(), storage.nbytes(), category)
-    return list(found.values())
+def distinct_bytes(named: Iterable[Named]) -> dict[Category, int]:
+    """Bytes of the distinct memory under tensors, by category."""
+    sizes = {(one.category, one.address): one.nbytes for one in named}
+    totals: dict[Category, int] = {}
+    for (category, _), nbytes in sizes.items():
+        totals[category] = totals.get(category, 0) + nbytes
+    return totals
 
 
 def live_cpu_tensors() -> Iterator[Tensor]:

@@ -18,10 +18,10 @@ LOSS_WINDOW = 10
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step: the block that was active, its memory, and its seconds by phase."""
+    """One optimizer step: the block that was active, its memory if that was measured, and its seconds by phase."""
 
     block: int
-    memory: StepMemory
+    memory: StepMemory | None
     seconds: dict[Phase, float]
 
 
@@ -66,28 +66,36 @@ def summarize(log: RunLog, block_names: Sequence[str], memory_source: str) -> Me
     Raises:
         BadamError: if there is no step or no loss.
     """
-    if not log.steps or not log.losses:
+    measured = [(step.block, step.memory) for step in log.steps if step.memory is not None]
+    if not measured or not log.losses:
         raise BadamError(
             f"Nothing to record: {len(log.steps)} optimizer steps and {len(log.losses)} losses were seen.",
             advice="Train at least one step, and tell its loss with run.note(loss=...).",
         )
-    worst = max(log.steps, key=lambda step: step.memory.peak_bytes)
+    worst_block, worst = max(measured, key=lambda one: one[1].peak_bytes)
     window = max(1, min(LOSS_WINDOW, len(log.losses) // 2))
-    visited = sorted({step.block for step in log.steps})
+    memories = [memory for _, memory in measured]
     return Measurement(
-        memory_source=memory_source,
-        peak_allocated_bytes=worst.memory.peak_bytes,
-        peak_reserved_bytes=_highest(step.memory.reserved_bytes for step in log.steps),
-        peak_device_bytes=_highest(step.memory.device_bytes for step in log.steps),
-        by_category=worst.memory.by_category,
-        by_phase=_peaks(log.steps),
-        peak_phase=worst.memory.peak_phase,
-        peak_block=block_names[worst.block],
+        memory_source=f"{memory_source}, {len(measured)} of {len(log.steps)} steps",
+        peak_allocated_bytes=worst.peak_bytes,
+        peak_reserved_bytes=_highest(memory.reserved_bytes for memory in memories),
+        peak_device_bytes=_highest(memory.device_bytes for memory in memories),
+        by_category=worst.by_category,
+        by_phase=_peaks(memories),
+        peak_phase=worst.peak_phase,
+        peak_block=block_names[worst_block],
         seconds_by_phase=_median_seconds(log.steps),
         step_seconds=statistics.median(
             sum(step.seconds.get(phase, 0.0) for phase in STEP_PHASES) for step in log.steps
         ),
-        blocks=tuple(_block(block_names[index], [s for s in log.steps if s.block == index]) for index in visited),
+        blocks=tuple(
+            _block(
+                block_names[index],
+                [memory for block, memory in measured if block == index],
+                [step for step in log.steps if step.block == index],
+            )
+            for index in sorted({block for block, _ in measured})
+        ),
         steps=len(log.steps),
         first_loss=statistics.fmean(log.losses[:window]),
         last_loss=statistics.fmean(log.losses[-window:]),
@@ -95,22 +103,22 @@ def summarize(log: RunLog, block_names: Sequence[str], memory_source: str) -> Me
     )
 
 
-def _block(name: str, steps: Sequence[StepRecord]) -> BlockMeasurement:
-    worst = max((step.memory for step in steps), key=lambda memory: memory.peak_bytes)
+def _block(name: str, memories: Sequence[StepMemory], steps: Sequence[StepRecord]) -> BlockMeasurement:
+    worst = max(memories, key=lambda memory: memory.peak_bytes)
     return BlockMeasurement(
         name=name,
-        steps=len(steps),
+        steps=len(memories),
         peak_allocated_bytes=worst.peak_bytes,
         peak_phase=worst.peak_phase,
-        peak_by_phase=_peaks(steps),
+        peak_by_phase=_peaks(memories),
         seconds_by_phase=_median_seconds(steps),
     )
 
 
-def _peaks(steps: Iterable[StepRecord]) -> dict[Phase, int]:
+def _peaks(memories: Iterable[StepMemory]) -> dict[Phase, int]:
     peaks: dict[Phase, int] = {}
-    for step in steps:
-        for phase, size in step.memory.peak_by_phase.items():
+    for memory in memories:
+        for phase, size in memory.peak_by_phase.items():
             peaks[phase] = max(peaks.get(phase, 0), size)
     return {phase: peaks[phase] for phase in Phase if phase in peaks}
 

@@ -48,7 +48,6 @@ class RunCallback(TrainerCallback):
         self._metrics = metrics
         self._interruption = interruption
         self._block_names = block_names
-        self._memory: StepMemory | None = None
         self._block = 0
         self._peak_bytes = 0
         self._tokens = 0
@@ -87,7 +86,7 @@ class RunCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """One optimizer step's loss is known."""
-        if not logs or "loss" not in logs or self._memory is None:
+        if not logs or "loss" not in logs:
             return
         now = time.perf_counter()
         tokens, self._tokens = self._trainer.collator.tokens - self._tokens, self._trainer.collator.tokens
@@ -112,6 +111,7 @@ class RunCallback(TrainerCallback):
         """Stop drawing; the recorder is stopped by whoever started it."""
         self._display.stop()
 
-    def _step_recorded(self, block: int, memory: StepMemory) -> None:
-        self._block, self._memory = block, memory
-        self._peak_bytes = max(self._peak_bytes, memory.peak_bytes)
+    def _step_recorded(self, block: int, memory: StepMemory | None) -> None:
+        self._block = block
+        if memory is not None:
+            self._peak_bytes = max(self._peak_bytes, memory.peak_bytes)

@@ -74,11 +74,11 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
     device = _device(plan)
     with ExitStack() as stack:
         stack.enter_context(_own_display())
-        recorder = Recorder(device)
+        recorder = Recorder(device, every_step=False)
         recorder.start()
         stack.callback(recorder.stop)
         model = _model(plan, options, weights)
-        trainer, lengths = _trainer(plan, options, model, tokenizer, data, device)
+        trainer, lengths = _trainer(plan, options, model, tokenizer, data, recorder)
         _tell(console, f"lengths: {lengths}")
         total_steps = _total_steps(trainer, options)
         if checkpoint is not None and step_of(checkpoint) >= total_steps:
@@ -156,15 +156,16 @@ def _trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: TrainingData,
-    device: torch.device,
+    recorder: Recorder,
 ) -> tuple[PlanTrainer, LengthReport]:
     trainer = PlanTrainer(
         plan=plan,
         model=model,
-        args=training_arguments(plan, options, device, assistant_only=marks_assistant(data, tokenizer)),
+        args=training_arguments(plan, options, recorder.device, assistant_only=marks_assistant(data, tokenizer)),
         dataset=data.dataset,
         tokenizer=tokenizer,
         padding=options.padding,
+        before_step=recorder.next_step,
         keep=options.keep,
     )
     trainer.remove_callback(PrinterCallback)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig
 
+BeforeStep = Callable[[Sequence[Mapping[str, Tensor]]], None]
+
 FULL_LENGTH_STEPS = 2
 """With padding "auto", so many steps at the start of each visit use the plan's full length: the second is the first
 in which the block's moments exist, so whether the plan fits is known as early as can be."""
@@ -45,6 +47,7 @@ class PlanTrainer(SFTTrainer):
         tokenizer: pads on the right.
         padding: ``plan`` pads every batch to the plan's length, ``longest`` to its longest example, ``auto`` to the
             plan's length for the first steps of each visit.
+        before_step: called with the micro-batches of each optimizer step.
         keep: checkpoints to keep; None keeps all.
     """
 
@@ -62,11 +65,13 @@ class PlanTrainer(SFTTrainer):
         dataset: Dataset,
         tokenizer: PreTrainedTokenizerBase,
         padding: Padding = "auto",
+        before_step: BeforeStep | None = None,
         keep: int | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.plan = plan
         self._padding = padding
+        self._before_step = before_step
         self._keep = keep
         self._save_into: Path | None = None
         self._sampler: EpochSampler | None = None
@@ -162,7 +167,10 @@ class PlanTrainer(SFTTrainer):
         steps_in_visit = getattr(self.plan_optimizer, "steps_in_visit", 0)
         begins = self._padding == "auto" and steps_in_visit < FULL_LENGTH_STEPS
         self.collator.full_length = self._padding == "plan" or begins
-        return super().get_batch_samples(*args, **kwargs)
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self._before_step is not None:
+            self._before_step(batches)
+        return batches, num_items
 
     # Saving
 

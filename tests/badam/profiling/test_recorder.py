@@ -132,7 +132,7 @@ def test_hooks_and_listeners_are_gone_afterwards() -> None:
 
 
 def test_a_recorder_may_be_stopped_twice() -> None:
-    recorder = Recorder(torch.device("cpu"))
+    recorder = Recorder(torch.device("cpu"), every_step=True)
     recorder.start()
     recorder.stop()
     recorder.stop()
