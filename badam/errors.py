@@ -52,6 +52,12 @@ class OutOfMemory(BadamError):
     exit_code = 3
 
 
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """An exception of foreign code as part of a sentence: its class and the begin of what it says."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def near_matches(name: str, known: Iterable[str], limit: int = 5) -> list[str]:
     """Known names that resemble ``name``, best first; case and punctuation do not matter."""
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from badam.block_optimizer import BlockOptimizer
 from badam.checkpointing import checkpoint_layers
-from badam.errors import InputError
+from badam.errors import InputError, in_one_line, near_matches
 from badam.plan import Attention, ModelSpec, Plan, Training
 
 if TYPE_CHECKING:
@@ -28,15 +28,21 @@ def model_config(spec: ModelSpec) -> PretrainedConfig:
     Raises:
         InputError: if the installed transformers does not know the model type, or refuses the configuration.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     facts = dict(spec.config)
-    model_type = facts.pop("model_type", None)
-    try:
-        return cast("PretrainedConfig", AutoConfig.for_model(str(model_type), **facts))
-    except (ValueError, TypeError) as error:
+    model_type = str(facts.pop("model_type", None))
+    if model_type not in CONFIG_MAPPING:
+        close = near_matches(model_type, CONFIG_MAPPING.keys())
         raise InputError(
-            f"transformers {_version('transformers')} does not know the model type {model_type!r} of {spec.id}: {error}"
+            f"transformers {_version('transformers')} does not know the model type {model_type!r} of {spec.id}.",
+            advice=f"Did you mean {', '.join(close)}?" if close else None,
+        )
+    try:
+        return cast("PretrainedConfig", AutoConfig.for_model(model_type, **facts))
+    except Exception as error:  # each configuration class checks its facts in its own way, with its own errors
+        raise InputError(
+            f"transformers {_version('transformers')} refuses the configuration of {spec.id}: {in_one_line(error)}"
         ) from error
 
 
@@ -51,9 +57,7 @@ def build_model(spec: ModelSpec, training: Training, *, weights: str | None = No
     import transformers
 
     classification = spec.task == "sequence-classification"
-    auto: Any = (
-        transformers.AutoModelForSequenceClassification if classification else transformers.AutoModelForCausalLM
-    )
+    auto: Any = transformers.AutoModelForSequenceClassification if classification else transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": getattr(torch, training.dtype), "attn_implementation": training.attention}
     config = model_config(spec)
     config.use_cache = False  # a key-value cache has no use in training and would be held through the step
