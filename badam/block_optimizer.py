@@ -265,8 +265,8 @@ class BlockOptimizer(BlockVisits):
         visit = next(visits, None)
         if visit is None:
             warnings.warn(
-                f"{text}Its moments fit several blocks, none, or one that is never visited, so they are not used: training goes "
-                f"on with a fresh visit to {self.current_block.name}.",
+                f"{text}Its moments fit no block or several, or one that is never visited, so they are not used: "
+                f"training goes on with a fresh visit to {self.current_block.name}.",
                 stacklevel=3,
             )
             return

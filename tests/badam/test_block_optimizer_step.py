@@ -1,0 +1,379 @@
+"""A step of the active block equals the base optimizer on fp32 copies, and touches nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from badam import phases
+from badam.errors import InputError
+from badam.vocabulary import Phase
+from tests.badam.tiny_net import LR, WIDTH, adamw, batch, blocks, loss_of, net
+
+BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW loop": lambda p: adamw(p, foreach=False),
+    "AdamW foreach": lambda p: adamw(p, foreach=True),
+    "AdamW fused": lambda p: adamw(p, fused=True),
+    "AdamW amsgrad": lambda p: adamw(p, amsgrad=True, weight_decay=0.1),
+    "SGD": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, nesterov=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=LR),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=LR),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=LR),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=LR),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("base", BASES)
+def test_a_visit_equals_the_base_optimizer_on_fp32_copies_bit_for_bit(base: str, dtype: torch.dtype) -> None:
+    model, twin = net(dtype), net(dtype)
+    optimizer = blocks(model, BASES[base](model.parameters()), switch_block_every=0, start_block=1)
+    active = dict(twin.layers[1].named_parameters())
+    copies = {name: nn.Parameter(parameter.detach().float()) for name, parameter in active.items()}
+    reference = BASES[base](copies.values())
+    for step in range(4):
+        loss_of(model, step).backward()
+        optimizer.step()
+        twin.zero_grad()
+        loss_of(twin, step).backward()
+        for name, copy in copies.items():
+            copy.grad = active[name].grad.float()
+        reference.step()
+        for name, copy in copies.items():
+            active[name].data.copy_(copy)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, twin.get_parameter(name)), name
+    state = (
+        {name: optimizer.state[optimizer.masters[f"layers.1.{name}"]] for name in copies} if optimizer.masters else {}
+    )
+    for name, entries in state.items():
+        for key, value in entries.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(reference.state[copies[name]][key]))
+
+
+def test_everything_outside_the_block_is_untouched_and_holds_nothing() -> None:
+    model = net()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = blocks(model, switch_block_every=0, start_block=1)
+    for step in range(3):
+        loss_of(model, step).backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == name.startswith("layers.1.")
+        optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if name.startswith("layers.1.")}
+    assert len(optimizer.state) == len(optimizer.masters) == 5
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_every_visit_starts_with_fresh_moments_and_step_count() -> None:
+    model = net()
+    optimizer = blocks(model, switch_block_every=3)
+    for step in range(7):
+        loss_of(model, step).backward()
+        optimizer.step()
+        counts = {int(entries["step"]) for entries in optimizer.state.values()}
+        assert counts == ({step % 3 + 1} if (step + 1) % 3 else set())
+
+
+def test_gradients_accumulate_in_fp32() -> None:
+    model, wide = net(), net()
+    optimizer = blocks(model, switch_block_every=0)
+    parameter, twin = model.layers[0].linear.weight, wide.layers[0].linear.weight
+    total = torch.zeros(twin.shape)
+    for micro in range(8):
+        loss_of(model, micro).backward()
+        wide.zero_grad()
+        loss_of(wide, micro).backward()
+        total += twin.grad.float()
+    gradient = next(m.gradient for m in optimizer.active_parameters if m.parameter is parameter)
+    assert gradient.dtype == torch.float32
+    assert torch.equal(gradient, total)
+
+
+def test_hosts_clip_what_the_step_uses_with_a_norm_in_fp32() -> None:
+    model, twin = net(), net()
+    by_torch, by_method = blocks(model, switch_block_every=0), blocks(twin, switch_block_every=0)
+    for each in (model, twin):
+        (loss_of(each, 0) * 100).backward()
+    exact = torch.linalg.vector_norm(torch.cat([m.gradient.flatten().double() for m in by_torch.active_parameters]))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    assert norm.dtype == torch.float32
+    assert float(norm) == pytest.approx(float(exact), rel=1e-6)
+    assert float(by_method.clip_grad_norm_(0.5)) == pytest.approx(float(exact), rel=1e-6)
+    by_torch.step()
+    by_method.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, twin.get_parameter(name))
+
+
+def test_hyperparameters_of_every_group_hold_for_its_parameters() -> None:
+    model = net(torch.float32)
+    norms = [parameter for name, parameter in model.named_parameters() if "norm" in name or "bias" in name]
+    rest = [parameter for name, parameter in model.named_parameters() if not ("norm" in name or "bias" in name)]
+    base = adamw([{"params": norms, "weight_decay": 0.0, "lr": 0.0}, {"params": rest, "weight_decay": 0.5}])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = blocks(model, base, switch_block_every=0)
+    for parameter in optimizer.param_idx2lp.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.layers[0].named_parameters():
+        exempt = "norm" in name or "bias" in name
+        expected = before[f"layers.0.{name}"] * (1 if exempt else 1 - LR * 0.5)
+        torch.testing.assert_close(parameter, expected)
+
+
+def test_schedulers_on_either_object_act_on_all_groups() -> None:
+    model = net()
+    base = adamw([{"params": list(model.parameters())[:7]}, {"params": list(model.parameters())[7:], "lr": 0.1}])
+    optimizer = blocks(model, base, switch_block_every=1)
+    schedulers = [torch.optim.lr_scheduler.StepLR(each, 1, gamma=0.5) for each in (optimizer, base)]
+    for step in range(2):
+        loss_of(model, step).backward()
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([LR / 16, 0.1 / 16])
+    assert optimizer.param_groups is base.param_groups
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_the_current_learning_rate_is_the_one_that_is_used() -> None:
+    model = net(torch.float32)
+    optimizer = blocks(model, torch.optim.SGD(model.parameters(), lr=1.0), switch_block_every=0)
+    weight = model.layers[0].linear.weight
+    for rate in (0.5, 0.125):
+        optimizer.param_groups[0]["lr"] = rate
+        before = weight.detach().clone()
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        torch.testing.assert_close(before - weight, torch.full_like(weight, rate))
+
+
+def test_a_parameter_without_a_gradient_is_left_alone() -> None:
+    model = net()
+    optimizer = blocks(model, switch_block_every=0)
+    expert = model.layers[0].expert.weight
+    kept = expert.detach().clone()
+    for step in range(3):
+        loss_of(model, step, routed=False).backward()
+        optimizer.step()
+    assert torch.equal(expert, kept)
+    assert "layers.0.expert.weight" not in optimizer.masters
+    loss_of(model, 3, routed=True).backward()
+    optimizer.step()
+    assert not torch.equal(expert, kept)
+
+
+def test_a_step_without_any_gradient_changes_nothing_and_counts() -> None:
+    model = net()
+    optimizer = blocks(model, switch_block_every=2)
+    optimizer.step()
+    assert (optimizer.global_step, optimizer.current_block_idx) == (1, 0)
+    optimizer.step()
+    assert (optimizer.global_step, optimizer.current_block_idx) == (2, 1)
+
+
+def test_the_loss_of_a_closure_is_returned_and_it_runs_once_with_gradients() -> None:
+    model = net()
+    optimizer = blocks(model, switch_block_every=0)
+    calls = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        calls.append(loss)
+        return loss
+
+    weight = model.layers[0].linear.weight
+    before = weight.detach().clone()
+    assert optimizer.step(closure) is calls[0]
+    assert len(calls) == 1
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_non_finite_gradient_skips_the_step_and_is_reported(bad: float) -> None:
+    model = net()
+    said: list[str] = []
+    optimizer = blocks(model, switch_block_every=2, verbose=1, log_fn=said.append)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    moments = {key: entry["exp_avg"].clone() for key, entry in optimizer.state.items()}
+    loss_of(model, 1).backward()
+    model.layers[0].linear.bias.grad[3] = bad  # after backward, as clipping by an infinite norm would
+    optimizer.step()
+    assert optimizer.non_finite_steps == 1
+    assert (optimizer.global_step, optimizer.steps_in_visit) == (1, 1)
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in model.named_parameters())
+    assert all(torch.equal(entry["exp_avg"], moments[key]) for key, entry in optimizer.state.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert any("layers.0" in text and "1 skipped" in text for text in said)
+    loss_of(model, 2).backward()
+    optimizer.step()
+    assert (optimizer.global_step, optimizer.current_block_idx) == (2, 1)
+
+
+def test_a_non_finite_gradient_that_backward_makes_skips_the_step() -> None:
+    model = net()
+    optimizer = blocks(model, switch_block_every=0)
+    (loss_of(model, 0) * torch.inf).backward()
+    optimizer.step()
+    assert optimizer.non_finite_steps == 1
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def test_fp16_trains_under_a_gradient_scaler_and_survives_an_overflow() -> None:
+    model = net(torch.float16)
+    optimizer = blocks(model, switch_block_every=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=100)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for step in range(4):
+        loss = loss_of(model, step) * (1e30 if step == 1 else 1)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert scaler.get_scale() == 2.0**13  # one overflow was seen
+    assert (optimizer.global_step, optimizer.current_block_idx) == (3, 1)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert not torch.equal(model.layers[0].linear.weight, before["layers.0.linear.weight"])
+
+
+def movement(write_back: str) -> float:
+    """How much of 50 fp32 steps of a learning rate of 1e-6 is in the bf16 weights after the switch, relative."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(128, 128, bias=False) for _ in range(2))
+    model.bfloat16()
+    weight = model.layers[0].weight
+    before, wide = weight.detach().float(), nn.Parameter(weight.detach().float())
+    signs = torch.randn(weight.shape).sign()
+    reference = torch.optim.AdamW([wide], lr=1e-6, weight_decay=0.0)
+    base = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+    optimizer = blocks(model, base, switch_block_every=50, write_back=write_back)
+    for _ in range(50):
+        weight.grad = signs.clone()
+        wide.grad = signs.clone()
+        optimizer.step()
+        reference.step()
+    assert optimizer.current_block_idx == 1
+    along = (weight.detach().float() - before) * -signs
+    return float(along.sum() / ((wide.detach() - before) * -signs).sum())
+
+
+def test_movement_at_a_small_learning_rate_survives_stochastic_write_back_and_not_nearest() -> None:
+    assert movement("stochastic") == pytest.approx(1.0, abs=0.1)
+    assert movement("nearest") < 0.5
+
+
+def test_masters_are_made_at_the_first_step_so_that_weights_may_be_loaded_before_it() -> None:
+    model, other = net(), net()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    optimizer = blocks(model, switch_block_every=0)
+    assert not optimizer.masters
+    model.load_state_dict(other.state_dict())
+    reference = blocks(other, switch_block_every=0)
+    for each, stepper in ((model, optimizer), (other, reference)):
+        loss_of(each, 0).backward()
+        stepper.step()
+    assert all(torch.equal(p, other.get_parameter(name)) for name, p in model.named_parameters())
+
+
+def test_weights_loaded_during_a_visit_are_taken_over() -> None:
+    model = net()
+    optimizer = blocks(model, torch.optim.SGD(model.parameters(), lr=0.0), switch_block_every=0)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    loaded = {name: torch.full_like(tensor, 0.5) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(loaded)
+    optimizer.write_back_block()
+    assert bool((model.layers[0].linear.weight == 0.5).all())
+    loss_of(model, 1).backward()
+    optimizer.step()
+    assert bool((model.layers[0].linear.weight == 0.5).all())
+
+
+def test_the_final_write_back_keeps_the_masters() -> None:
+    model, twin = net(), net()
+    optimizers = [blocks(each, switch_block_every=0) for each in (model, twin)]
+    for step in range(4):
+        if step == 2:
+            optimizers[0].write_back_block()
+        for each, optimizer in zip((model, twin), optimizers, strict=True):
+            # Gradients that do not depend on the weights, which differ in rounding at step 2.
+            each.layers[0].linear.weight.grad = batch(step)[:, :1].float().mean() * torch.ones(WIDTH, WIDTH)
+            optimizer.step()
+    assert torch.equal(model.layers[0].linear.weight, twin.layers[0].linear.weight)
+    assert torch.equal(*(optimizer.masters["layers.0.linear.weight"] for optimizer in optimizers))
+
+
+def test_the_step_is_announced_as_one() -> None:
+    model = net()
+    optimizer = blocks(model, switch_block_every=2)
+    seen: list[Phase] = []
+    with phases.listening(lambda _, new: seen.append(new)):
+        for step in range(2):
+            loss_of(model, step).backward()
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+    setup = phases.current()
+    assert seen == [Phase.STEP, setup, Phase.STEP, setup] * 2 + [Phase.SWITCH, setup]
+
+
+def test_zero_grad_in_both_ways() -> None:
+    model = net()
+    optimizer = blocks(model, switch_block_every=0)
+    loss_of(model, 0).backward()
+    optimizer.zero_grad(set_to_none=False)
+    gradient = model.layers[0].linear.weight.grad
+    assert gradient is not None
+    assert not gradient.any()
+    optimizer.zero_grad()
+    assert model.layers[0].linear.weight.grad is None
+
+
+def test_base_optimizers_that_keep_counters_in_their_groups_start_afresh_too() -> None:
+    class Counting(torch.optim.SGD):
+        """Counts its steps in the group, as schedule-free optimizers do, and divides the rate by the count."""
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                group["count"] = group.get("count", 0) + 1
+                for parameter in group["params"]:
+                    parameter.sub_(parameter.grad, alpha=group["lr"] / group["count"])
+
+    model = net(torch.float32)
+    optimizer = blocks(model, Counting(model.parameters(), lr=1.0), switch_block_every=2)
+    counts = []
+    for _ in range(5):
+        for parameter in optimizer.param_idx2lp.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        counts.append(optimizer.param_groups[0].get("count"))
+    assert counts == [1, None, 1, None, 1]
+
+
+def test_options_out_of_range_are_refused() -> None:
+    for options in ({"write_back": "floor"}, {"update": "fast"}):
+        with pytest.raises(InputError, match="Choose"):
+            blocks(net(), **options)
+
+
+def test_parameters_cannot_come_later() -> None:
+    model = net()
+    optimizer = blocks(model)
+    with pytest.raises(InputError, match="cannot be added"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
