@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -71,14 +73,16 @@ def save_answer(key: str, answer: Answer) -> None:
         "refusal": None if refusal is None else [refusal.message, refusal.advice],
     }
     path = _path(key)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(content, file)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
         _remove_oldest(path.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
 
 
 _RESULT = TypeAdapter(SearchResult)
