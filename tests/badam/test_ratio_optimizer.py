@@ -361,6 +361,19 @@ def test_weights_loaded_within_a_visit_are_not_overwritten() -> None:
         assert (weight - before[name]).abs().max() < 0.1
 
 
+def test_weights_whose_memory_was_replaced_are_still_trained() -> None:
+    model, twin = net(), net()
+    optimizer, other = build(model), build(twin)
+    for step in range(2):
+        train(model, optimizer, 1, step)
+        train(twin, other, 1, step)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    train(model, optimizer, 1, 2)
+    train(twin, other, 1, 2)
+    assert not any(moved(weights(twin), weights(model)).values())
+
+
 def test_a_visit_that_is_resumed_keeps_masters_behind_rounded_weights() -> None:
     model = net()
     optimizer = build(model, switch_every=0)
@@ -591,7 +604,10 @@ def test_a_later_optimizer_takes_over_and_the_earlier_one_can_go() -> None:
     first = build(model)
     train(model, first, 1)
     second = build(model)
-    train(model, second, 2)
+    model.loss(1).backward()
+    assert all(master.grad is None for master in first.masters.values())
+    second.step()
+    train(model, second, 1)
     assert (first.global_step, second.global_step) == (1, 2)
     gone = weakref.ref(second)
     del second
