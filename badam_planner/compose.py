@@ -371,6 +371,7 @@ def _copy(one: Allocation, renamer: _Renamer, born: int, died: int) -> Allocatio
     """The same allocation in another layer at another time. (dataclasses.replace would take half of the time here.)"""
     label = None if one.label is None else renamer(one.label)
     where = renamer(one.module)
+    kind, card_only = one.category, one.card_only
     return Allocation(
-        one.nbytes, born, died, one.phase, where, one.operation, one.shape, one.dtype, one.category, label, one.card_only
+        one.nbytes, born, died, one.phase, where, one.operation, one.shape, one.dtype, kind, label, card_only
     )

@@ -33,7 +33,8 @@ class Allocation:
 
     def describe(self) -> str:
         """A name for reports: the label, or where and by which operator it was made, with its shape."""
-        what = self.label or f"{self.module or 'outside the modules'}: {self.operation.removeprefix('aten.')}"
+        operator = self.operation.removeprefix("aten.").split(".")[0].strip("_")
+        what = self.label or f"{self.module or 'outside the modules'}: {operator}"
         return f"{what} {'×'.join(map(str, self.shape)) or 'scalar'} {self.dtype}"
 
 

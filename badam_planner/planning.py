@@ -215,6 +215,7 @@ def _candidate(request: Request, plan: Plan, forecast: PlanForecast, *, recommen
         by_phase=worst.by_phase,
         fits=_headroom(request, forecast) >= 0,
         recommended=recommended,
+        largest=worst.largest,
     )
 
 

@@ -31,6 +31,7 @@ class Candidate:
     by_phase: dict[Phase, int]  # highest allocated bytes within each phase
     fits: bool
     recommended: bool
+    largest: tuple[tuple[str, int], ...] = ()  # the largest tensors alive at the peak, by name
 
 
 @dataclass(frozen=True, slots=True)

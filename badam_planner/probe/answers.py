@@ -79,7 +79,7 @@ def save_answer(key: str, answer: Answer) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump(content, file)
-            os.replace(name, path)
+            Path(name).replace(path)
         finally:
             Path(name).unlink(missing_ok=True)
         _remove_oldest(path.parent)

@@ -37,6 +37,17 @@ def render_peak(candidate: Candidate, usable_bytes: int) -> RenderableType:
     return StackedBars((Bar(f"peak in {candidate.peak_phase}", "", parts),), limit)
 
 
+def render_largest(candidate: Candidate) -> RenderableType:
+    """The largest tensors that are alive at the peak, with what share of it each is."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column(f"largest at the peak, block {clean(candidate.peak_block)} active", overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    for name, nbytes in candidate.largest:
+        table.add_row(Text(clean(name)), format_bytes(nbytes), f"{100 * nbytes / candidate.peak_allocated_bytes:.1f}%")
+    return table
+
+
 class _Candidates:
     """A table that chooses its layout when it learns the width of the console."""
 

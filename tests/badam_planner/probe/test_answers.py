@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.badam_planner import factories
 
 from badam.errors import DoesNotFit
 from badam.vocabulary import Category, Phase
 from badam_planner.probe import answers
 from badam_planner.result import Answer, Candidate, SearchResult
+from tests.badam_planner import factories
 
 CANDIDATE = Candidate(
     strategy="layer", num_blocks=2, largest_block_parameters=3, checkpointing="all", loss="full", formula_bytes=4,
@@ -41,7 +41,9 @@ def test_a_plan_and_its_table_come_back_as_they_were() -> None:
 def test_a_refusal_comes_back_with_its_advice() -> None:
     answers.save_answer("key", Answer(RESULT, None, DoesNotFit("too much", advice="less")))
     found = answers.load_answer("key")
-    assert found is not None and found.plan is None and found.refusal is not None
+    assert found is not None
+    assert found.plan is None
+    assert found.refusal is not None
     assert (found.refusal.message, found.refusal.advice) == ("too much", "less")
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tests.badam_planner.probe.plans import BERT, GEMMA2, GPT2, LLAMA, QWEN3_MOE, plan_of
 
 from badam.plan import Target
 from badam.vocabulary import Phase
@@ -15,6 +14,7 @@ from badam_planner import compose as composing
 from badam_planner.events import NEVER, Recording
 from badam_planner.probe import evaluate, rehearse
 from badam_planner.probe.evaluate import Evaluator
+from tests.badam_planner.probe.plans import BERT, GEMMA2, GPT2, LLAMA, QWEN3_MOE, plan_of
 
 
 def everything_in(recording: Recording) -> list[tuple[Any, ...]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.badam_planner.probe.plans import BERT, GPT2, LLAMA, QWEN3_MOE, plan_of
 
 from badam import phases
 from badam.plan import Plan, Schedule, Strategy
@@ -20,6 +19,7 @@ from badam.vocabulary import Category, Phase
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.rehearse import VISIT_STEPS, rehearse
 from badam_planner.timeline import Timeline
+from tests.badam_planner.probe.plans import BERT, GPT2, LLAMA, QWEN3_MOE, plan_of
 
 
 @pytest.fixture(autouse=True)
