@@ -86,12 +86,12 @@ class ActiveParameter:
         gradient, self.parameter.grad = self.parameter.grad, None
         assert gradient is not None
         if self.rows is not None:
-            gradient = gradient[self.rows[0] : self.rows[1]].clone()
+            gradient = gradient[self.rows[0] : self.rows[1]]
         if self._taken is not None:
             # Whatever the first one was kept in, a sum of several is accumulated in fp32.
             self._taken = self._taken.to(torch.promote_types(gradient.dtype, torch.float32)).add_(gradient)
         elif keep_dtype or not self.is_copied:
-            self._taken = gradient
+            self._taken = gradient if self.rows is None else gradient.clone()  # not to keep all rows alive
         else:
             self._taken = gradient.float()
 

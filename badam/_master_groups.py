@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from badam._active import ActiveParameter, write_nearest
+from badam.functional import clip_gradients_
 
 Options = dict[str, Any]
 
@@ -25,14 +26,19 @@ class MasterGroups:
         self.base = base
         self._found: dict[tuple[int, str], Any] = {}  # what a base step has overwritten in a group, as it was before
 
-    def step(self, members: Sequence[ActiveParameter], scale: Tensor | None = None) -> None:
-        """One base step from the gradients of ``members`` times ``scale``; they are released, the weights written."""
+    def clip(self, gradients: Sequence[Tensor], max_norm: float, norm_type: float) -> Tensor:
+        """Scale the gradients of the next step to a joint norm of at most ``max_norm``; returns the norm before."""
+        return clip_gradients_(gradients, max_norm, norm_type)
+
+    def unclip(self) -> None:
+        """Forget what :meth:`clip` has left to the next step, because there will be none on these gradients."""
+
+    def step(self, members: Sequence[ActiveParameter]) -> None:
+        """One base step from the gradients of ``members``; they are released, the weights written."""
         if not members:
             return
         for member in members:
             member.ready_master().grad = member.gradient
-            if scale is not None and member.gradient is not None:
-                member.gradient.mul_(scale.to(member.gradient.device))
         before = [dict(group) for group in self.base.param_groups]
         every = self.base.param_groups
         with self._holding_masters(members):

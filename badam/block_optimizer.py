@@ -20,7 +20,7 @@ from badam._state_of_1_4 import NOT_SAVED, read_state_of_1_4
 from badam._visits import BlockVisits
 from badam.compiled_update import CompiledAdamW
 from badam.errors import InputError
-from badam.functional import all_finite, clip_factor, clip_gradients_, gradient_norm
+from badam.functional import all_finite
 from badam.plan import WriteBack
 from badam.schedule import BlockSchedule, SwitchMode
 from badam.vocabulary import Phase
@@ -103,7 +103,6 @@ class BlockOptimizer(BlockVisits):
         self.non_finite_steps = 0
         self._released: set[str] = set()
         self._skipped_in_step = False
-        self._clip_factor: Tensor | None = None
         super().__init__(
             CompiledAdamW(base_optimizer) if update == "compiled" else MasterGroups(base_optimizer),
             model,
@@ -148,8 +147,7 @@ class BlockOptimizer(BlockVisits):
         if not self._are_finite(members):
             self._skip_non_finite(members)
             return False
-        self._base.step(members, self._clip_factor)
-        self._clip_factor = None
+        self._base.step(members)
         return True
 
     def _are_finite(self, members: list[ActiveParameter]) -> bool:
@@ -157,7 +155,7 @@ class BlockOptimizer(BlockVisits):
         return all_finite(sums)
 
     def _skip_non_finite(self, members: list[ActiveParameter]) -> None:
-        self._clip_factor = None
+        self._base.unclip()
         for member in members:
             member.drop_gradient()
         if self._skipped_in_step:  # with gradient_release, by another parameter
@@ -172,7 +170,7 @@ class BlockOptimizer(BlockVisits):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Release all gradients (or set those that exist to zero)."""
         super().zero_grad(set_to_none)
-        self._clip_factor = None
+        self._base.unclip()
         for member in self._active:
             if set_to_none:
                 member.drop_gradient()
@@ -196,15 +194,7 @@ class BlockOptimizer(BlockVisits):
             )
         with phases.within(Phase.STEP):
             gradients = [member.gradient for member in self._active if member.gradient is not None]
-            if self.update == "base":
-                return clip_gradients_(gradients, max_norm, norm_type)
-            # The compiled pass multiplies in passing; scaling here would round in the model's type.
-            norm = gradient_norm(gradients, norm_type)
-            if self._clip_factor is not None:
-                norm = norm * self._clip_factor
-            factor = clip_factor(norm, max_norm)
-            self._clip_factor = factor if self._clip_factor is None else factor * self._clip_factor
-            return norm
+            return self._base.clip(gradients, max_norm, norm_type)
 
     @torch.no_grad()
     def _on_gradient(self, member: ActiveParameter) -> None:

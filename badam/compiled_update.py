@@ -18,7 +18,7 @@ from torch.optim import AdamW, Optimizer
 from badam._active import ActiveParameter
 from badam._master_groups import MasterGroups
 from badam.errors import InputError
-from badam.functional import is_fake
+from badam.functional import clip_factor, gradient_norm, is_fake
 
 _UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "differentiable")
 
@@ -46,10 +46,25 @@ class CompiledAdamW(MasterGroups):
                     f'update="compiled" does not know AdamW\'s option {wrong[0]}.', advice='Use update="base".'
                 )
         super().__init__(base)
+        self._factor: Tensor | None = None
 
-    def step(self, members: Sequence[ActiveParameter], scale: Tensor | None = None) -> None:
-        """One AdamW step from the gradients of ``members`` times ``scale``; they are released, the weights written."""
-        factor = 1.0 if scale is None or is_fake(scale) else float(scale)
+    def clip(self, gradients: Sequence[Tensor], max_norm: float, norm_type: float) -> Tensor:
+        """Leave the scaling to the next step, which multiplies in passing; here it would round in the model's type."""
+        norm = gradient_norm(gradients, norm_type)
+        if self._factor is not None:
+            norm = norm * self._factor
+        factor = clip_factor(norm, max_norm)
+        self._factor = factor if self._factor is None else self._factor * factor
+        return norm
+
+    def unclip(self) -> None:
+        """Forget the factor that :meth:`clip` has left."""
+        self._factor = None
+
+    def step(self, members: Sequence[ActiveParameter]) -> None:
+        """One AdamW step from the gradients of ``members``; they are released, the weights written."""
+        factor = 1.0 if self._factor is None or is_fake(self._factor) else float(self._factor)
+        self._factor = None
         by_parameter = {id(member.parameter): member for member in members}
         for group in self.base.param_groups:
             numbers: dict[tuple[int, torch.device], Tensor] = {}  # equal for all parameters that started together

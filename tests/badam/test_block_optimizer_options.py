@@ -47,10 +47,10 @@ def test_no_two_released_gradients_exist_at_once() -> None:
     alive: list[int] = []
     original = optimizer._base.step
 
-    def step(members: list[ActiveParameter], scale: Any = None) -> None:
+    def step(members: list[ActiveParameter]) -> None:
         gradients.extend(weakref.ref(member.gradient) for member in members)
         alive.append(sum(reference() is not None for reference in gradients))
-        original(members, scale)
+        original(members)
 
     optimizer._base.step = step  # type: ignore[method-assign]
     loss_of(model, 0).backward()
@@ -265,6 +265,17 @@ def test_masters_and_moments_of_a_range_have_its_rows() -> None:
     assert {tuple(entry["exp_avg"].shape) for entry in optimizer.state.values()} <= {(4, 8), (8,)}
     train(model, optimizer, 2)
     assert optimizer.masters.keys() == {"layers.0.linear.weight", "layers.0.expert.weight"}
+
+
+@pytest.mark.parametrize("options", [{}, {"update": "compiled"}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gradient_of_a_range_keeps_no_other_rows_alive(dtype: torch.dtype, options: Any) -> None:
+    model = net(dtype)
+    optimizer = blocks(model, max_block_parameters=80, switch_block_every=0, **options)
+    loss_of(model, 0).backward()
+    for member in optimizer.active_parameters:
+        gradient = member.gradient
+        assert gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
 
 
 def test_ranges_of_rows_resume_too() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from badam import BlockOptimizer
 from badam.errors import StateError
-from tests.badam.tiny_net import Net, adamw, blocks, loss_of, net
+from tests.badam.tiny_net import CountingSGD, Net, adamw, blocks, loss_of, net
 
 STEPS = 20
 
@@ -73,6 +73,22 @@ def test_a_run_resumed_at_any_step_equals_the_uninterrupted_one(
     losses += run(resumed, optimizer, stop, STEPS)
     assert losses == expected
     assert all(torch.equal(p, whole.get_parameter(name)) for name, p in resumed.named_parameters())
+
+
+def test_counters_that_a_base_optimizer_keeps_in_its_groups_resume_too() -> None:
+    counts = []
+    for stop in (0, 4):
+        model = net(torch.float32)
+        optimizer = blocks(model, CountingSGD(model.parameters(), lr=0.1), switch_block_every=3)
+        for step in range(7):
+            if step and step == stop:
+                saved = through_a_file(optimizer.state_dict())
+                optimizer = blocks(model, CountingSGD(model.parameters(), lr=0.1), switch_block_every=3)
+                optimizer.load_state_dict(saved)
+            loss_of(model, step).backward()
+            optimizer.step()
+            counts.append(optimizer.param_groups[0].get("count"))
+    assert counts == [1, 2, None, 1, 2, None, 1] * 2
 
 
 def test_the_saved_order_and_position_win_over_the_constructor() -> None:

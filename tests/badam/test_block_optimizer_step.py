@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from badam import phases
 from badam.errors import InputError
 from badam.vocabulary import Phase
-from tests.badam.tiny_net import LR, WIDTH, adamw, batch, blocks, loss_of, net
+from tests.badam.tiny_net import LR, WIDTH, CountingSGD, adamw, batch, blocks, loss_of, net
 
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW loop": lambda p: adamw(p, foreach=False),
@@ -345,25 +345,28 @@ def test_zero_grad_in_both_ways() -> None:
 
 
 def test_base_optimizers_that_keep_counters_in_their_groups_start_afresh_too() -> None:
-    class Counting(torch.optim.SGD):
-        """Counts its steps in the group, as schedule-free optimizers do, and divides the rate by the count."""
-
-        @torch.no_grad()
-        def step(self, closure: Any = None) -> None:
-            for group in self.param_groups:
-                group["count"] = group.get("count", 0) + 1
-                for parameter in group["params"]:
-                    parameter.sub_(parameter.grad, alpha=group["lr"] / group["count"])
-
     model = net(torch.float32)
-    optimizer = blocks(model, Counting(model.parameters(), lr=1.0), switch_block_every=2)
+    optimizer = blocks(model, CountingSGD(model.parameters(), lr=1.0), switch_block_every=2)
     counts = []
     for _ in range(5):
-        for parameter in optimizer.param_idx2lp.values():
-            parameter.grad = torch.zeros_like(parameter)
+        optimizer.zero_grad()
+        loss_of(model, 0).backward()
         optimizer.step()
         counts.append(optimizer.param_groups[0].get("count"))
     assert counts == [1, None, 1, None, 1]
+
+
+def test_a_block_is_rounded_differently_at_every_visit() -> None:
+    model = net()
+    optimizer = blocks(model, block_prefix_list=["layers.0"], switch_block_every=0)
+    results = []
+    for _ in range(2):
+        for member in optimizer.active_parameters:
+            member.load_master(torch.full(member.weight.shape, 1 + 2**-8))  # half way between two bf16 numbers
+        optimizer.switch_trainable_params()
+        results.append(model.layers[0].linear.weight.detach().clone())
+    assert {1.0, 1 + 2**-7} == set(results[0].float().flatten().tolist())
+    assert not torch.equal(*results)
 
 
 def test_options_out_of_range_are_refused() -> None:

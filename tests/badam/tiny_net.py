@@ -61,3 +61,14 @@ def adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
 def blocks(model: nn.Module, base: torch.optim.Optimizer | None = None, **options: Any) -> BlockOptimizer:
     settings = {"switch_mode": "ascending", "verbose": 0, **options}
     return BlockOptimizer(base or adamw(model.parameters()), list(model.named_parameters()), **settings)
+
+
+class CountingSGD(torch.optim.SGD):
+    """Counts its steps in the group, as schedule-free optimizers do, and divides the rate by the count."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=group["lr"] / group["count"])
