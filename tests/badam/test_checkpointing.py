@@ -368,10 +368,10 @@ def test_a_cache_is_written_where_nothing_is_differentiated() -> None:
         assert model(input_ids=TOKENS, use_cache=True).past_key_values.get_seq_length() == TOKENS.shape[1]
 
 
-def switch_on(model: nn.Module, use_reentrant: bool) -> None:
+def switch_on(model: nn.Module, **settings: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.gradient_checkpointing_enable(settings)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -380,8 +380,8 @@ def test_transformers_own_checkpointing_becomes_block_aware(use_reentrant: bool,
     model = llama(attention_dropout=attention_dropout)
     activate(model, "model.layers.2.")
     expected = llama_gradients(model)
-    switch_on(model, use_reentrant)
-    switch_on(model, use_reentrant)  # the trainer and the user may both do it
+    switch_on(model, use_reentrant=use_reentrant)
+    switch_on(model, use_reentrant=use_reentrant)  # the trainer and the user may both do it
     enable_for_transformers(model)
     enable_for_transformers(model)
     calls = count_forwards(model)
@@ -392,7 +392,9 @@ def test_transformers_own_checkpointing_becomes_block_aware(use_reentrant: bool,
 
 def test_transformers_settings_given_by_the_user_stay_in_force() -> None:
     model = llama()
-    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": True}, every_n_layers=2)
+    switch_on(model, use_reentrant=False, preserve_rng_state=True)
+    for layer in model.model.layers[1::2]:  # as transformers' every_n_layers=2 does
+        layer.gradient_checkpointing = False
     enable_for_transformers(model)
     calls = count_forwards(model)
     llama_gradients(model)
