@@ -1,9 +1,11 @@
 """The CPU allocator's own account of every block of memory it hands out and takes back.
 
 torch's CPU allocator reports to the profiler, and to nobody else. :class:`AllocatorLog` starts that profiler for
-memory alone: of the operators it records none, only the marks that the caller sets, so that its cost is that of the
-allocations (some microseconds each) and not that of the operators. It sees what the thread that started it allocates;
-backward on the CPU runs in that thread.
+memory alone: it records no operators and no ranges, so that its cost is that of the allocations (some microseconds
+each). It sees what the thread that started it allocates; backward on the CPU runs in that thread.
+
+Recording no ranges is also what makes it safe to stop and start at any point: the profiler keeps a pointer into its
+session for each open range, and closing a range that was opened in an earlier session writes through it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -28,7 +31,9 @@ from torch._C._profiler import (
 
 from badam.errors import BadamError
 
-_MARK = "badam.mark."
+MARK_BYTES = 8191
+"""A mark is an allocation of this size at a known address, released at once: so marks and allocations are in one
+order without comparing clocks. A prime, since tensors of numbers have even sizes."""
 
 
 class AllocatorEvent(NamedTuple):
@@ -47,6 +52,7 @@ class AllocatorLog:
 
     def __init__(self) -> None:
         self.running = False
+        self._marks: list[tuple[int, int]] = []  # address and number
 
     def start(self) -> None:
         """Begin to listen.
@@ -61,15 +67,16 @@ class AllocatorLog:
             )
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop messages are no news to a user
         _prepare_profiler(_config(), {ProfilerActivity.CPU})
-        # torch's stub leaves out the last parameter, which restricts the record to user ranges and memory.
-        _enable_profiler(_config(), {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
+        # torch's stub leaves out the last parameter, the kinds of ranges to record: one that training does not have.
+        no_ranges = {RecordScope.STATIC_RUNTIME_MODEL}
+        _enable_profiler(_config(), {ProfilerActivity.CPU}, no_ranges)  # type: ignore[call-arg]
         self.running = True
         atexit.register(self.stop)  # a process that ends with the profiler on crashes
 
     def mark(self, number: int) -> None:
         """Set mark ``number`` between what was allocated before and what comes."""
-        with torch.profiler.record_function(f"{_MARK}{number}"):
-            pass
+        probe = torch.empty(MARK_BYTES, dtype=torch.uint8, device="cpu")
+        self._marks.append((probe.data_ptr(), number))
 
     def drain(self) -> list[AllocatorEvent]:
         """What was reported since the last call, in order of time; goes on listening."""
@@ -77,7 +84,7 @@ class AllocatorLog:
             result = _disable_profiler()
             atexit.unregister(self.stop)
             self.start()
-            return _sorted_events(result)
+            return self._events(result)
 
     def stop(self) -> list[AllocatorEvent]:
         """What was reported since the last call; ends listening. Does nothing if it had ended."""
@@ -86,7 +93,22 @@ class AllocatorLog:
         self.running = False
         atexit.unregister(self.stop)
         with _no_collection():
-            return _sorted_events(_disable_profiler())
+            return self._events(_disable_profiler())
+
+    def _events(self, result: Any) -> list[AllocatorEvent]:
+        reports = [
+            (node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size)
+            for node in result.experimental_event_tree()
+            if node.tag == _EventType.Allocation and node.extra_fields.device.type == "cpu"
+        ]
+        reports.sort(key=lambda report: report[0])
+        marks, self._marks = deque(self._marks), []
+        events: list[AllocatorEvent] = []
+        for time_ns, address, nbytes in reports:
+            if marks and nbytes == MARK_BYTES and address == marks[0][0]:
+                address, nbytes = marks.popleft()[1], 0
+            events.append(AllocatorEvent(time_ns, address, nbytes))
+        return events
 
 
 @contextmanager
@@ -111,20 +133,3 @@ def _config() -> ProfilerConfig:
         False,  # with_modules
         _ExperimentalConfig(),
     )
-
-
-def _sorted_events(result: Any) -> list[AllocatorEvent]:
-    return sorted(_walk(result.experimental_event_tree()), key=lambda event: event.time_ns)
-
-
-def _walk(nodes: list[Any]) -> Iterator[AllocatorEvent]:
-    """The tree's events: user ranges, such as the one that torch puts around an optimizer's step, have children."""
-    for node in nodes:
-        if node.tag == _EventType.Allocation:
-            fields = node.extra_fields
-            if fields.device.type == "cpu":
-                yield AllocatorEvent(node.start_time_ns, fields.ptr, fields.alloc_size)
-        elif node.name.startswith(_MARK):
-            yield AllocatorEvent(node.start_time_ns, int(node.name.removeprefix(_MARK)), 0)
-        if node.children:
-            yield from _walk(node.children)

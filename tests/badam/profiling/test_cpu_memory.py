@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from badam.errors import BadamError
@@ -140,6 +142,39 @@ def test_nothing_is_lost_between_two_readings() -> None:
     assert [event.nbytes for event in first] == [100]
     assert [event.nbytes for event in second] == [-100]
     assert second[0].address == first[0].address
+
+
+def test_reading_inside_an_open_range_is_safe() -> None:
+    """torch opens one around each optimizer step; a profiler that had recorded its beginning would crash at its end."""
+    log = AllocatorLog()
+    log.start()
+    for _ in range(50):
+        with torch.profiler.record_function("outer"):
+            kept = torch.empty(100, dtype=torch.uint8)
+            with torch.profiler.record_function("inner"):
+                log.drain()
+            torch.empty(10, dtype=torch.uint8)
+        log.drain()
+    del kept
+    log.stop()
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(1, 10_000), st.just(8191)), max_size=30))
+@settings(max_examples=40, deadline=None)
+def test_marks_stand_between_the_allocations_that_they_were_set_between(script: list[int | None]) -> None:
+    log = AllocatorLog()
+    log.start()
+    kept, expected, marks = [], [], 0
+    for nbytes in script:
+        if nbytes is None:
+            log.mark(marks)
+            expected.append((marks, 0))
+            marks += 1
+        else:
+            kept.append(torch.empty(nbytes, dtype=torch.uint8))
+            expected.append((kept[-1].data_ptr(), nbytes))
+    found = [(event.address, event.nbytes) for event in log.stop() if event.nbytes >= 0]
+    assert found == expected
 
 
 def test_a_step_measured_after_a_pause_is_measured_as_without_one() -> None:
