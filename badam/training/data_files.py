@@ -78,7 +78,7 @@ def _json_lines(path: Path) -> Iterator[PlacedRow]:
             text = _decode(line, path, offset)
             offset += len(line)
             if text.strip():
-                yield _object(_parse(text, path, first_line=number), path, f"line {number}")
+                yield _object(_parse(text.rstrip("\r\n"), path, first_line=number), path, f"line {number}")
 
 
 def _json(path: Path) -> Iterator[PlacedRow]:
