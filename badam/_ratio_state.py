@@ -1,128 +1,111 @@
-"""What a BlockOptimizerRatio saves, and how it is checked and put back."""
+"""Where a ratio run stands, as it is saved, and the check that a saved state belongs to this model and its windows."""
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from badam.errors import StateError
-
-if TYPE_CHECKING:
-    from badam.ratio_optimizer import BlockOptimizerRatio
 
 FORMAT = 2
 """Version of the saved state; badam 1.4, which did not save where its windows were, counts as 1."""
 
-_MINE = "badam_ratio"
 _KEYS_OF_1_4 = {"step", "exp_avg", "exp_avg_sq"}
+_START_FRESH = "Build the optimizer as the one that was saved, or start without this state."
 
 
-def pack_state(optimizer: BlockOptimizerRatio) -> dict[str, Any]:
-    """The state of ``optimizer`` in plain types and tensors, which are not copied."""
-    return {
-        **optimizer.own_state_dict(),
-        _MINE: {
-            "format": FORMAT,
-            "step": optimizer.global_step,
-            "visit": optimizer.visit,
-            "steps_in_visit": optimizer.steps_in_visit,
-            "non_finite_steps": optimizer.non_finite_steps,
-            "switch_every": optimizer.switch_every,
-            "mask_mode": optimizer.mask_mode,
-            "seed": optimizer.seed,
-            "rule": _rule(optimizer),
-            "windows": [[window.name, window.numel, window.size] for window in optimizer.windows],
-            "masters": {window.name: window.master.detach() for window in optimizer.windows if window.is_loaded},
-        },
-    }
+@dataclass(frozen=True, slots=True)
+class WindowProgress:
+    """Position in the visits, the masters, and what they belong to."""
 
+    step: int
+    visit: int
+    steps_in_visit: int
+    non_finite_steps: int
+    switch_every: int
+    seed: int
+    mask_mode: str
+    rule: str  # class of the optimizer that runs on the masters
+    windows: list[list[Any]]  # name, entries of the parameter, entries of the window, entries of a run
+    masters: dict[str, Tensor]  # those that were read from the model
 
-def unpack_state(optimizer: BlockOptimizerRatio, state_dict: dict[str, Any]) -> None:
-    """Put ``state_dict`` into ``optimizer``: checked first, so that a refused state changes nothing."""
-    own = state_dict.get(_MINE)
-    if own is None:
-        _load_from_1_4(optimizer, state_dict)
-        return
-    _check(optimizer, own, state_dict["param_groups"])
-    optimizer.seed = own["seed"]
-    optimizer.switch_every = own["switch_every"]
-    optimizer.global_step = own["step"]
-    optimizer.non_finite_steps = own["non_finite_steps"]
-    optimizer.go_to(own["visit"], own["steps_in_visit"])
-    for window in optimizer.windows:
-        if window.name in own["masters"]:
-            window.adopt_master(own["masters"][window.name])
-    optimizer.load_own_state_dict(
-        {
-            "state": tree_map_only(Tensor, torch.clone, state_dict["state"]),
-            "param_groups": state_dict["param_groups"],
-        }
-    )
+    def pack(self) -> dict[str, Any]:
+        """Plain types and tensors, which are not copied; loads with ``weights_only=True``."""
+        return {"format": FORMAT, **{name: getattr(self, name) for name in self.__slots__}}
 
+    @classmethod
+    def unpack(cls, saved: dict[str, Any]) -> WindowProgress:
+        """What :meth:`pack` gave.
 
-def _check(optimizer: BlockOptimizerRatio, own: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Refuse a state of another format, model, window size, mode, rule or grouping."""
-    if own["format"] != FORMAT:
-        raise StateError(f"The optimizer state has format {own['format']}; this version reads {FORMAT}.")
-    here = [[window.name, window.numel, window.size] for window in optimizer.windows]
-    there = [list(entry) for entry in own["windows"]]
-    if here != there:
-        names_here, names_there = [str(entry[0]) for entry in here], [str(entry[0]) for entry in there]
-        if names_here != names_there:
+        Raises:
+            StateError: if it has another format or lacks something.
+        """
+        if saved.get("format") != FORMAT:
+            raise StateError(f"The optimizer state has format {saved.get('format')!r}; this version reads {FORMAT}.")
+        try:
+            return cls(**{name: saved[name] for name in cls.__slots__})
+        except KeyError as error:
+            raise StateError(f"The optimizer state lacks {error}; it was not saved whole.") from error
+
+    def check_against(self, here: WindowProgress) -> None:
+        """Refuse a state of another model, window size, mode or rule.
+
+        Raises:
+            StateError: with both values and the first difference.
+        """
+        names_there, names_here = [str(entry[0]) for entry in self.windows], [str(entry[0]) for entry in here.windows]
+        if names_there != names_here:
             only = sorted(set(names_here) ^ set(names_there)) or names_there
-            what = f"{len(there)} parameters there, {len(here)} here; the first that differs is {only[0]}"
-        else:
-            a, b = next((a, b) for a, b in zip(there, here, strict=True) if a != b)
-            what = f"{a[0]} trains {a[2]} of {a[1]} entries there, {b[2]} of {b[1]} here"
-        raise StateError(
-            f"The optimizer state was saved for another model or other ratios: {what}.",
-            advice="Build the optimizer as the one that was saved, or start without this state.",
-        )
-    for option, value in (("mask_mode", optimizer.mask_mode), ("rule", _rule(optimizer))):
-        if own[option] != value:
             raise StateError(
-                f"The optimizer state was saved with {option} {own[option]!r}; this optimizer has {value!r}.",
-                advice="Build the optimizer as the one that was saved, or start without this state.",
+                f"The optimizer state was saved for another model: {len(names_there)} parameters there, "
+                f"{len(names_here)} here; the first that differs is {only[0]}.",
+                advice=_START_FRESH,
             )
-    sizes_there = [len(group["params"]) for group in groups]
-    sizes_here = [len(group["params"]) for group in optimizer.param_groups]
-    if sizes_there != sizes_here:
+        for option in ("mask_mode", "rule"):
+            there, value = getattr(self, option), getattr(here, option)
+            if there != value:
+                raise StateError(
+                    f"The optimizer state was saved with {option} {there!r}; this optimizer has {value!r}.",
+                    advice=_START_FRESH,
+                )
+        for there, own in zip(self.windows, here.windows, strict=True):
+            if list(there) != own:
+                raise StateError(
+                    f"The optimizer state was saved for other windows: {own[0]} trains {there[2]} of {there[1]} "
+                    f"entries in runs of {there[3]} there, {own[2]} of {own[1]} in runs of {own[3]} here.",
+                    advice=_START_FRESH,
+                )
+
+
+def check_group_sizes(saved: list[dict[str, Any]], here: list[int]) -> None:
+    """Refuse a state whose parameters are grouped otherwise: positions in it would mean other parameters.
+
+    Raises:
+        StateError: with the sizes of both.
+    """
+    there = [len(group["params"]) for group in saved]
+    if there != here:
         raise StateError(
-            f"The optimizer state was saved with groups of {sizes_there} trained parameters; here they have "
-            f"{sizes_here}.",
+            f"The optimizer state was saved with groups of {there} parameters; here they have {here}.",
             advice="Group the parameters as they were grouped when the state was saved.",
         )
 
 
-def _load_from_1_4(optimizer: BlockOptimizerRatio, state_dict: dict[str, Any]) -> None:
-    """Take the groups' options from a state that badam 1.4 wrote, or refuse what is not one."""
+def options_of_1_4(state_dict: dict[str, Any], group_sizes: list[int]) -> list[dict[str, Any]]:
+    """The groups' options from a state that badam 1.4's ratio optimizer wrote.
+
+    Raises:
+        StateError: if it is not one, or its groups are others.
+    """
     groups, state = state_dict.get("param_groups", []), state_dict.get("state", {})
     entries = [entry for entry in state.values() if entry]
     known = all(set(entry) == _KEYS_OF_1_4 and entry["exp_avg"].dim() == 1 for entry in entries)
-    sizes = [len(group["params"]) for group in groups]
-    if not known or not groups or any("amsgrad" in group for group in groups) or optimizer.base_optimizer is not None:
+    if not known or not groups or any("amsgrad" in group for group in groups):
         raise StateError(
             "This optimizer state was not written by BlockOptimizerRatio.",
             advice="Load the state of a ratio optimizer, or start without one.",
         )
-    if sizes != optimizer.given_group_sizes:
-        raise StateError(
-            f"The optimizer state has parameter groups of {sizes} parameters; here they have "
-            f"{optimizer.given_group_sizes}.",
-            advice="Group the parameters as they were grouped when the state was saved.",
-        )
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        group.update({key: value for key, value in saved.items() if key != "params"})
-    warnings.warn(
-        "Loaded the groups' options of a state of badam 1.4. It does not hold the step, the windows' positions or fp32 "
-        "masters, so its moments belong to unknown entries: training starts with the first windows and fresh moments.",
-        stacklevel=4,
-    )
-
-
-def _rule(optimizer: BlockOptimizerRatio) -> str:
-    return "AdamW" if optimizer.base_optimizer is None else type(optimizer.base_optimizer).__name__
+    check_group_sizes(groups, group_sizes)
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups]

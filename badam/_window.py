@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,6 +20,15 @@ _WIDE = (torch.float32, torch.float64)
 _TRAINABLE = (torch.bfloat16, torch.float16, *_WIDE)
 
 
+@dataclass(frozen=True, slots=True)
+class WindowOptions:
+    """How windows lie in their parameters."""
+
+    mask_mode: MaskMode = "adjacent"
+    keep_index: bool = True  # keep the indices of a scattered window instead of computing them at each use
+    longest_run: int = 16  # neighbouring entries that a scattered window may train together, a power of two
+
+
 class Window:
     """The share of one parameter that is trained now.
 
@@ -30,33 +40,21 @@ class Window:
         parameter: the model's parameter, of any floating type and dense layout.
         size: entries in the window; a scattered one is rounded to whole runs.
         group: index of its parameter group.
-        mask_mode: ``adjacent`` or ``scatter``.
-        keep_index: keep the indices of a scattered window instead of computing them at each use.
-        longest_run: entries that a scattered window may train together.
+        options: how it lies in the parameter.
     """
 
-    def __init__(
-        self,
-        name: str,
-        parameter: nn.Parameter,
-        size: int,
-        group: int,
-        *,
-        mask_mode: MaskMode,
-        keep_index: bool,
-        longest_run: int,
-    ) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, size: int, group: int, options: WindowOptions) -> None:
         self.name = name
         self.parameter = parameter
         self.numel = parameter.numel()
         self.group = group
-        scattered = mask_mode == "scatter" and size < self.numel
-        self.run = run_length(self.numel, size, longest_run) if scattered else 0  # 0: adjacent
+        scattered = options.mask_mode == "scatter" and size < self.numel
+        self.run = run_length(self.numel, size, options.longest_run) if scattered else 0  # 0: adjacent
         self.size = round(size / self.run) * self.run if scattered else size
         self.is_loaded = False
         order = _memory_order(name, parameter)
         self._order = order if order != sorted(order) else None  # None: as the dimensions are
-        self._keep_index = keep_index
+        self._keep_index = options.keep_index
         self._place: Place = Ranges(self.numel, self.size, 0)
         self._views: tuple[int, list[Tensor], list[Tensor]] | None = None
         self._written_version = -1

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from badam import phases
 from badam._blocks_of_model import distinct_parameters
+from badam._messages import Messages
 from badam._places import MaskMode
 from badam._ratio_parameters import WindowSizes, given_groups, outside_parameters
-from badam._ratio_state import pack_state, unpack_state
-from badam._window import Window, collect_gradients, write_nearest
+from badam._ratio_state import WindowProgress, check_group_sizes, options_of_1_4
+from badam._window import Window, WindowOptions, write_nearest
 from badam._window_update import update_windows
+from badam._window_visits import BaseFactory, WindowVisits
 from badam.errors import InputError
 from badam.functional import all_finite, is_fake, non_finite_flags
 from badam.plan import WriteBack
 from badam.ratio_gradient import WindowGradient
 from badam.vocabulary import Phase
 
-BaseFactory = Callable[[list[dict[str, Any]]], Optimizer]
 
-
-class BlockOptimizerRatio(Optimizer):
+class BlockOptimizerRatio(WindowVisits):
     """Train a share of every parameter's entries at a time, with AdamW or a base optimizer of the user's.
 
     The *window* of a parameter is what is trained of it now: a range of the flattened parameter, or entries scattered
@@ -110,108 +110,30 @@ class BlockOptimizerRatio(Optimizer):
             )
         if fused and foreach:
             raise InputError("fused and foreach exclude each other.", advice="Ask for one of them.")
-        self.named_parameters_list = distinct_parameters(named_parameters_list)
+        named = distinct_parameters(named_parameters_list)
+        for parameter in outside_parameters(named, include_embedding, include_lm_head):
+            parameter.requires_grad_(False)
         self.update_ratio = update_ratio
-        self.verbose = verbose
-        self.switch_every = switch_every
         self.preserve_threshold = preserve_threshold
         self.mask_mode: MaskMode = mask_mode
         self.keep_mask = keep_mask
         self.include_embedding = include_embedding
         self.fused = not foreach if fused is None else fused
-        self.write_back = write_back
-        self.seed = seed
-        self.scatter_run = scatter_run
         self.gradient_release = gradient_release
-        self.log_fn = log_fn
-        self.global_step = 0
-        self.visit = 0
-        self.steps_in_visit = 0
         self.non_finite_steps = 0
-        self.windows: list[Window] = []
-        self.base_optimizer: Optimizer | None = None
         self._released: dict[Window, Tensor | None] = {}
-
-        names = {id(parameter): name for name, parameter in self.named_parameters_list}
-        self._sizes = WindowSizes(update_ratio, preserve_threshold, param_update_ratios or {}, names.values())
-        for parameter in outside_parameters(self.named_parameters_list, include_embedding, include_lm_head):
-            parameter.requires_grad_(False)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **(optimizer_defaults or {})}
-        given = given_groups(param_groups)
-        self.given_group_sizes = [len(group["params"]) for group in given]
-        groups = [self._with_masters(group, index, names) for index, group in enumerate(given)]
-        if not self.windows:
-            raise InputError(
-                f"None of the {sum(self.given_group_sizes)} parameters in param_groups would be trained: all are "
-                "frozen, or belong to the embedding or the output projection.",
-                advice="Set requires_grad, or include_embedding and include_lm_head.",
-            )
-        if base_optimizer is not None:
-            self.base_optimizer = base_optimizer([{"lr": defaults["lr"], **group} for group in groups])
-            defaults, groups = self.base_optimizer.defaults, self.base_optimizer.param_groups
-        self._is_built = False
-        super().__init__(groups, defaults)
-        self._is_built = True
-        self.share_with_base()
-        self._announce()
-
-    # What is trained
-
-    @property
-    def masters(self) -> dict[str, Tensor]:
-        """The windows' fp32 masters, by parameter name; not read from the model before the first gradient."""
-        return {window.name: window.master for window in self.windows}
-
-    @property
-    def active_entries(self) -> int:
-        """Entries of all windows together."""
-        return sum(window.size for window in self.windows)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; their windows join the visit under way."""
-        if self._is_built:
-            names = {id(parameter): name for name, parameter in self.named_parameters_list}
-            (given,) = given_groups([param_group])
-            self.given_group_sizes.append(len(given["params"]))
-            param_group = self._with_masters(given, len(self.param_groups), names)
-            if self.base_optimizer is not None:
-                self.base_optimizer.add_param_group(param_group)
-                return
-        super().add_param_group(param_group)
-
-    def _with_masters(self, group: Mapping[str, Any], index: int, names: Mapping[int, str]) -> dict[str, Any]:
-        """The group with a window's master for each parameter that is not frozen."""
-        known = {id(window.parameter) for window in self.windows}
-        masters = []
-        for position, parameter in enumerate(group["params"]):
-            name = names.get(id(parameter), f"param_groups[{index}].params[{position}]")
-            if id(parameter) in known:
-                raise InputError(f"The parameter {name} is in param_groups twice.", advice="List it once.")
-            known.add(id(parameter))
-            if not parameter.requires_grad:
-                continue
-            size = self._sizes.of(name, parameter.numel())
-            window = Window(
-                name,
-                parameter,
-                size,
-                index,
-                mask_mode=self.mask_mode,
-                keep_index=self.keep_mask,
-                longest_run=self.scatter_run,
-            )
-            window.move(self.visit, self.seed)
-            collect_gradients(self, window)
-            self.windows.append(window)
-            masters.append(window.master)
-        return {**group, "params": masters}
-
-    def share_with_base(self) -> None:
-        """Let groups, state and defaults be those of the base optimizer, if there is one."""
-        if self.base_optimizer is not None:
-            self.param_groups = self.base_optimizer.param_groups
-            self.state = self.base_optimizer.state
-            self.defaults = self.base_optimizer.defaults
+        super().__init__(
+            given_groups(param_groups),
+            named,
+            sizes=WindowSizes(update_ratio, preserve_threshold, param_update_ratios or {}, [name for name, _ in named]),
+            options=WindowOptions(mask_mode, keep_mask, scatter_run),
+            defaults={"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **(optimizer_defaults or {})},
+            base_factory=base_optimizer,
+            switch_every=switch_every,
+            write_back=write_back,
+            seed=seed,
+            messages=Messages(verbose, log_fn),
+        )
 
     # Gradients
 
@@ -351,108 +273,70 @@ class BlockOptimizerRatio(Optimizer):
     def _count_non_finite(self, count: int) -> None:
         self.non_finite_steps += 1
         what = f"the updates of {count} parameters were" if self.gradient_release else "the step was"
-        self._say(
+        self._messages.say(
             f"A gradient is infinite or NaN: {what} skipped "
             f"({self.non_finite_steps} such steps so far, {self.global_step} done)."
         )
-
-    # The move
-
-    @torch.no_grad()
-    def switch_windows(self) -> None:
-        """End the visit now and begin the next one; ``step`` calls this after ``switch_every`` steps."""
-        with phases.within(Phase.SWITCH):
-            self.state.clear()
-            self.write_back_block()
-            self.go_to(self.visit + 1, 0)
-            for window in self.windows:
-                window.ready_master()
-        self._say(f"Visit {self.visit + 1}: the windows have moved on after {self.global_step} steps.")
-
-    @torch.no_grad()
-    def write_back_block(self) -> None:
-        """Round the masters into the model as if the windows were left; the masters stay.
-
-        At the end of training this gives the last windows the same treatment as all others. Weights that were loaded
-        into the model since the last step are not overwritten.
-        """
-        if self.write_back != "stochastic":
-            return
-        generators: dict[torch.device, torch.Generator] = {}
-        for window in self.windows:
-            device = window.parameter.device
-            if device not in generators:
-                generators[device] = torch.Generator(device).manual_seed(self._rounding_seed())
-            window.write_stochastically(generators[device])
-
-    def go_to(self, visit: int, steps_in_visit: int) -> None:
-        """Place the windows ``steps_in_visit`` steps into ``visit``, without reading masters or touching a weight."""
-        self.visit, self.steps_in_visit = visit, steps_in_visit
-        for window in self.windows:
-            window.drop_gradient()
-            window.move(visit, self.seed)
-
-    def _rounding_seed(self) -> int:
-        """Different in every visit and a function of saved numbers only, so that a resumed run rounds alike."""
-        return (self.seed * 0x9E3779B97F4A7C15 + self.visit * 0xD1B54A32D192ED03 + 1) % 2**63
 
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically, in plain types and tensors, which are not copied."""
-        return pack_state(self)
+        own = super().state_dict() if self.base_optimizer is None else self.base_optimizer.state_dict()
+        return {**own, "badam_ratio": self._progress().pack()}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken; the model's weights are the caller's to load, before or after.
 
-        Of a state that badam 1.4 wrote, the groups' options are taken; it does not say where its windows were.
+        The seed and ``switch_every`` are the saved ones, like learning rates and all other options of the groups. Of
+        a state that badam 1.4 wrote, the groups' options are taken; it does not say where its windows were.
 
         Raises:
-            StateError: if it belongs to another model, other windows, or another optimizer.
+            StateError: if it belongs to another model, other windows, or another optimizer; nothing is changed then.
         """
-        unpack_state(self, state_dict)
+        if "badam_ratio" not in state_dict:
+            self._load_options_of_1_4(state_dict)
+            return
+        saved = WindowProgress.unpack(state_dict["badam_ratio"])
+        saved.check_against(self._progress())
+        check_group_sizes(state_dict["param_groups"], [len(group["params"]) for group in self.param_groups])
+        self.global_step, self.non_finite_steps = saved.step, saved.non_finite_steps
+        self.switch_every, self.seed = saved.switch_every, saved.seed
+        self._go_to(saved.visit, saved.steps_in_visit)
+        for window in self.windows:
+            if window.name in saved.masters:
+                window.adopt_master(saved.masters[window.name])
+        # A copy: two optimizers may continue from one state.
+        state = tree_map_only(Tensor, torch.clone, state_dict["state"])
+        load = super().load_state_dict if self.base_optimizer is None else self.base_optimizer.load_state_dict
+        load({"state": state, "param_groups": state_dict["param_groups"]})
+        self._share_with_base()
 
-    def own_state_dict(self) -> dict[str, Any]:
-        """The rule's state and the groups' options, as torch lays them out."""
-        return super().state_dict() if self.base_optimizer is None else self.base_optimizer.state_dict()
-
-    def load_own_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The reverse of :meth:`own_state_dict`."""
-        if self.base_optimizer is None:
-            super().load_state_dict(state_dict)
-        else:
-            self.base_optimizer.load_state_dict(state_dict)
-            self.share_with_base()
-
-    # Small things
-
-    def train(self) -> None:
-        """Passed on to a base optimizer that knows it (schedule-free ones)."""
-        getattr(self.base_optimizer, "train", lambda: None)()
-
-    def eval(self) -> None:
-        """Passed on to a base optimizer that knows it (schedule-free ones)."""
-        getattr(self.base_optimizer, "eval", lambda: None)()
-
-    def _announce(self) -> None:
-        entries = sum(window.numel for window in self.windows)
-        self._say(
-            f"Training {self.active_entries} of {entries} entries at a time ({self.mask_mode}) in {len(self.windows)} "
-            f"parameters, moving on every {self.switch_every} steps."
+    def _load_options_of_1_4(self, state_dict: dict[str, Any]) -> None:
+        for group, options in zip(self.param_groups, options_of_1_4(state_dict, self.given_group_sizes), strict=True):
+            group.update(options)
+        warnings.warn(
+            "Loaded the groups' options of a state of badam 1.4. It does not hold the step, the windows' positions or "
+            "fp32 masters, so its moments belong to unknown entries: training starts with the first windows and fresh "
+            "moments.",
+            stacklevel=3,
         )
-        if self.verbose >= 2:
-            for window in self.windows:
-                self._say(f"  {window.name}: {window.size} of {window.numel}")
 
-    def _say(self, message: str) -> None:
-        if self.verbose < 1:
-            return
-        if self.log_fn is not None:
-            self.log_fn(message)
-            return
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not distributed or torch.distributed.get_rank() == 0:
-            print(message)
+    def _progress(self) -> WindowProgress:
+        base = self.base_optimizer
+        return WindowProgress(
+            step=self.global_step,
+            visit=self.visit,
+            steps_in_visit=self.steps_in_visit,
+            non_finite_steps=self.non_finite_steps,
+            switch_every=self.switch_every,
+            seed=self.seed,
+            mask_mode=self.mask_mode,
+            rule="AdamW" if base is None else type(base).__name__,
+            windows=[[window.name, window.numel, window.size, max(1, window.run)] for window in self.windows],
+            masters={window.name: window.master.detach() for window in self.windows if window.is_loaded},
+        )
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

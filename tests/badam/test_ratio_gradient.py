@@ -2,28 +2,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from badam._window import Window
+from badam._places import MaskMode
+from badam._window import Window, WindowOptions
 from badam.errors import InputError
 from badam.functional import clip_gradients_
 from badam.ratio_gradient import WindowGradient
 
 
-def window(dtype: torch.dtype = torch.bfloat16, **options: Any) -> Window:
-    settings: dict[str, Any] = {"mask_mode": "adjacent", "keep_index": True, "longest_run": 1, **options}
-    made = Window("weight", nn.Parameter(torch.zeros(6, 5, dtype=dtype)), 8, 0, **settings)
+def window(dtype: torch.dtype = torch.bfloat16, mask_mode: MaskMode = "adjacent") -> Window:
+    made = Window("weight", nn.Parameter(torch.zeros(6, 5, dtype=dtype)), 8, 0, WindowOptions(mask_mode))
     made.move(1, 0)
     return made
 
 
-def gradient(**options: Any) -> WindowGradient:
-    values = torch.arange(1.0, 9.0)
-    return WindowGradient(window(**options), values)
+def gradient() -> WindowGradient:
+    return WindowGradient(window(), torch.arange(1.0, 9.0))
 
 
 def test_it_looks_like_the_parameters_gradient_and_holds_the_window() -> None:
@@ -39,7 +37,7 @@ def test_it_looks_like_the_parameters_gradient_and_holds_the_window() -> None:
 
 @pytest.mark.parametrize("mask_mode", ["adjacent", "scatter"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_autograd_adds_to_the_window(mask_mode: str, dtype: torch.dtype) -> None:
+def test_autograd_adds_to_the_window(mask_mode: MaskMode, dtype: torch.dtype) -> None:
     place = window(dtype, mask_mode=mask_mode)
     parameter = place.parameter
     parameter.grad = WindowGradient(place, torch.zeros(8))

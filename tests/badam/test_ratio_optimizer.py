@@ -599,6 +599,22 @@ def test_runs_on_fake_tensors(options: dict[str, Any]) -> None:
         assert (optimizer.global_step, optimizer.visit) == (5, 2)
 
 
+def test_code_for_the_block_optimizer_finds_what_it_looks_for() -> None:
+    model = net()
+    optimizer = build(model, switch_every=2)
+    assert (optimizer.block_num, optimizer.current_block_idx) == (1, 0)
+    assert list(optimizer.param_idx2lp.values()) == list(model.parameters())
+    assert optimizer.param_idx2hp == {}
+    visits: list[int] = []
+    remove = optimizer.register_switch_hook(lambda switched: visits.append(switched.visit))
+    train(model, optimizer, 4)
+    assert visits == [0, 1, 2]
+    assert list(optimizer.param_idx2hp.values()) == list(optimizer.masters.values())
+    remove()
+    train(model, optimizer, 2)
+    assert visits == [0, 1, 2]
+
+
 def test_a_later_optimizer_takes_over_and_the_earlier_one_can_go() -> None:
     model = net()
     first = build(model)

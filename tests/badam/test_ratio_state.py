@@ -116,8 +116,11 @@ def test_a_loaded_optimizer_shares_no_memory_with_the_saved_state() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: build(net(), update_ratio=0.4), "first.bias trains 3 of 16 entries there, 6 of 16 here"),
-        (lambda: build(net(20)), "of 16 entries there, 4 of 20 here"),
+        (
+            lambda: build(net(), update_ratio=0.4),
+            "first.bias trains 3 of 16 entries in runs of 1 there, 6 of 16 in runs of 1 here",
+        ),
+        (lambda: build(net(20)), "of 16 entries in runs of 1 there, 4 of 20"),
         (lambda: build(net(), mask_mode="scatter"), "mask_mode 'adjacent'; this optimizer has 'scatter'"),
         (lambda: build(net(), base_optimizer=torch.optim.SGD), "rule 'AdamW'; this optimizer has 'SGD'"),
         (lambda: BlockOptimizerRatio([net().first.weight], [("other", nn.Parameter(torch.ones(1)))]), "there, 1 here"),
@@ -134,13 +137,24 @@ def test_a_foreign_state_is_refused_and_changes_nothing(other: Any, message: str
     assert not target.state
 
 
+def test_a_state_that_was_cut_is_refused() -> None:
+    optimizer = build(net())
+    state = optimizer.state_dict()
+    del state["badam_ratio"]["visit"]
+    with pytest.raises(StateError, match="lacks 'visit'; it was not saved whole"):
+        optimizer.load_state_dict(state)
+    state["badam_ratio"]["format"] = 99
+    with pytest.raises(StateError, match="has format 99; this version reads 2"):
+        optimizer.load_state_dict(state)
+
+
 def test_another_grouping_is_refused() -> None:
     model = net()
     names = dict(model.named_parameters())
     order = ["first.bias", "second.bias", "first.weight", "second.weight"]
     optimizer = build(model)
     one = BlockOptimizerRatio([names[n] for n in order], names.items(), 0.2, 0, preserve_threshold=4)
-    with pytest.raises(StateError, match=r"groups of \[2, 2\] trained parameters; here they have \[4\]"):
+    with pytest.raises(StateError, match=r"groups of \[2, 2\] parameters; here they have \[4\]"):
         one.load_state_dict(optimizer.state_dict())
 
 
