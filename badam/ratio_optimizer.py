@@ -157,6 +157,8 @@ class BlockOptimizerRatio(WindowVisits):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Release all gradients (or set those that exist to zero)."""
+        if self._released:  # the updates of a backward that no step followed
+            self._finish_release()
         for window in self.windows:
             if set_to_none:
                 window.drop_gradient()
@@ -257,7 +259,10 @@ class BlockOptimizerRatio(WindowVisits):
     def _finish_release(self) -> bool:
         """Learn which updates were skipped for a non-finite gradient, and take their steps back."""
         released, self._released = self._released, {}
-        skipped = [w for w, flag in released.items() if flag is not None and not is_fake(flag) and flag.item() > 0]
+        flags = {w: flag for w, flag in released.items() if flag is not None and not is_fake(flag)}
+        device = next(iter(flags.values())).device if flags else None
+        found = torch.cat([flag.to(device) for flag in flags.values()]).tolist() if flags else []  # waits once
+        skipped = [window for window, value in zip(flags, found, strict=True) if value > 0]
         if skipped and self._skips_on_device:
             for window in skipped:
                 self.state[window.master]["step"] -= 1

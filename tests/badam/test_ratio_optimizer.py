@@ -565,6 +565,10 @@ def test_gradient_release_refuses_to_clip_or_accumulate() -> None:
     model.loss(0).backward()
     with pytest.raises(InputError, match="cannot accumulate"):
         model.loss(1).backward()
+    optimizer.zero_grad()
+    model.loss(1).backward()
+    optimizer.step()
+    assert optimizer.global_step == 1
 
 
 # --- the surroundings -----------------------------------------------------------------------------------------------
