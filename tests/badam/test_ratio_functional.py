@@ -125,6 +125,18 @@ def test_kept_and_computed_indices_are_the_same() -> None:
         assert all(torch.equal(values, found[0]) for values in found)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_runs_are_written_wherever_the_parameter_begins(dtype: torch.dtype, offset: int) -> None:
+    flat = torch.zeros(4096 + offset, dtype=dtype)[offset:]
+    values = torch.arange(1.0, 401.0) / 256
+    place = Scattered(4096, 400, 2, run=4, key=5, keep=True)
+    place.write(flat, values)
+    place.read_into(found := torch.empty(400), flat)
+    assert torch.equal(found, values.to(dtype).float())
+    assert int((flat != 0).sum()) == 400
+
+
 def test_a_scattered_window_spreads_over_the_whole_parameter() -> None:
     numel, size = 100_000, 5_000
     place = Scattered(numel, size, 3, run=1, key=11, keep=True)
