@@ -7,6 +7,7 @@ measured, what was made in the others. Its death is not reported either; a weak 
 
 from __future__ import annotations
 
+import gc
 import time
 import weakref
 from collections.abc import Iterable
@@ -43,6 +44,7 @@ class CpuMemory:
 
     def start(self) -> None:
         """Take in what is alive, and begin to listen."""
+        gc.collect()  # what is garbage already is no part of the run
         self._log.start()
         self._take_in((tensor, Category.ACTIVATION) for tensor in live_cpu_tensors())
 

@@ -99,6 +99,7 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         recorder.stop()
         model_path = None if interruption.signal else _save_model(trainer, options.output_dir)
+        _release(trainer)
     measured = recorder.measured_run(plan, command=command)
     save_record(measured, options.output_dir / MEASURED)
     return RunResult(
@@ -228,3 +229,12 @@ def _save_model(trainer: PlanTrainer, output_dir: Path) -> Path:
         trainer.model.save_pretrained(partial)
         trainer.processing_class.save_pretrained(partial)
     return target
+
+
+def _release(trainer: PlanTrainer) -> None:
+    """Let go of the last block: autograd's hooks on its parameters would keep masters and moments for ever."""
+    optimizer = trainer.plan_optimizer
+    if isinstance(optimizer, BlockOptimizer):
+        for active in optimizer.active_parameters:
+            active.close()
+    optimizer.state.clear()

@@ -1,0 +1,156 @@
+"""``badam-train`` as a user meets it: plan, train, compare; stop and go on; sentences for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from badam.plan import save_record
+from badam_cli import plan as plan_command
+from badam_cli import report as report_command
+from badam_cli import train as train_command
+from tests.badam.training.tiny import CONFIG, records, tiny_plan, write_jsonl
+
+
+def command(app: Any, *arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def train(*arguments: object) -> Result:
+    return command(train_command.app, *arguments)
+
+
+@pytest.fixture
+def plan_path(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.json"
+    save_record(tiny_plan(), path)
+    return path
+
+
+@pytest.fixture
+def data_path(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "data.jsonl", records())
+
+
+@pytest.mark.parametrize("checkpointing", ["all", "none"])
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+def test_what_was_planned_is_what_is_measured(tmp_path: Path, data_path: Path, checkpointing: str, loss: str) -> None:
+    """Within 0.02 %, 200 bytes, for every block: not predicted are the scalars that the training loop holds."""
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "hidden_size": 64, "vocab_size": 512}))
+    plan = tmp_path / "plan.json"
+    planned = command(
+        plan_command.app, tmp_path / "config.json", "--gpu", "cpu", "--batch-size", 2, "--seq-len", 48, "--partition",
+        "layer", "--checkpointing", checkpointing, "--loss", loss, "--switch-every", 2, "--learning-rate", 1e-3,
+        "--output", plan,
+    )  # fmt: skip
+    assert planned.exit_code == 0, planned.output
+    trained = train(
+        "--plan", plan, "--data", data_path, "--init", "random", "--max-steps", 6, "--output-dir", tmp_path / "run"
+    )
+    assert trained.exit_code == 0, trained.output
+    reported = command(report_command.app, plan, tmp_path / "run/measured.json", "--tolerance", "0.02%")
+    assert reported.exit_code == 0, reported.output
+
+
+def test_a_run_ends_with_what_to_do_next(tmp_path: Path, plan_path: Path, data_path: Path) -> None:
+    result = train("--plan", plan_path, "--data", data_path, "--max-steps", 2, "--output-dir", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert f"badam-report {plan_path} {tmp_path / 'run/measured.json'}" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "absent.jsonl"], "There is no file or directory absent.jsonl"),
+        (["--column", "answer"], "--column answer has no name on both sides"),
+        (["--init", "weights"], "There is no directory weights"),
+        (["--resume"], "no whole checkpoint"),
+        (["--output-dir", "/proc/run"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(
+    tmp_path: Path, plan_path: Path, data_path: Path, arguments: list[str], message: str
+) -> None:
+    given = ["--plan", plan_path, "--data", data_path, "--output-dir", tmp_path / "run"]
+    result = train(*given, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not any((tmp_path / "run").glob("*")) if (tmp_path / "run").exists() else True
+
+
+def test_an_unknown_plan_is_a_sentence(tmp_path: Path) -> None:
+    result = train("--plan", tmp_path / "absent.json")
+    assert result.exit_code == 2
+    assert "Cannot read the plan" in result.stderr
+
+
+def start(directory: Path, plan: Path, data: Path, *arguments: str) -> subprocess.Popen[str]:
+    given = ["--plan", plan, "--data", data, "--output-dir", directory, *arguments]
+    return subprocess.Popen(
+        [sys.executable, "-m", "badam_cli.train", *map(str, given)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_steps(directory: Path, count: int) -> None:
+    metrics = directory / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < count:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.005)
+
+
+def losses(directory: Path) -> dict[int, float]:
+    """The last loss that was written for each step: steps after the last checkpoint are run twice."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, plan_path: Path, data_path: Path
+) -> None:
+    given = ["--plan", plan_path, "--data", data_path, "--max-steps", 12]
+
+    def send_after_three_steps() -> None:
+        wait_for_steps(tmp_path / "run", 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send_after_three_steps)
+    sender.start()
+    stopped = train(*given, "--output-dir", tmp_path / "run")
+    sender.join()
+    assert stopped.exit_code == 128 + signal.SIGTERM, stopped.output
+    assert "stopped by SIGTERM" in stopped.stderr
+    assert not (tmp_path / "run/model").exists()
+    assert train(*given, "--resume", "--output-dir", tmp_path / "run").exit_code == 0
+    assert train(*given, "--output-dir", tmp_path / "whole").exit_code == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_killed_inside_a_visit_goes_on_as_if_nothing_had_happened(tmp_path: Path, data_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    save_record(tiny_plan(training={"dtype": "float32"}, schedule={"switch_every": 7, "switch_mode": "random"}), plan)
+    arguments = ("--max-steps", "40", "--save-steps", "5")
+    process = start(tmp_path / "run", plan, data_path, *arguments)
+    wait_for_steps(tmp_path / "run", 12)
+    process.kill()
+    process.communicate()
+    given = ["--plan", plan, "--data", data_path, *arguments]
+    assert train(*given, "--resume", "--output-dir", tmp_path / "run").exit_code == 0
+    assert train(*given, "--output-dir", tmp_path / "whole").exit_code == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
