@@ -1,6 +1,7 @@
 """The CUDA caching allocator's rules, applied to a sequence of events: from allocated to reserved bytes. Pure.
 
-Source: the comments and constants of ``c10/cuda/CUDACachingAllocator`` in PyTorch 2.x, default settings, one stream.
+Source: comments and constants of ``c10/cuda/CUDACachingAllocator.cpp`` in PyTorch 2.x (in 2.13 the constants stand in
+``c10/core/AllocatorConfig.h``), default settings, one stream.
 
 * sizes are rounded up to 512 B;
 * up to 1 MiB comes from the small pool, in segments of 2 MiB; the rest from the large pool: below 10 MiB in segments
@@ -10,13 +11,15 @@ Source: the comments and constants of ``c10/cuda/CUDACachingAllocator`` in PyTor
 * a freed block merges with its free neighbours in the segment; segments stay reserved until ``empty_cache`` or until
   a new one cannot be had, when the wholly free ones are given back.
 
-Not counted: more than one stream, ``max_split_size_mb``, ``garbage_collection_threshold``, and rounding to powers of
-two; all are off by default.
+Not counted: more than one stream, ``expandable_segments``, ``max_split_size_mb``, ``garbage_collection_threshold`` and
+rounding to powers of two, all of which are off by default. Where the driver puts a segment is not known: a segment's
+address is its number, the first one being the lowest.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from badam.units import MIB
@@ -79,18 +82,21 @@ class CachingAllocator:
         self.peak_allocated = 0
         self.peak_reserved = 0
         self._pools = {True: _Pool(small=True), False: _Pool(small=False)}
-        self._held: dict[int, tuple[_Block, bool]] = {}
+        self._held: dict[Hashable, tuple[_Block, bool]] = {}
         self._segments: dict[int, int] = {}
         self._next_segment = 0
 
-    def allocate(self, handle: int, size: int) -> None:
+    def allocate(self, handle: Hashable, size: int) -> int:
         """Allocate ``size`` bytes under ``handle``; zero-sized requests take nothing.
+
+        Returns:
+            Bytes of the block that was taken: ``size`` rounded up, and what was too little to be split off.
 
         Raises:
             AllocationRefused: if ``capacity`` is set and does not allow the segment that is needed.
         """
         if size == 0:
-            return
+            return 0
         rounded = -(-size // ROUNDING) * ROUNDING
         small = rounded <= SMALL_REQUEST
         pool = self._pools[small]
@@ -110,8 +116,9 @@ class CachingAllocator:
         self._held[handle] = (block, small)
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block.size
 
-    def release(self, handle: int) -> None:
+    def release(self, handle: Hashable) -> None:
         """Free what ``handle`` holds; its block becomes available, its segment stays reserved."""
         held = self._held.pop(handle, None)
         if held is None:  # a zero-sized request holds nothing

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from badam.plan import Target
 from badam.vocabulary import Category, Phase
 from badam_planner.allocator import ROUNDING, CachingAllocator
-from badam_planner.events import Recording
+from badam_planner.events import GIVEN, NEVER, Allocation, Recording
 from badam_planner.timeline import Timeline
-
-WORKSPACE_HANDLE = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,57 +28,70 @@ class Forecast:
 def forecast(recording: Recording, target: Target, *, head_module: str, largest: int = 10) -> Forecast:
     """Predict a block's peaks on ``target`` from its rehearsal.
 
-    Formula: allocated = live bytes in the allocator's blocks + matrix-multiplication workspace; reserved = what the
-    caching allocator holds in segments; device = reserved + context. On the CPU there is no caching allocator: all
-    three are the live bytes.
+    Formula: allocated = bytes of the caching allocator's blocks that are taken, one of them by the workspace of matrix
+    multiplication; reserved = bytes of its segments; device = reserved + context. On the CPU there is no caching
+    allocator: all three are the live bytes.
     Not counted: other processes on the card, memory-mapped weights on the host.
     """
     if target.gpu == "cpu":
-        timeline = Timeline(recording, head_module)
-        return _summary(timeline, target, None, largest)
-    timeline = Timeline(recording, head_module, granularity=ROUNDING, on_card=True)
-    allocator = replay(timeline, target.workspace_bytes)
-    return _summary(timeline, target, allocator, largest)
-
-
-def replay(timeline: Timeline, workspace_bytes: int, capacity: int | None = None) -> CachingAllocator:
-    """Run a recording through the simulated allocator.
-
-    The workspace is allocated when the first forward begins, where the first matrix product asks for it.
-    """
-    allocator = CachingAllocator(capacity)
-    first_forward = next((tick for tick, phase in timeline.recording.phase_starts if phase is Phase.FORWARD), 0)
-    waiting = workspace_bytes > 0
-    for tick, change, index in timeline.events():
-        if waiting and tick >= first_forward:
-            allocator.allocate(WORKSPACE_HANDLE, workspace_bytes)
-            waiting = False
-        if change >= 0:
-            allocator.allocate(index, change)
-        else:
-            allocator.release(index)
-    return allocator
-
-
-def _summary(timeline: Timeline, target: Target, allocator: CachingAllocator | None, largest: int) -> Forecast:
-    by_phase = timeline.peak_by_phase()
+        tensors = blocks = Timeline(recording, head_module)
+        reserved = tensors.peak().nbytes
+    else:
+        recording = with_workspace(recording, target.workspace_bytes)
+        tensors = Timeline(recording, head_module, granularity=ROUNDING, on_card=True)
+        allocator, sizes = replay(tensors)
+        blocks = tensors.resized(sizes)
+        reserved = allocator.peak_reserved
+    by_phase = blocks.peak_by_phase()
     peak = max(by_phase.values(), key=lambda at: at.nbytes)
-    categories = timeline.by_category(peak.tick)
-    workspace = 0 if allocator is None else target.workspace_bytes
-    allocated = peak.nbytes + workspace if allocator is None else allocator.peak_allocated
-    reserved = allocated if allocator is None else allocator.peak_reserved
-    if workspace:
-        categories[Category.WORKSPACE] = workspace
-    if rest := allocated - sum(categories.values()):
-        categories[Category.CACHE] = rest  # ends of blocks too small to be split off
-    named = [(item.describe(), nbytes) for item, _, nbytes in timeline.live_at(peak.tick)[:largest]]
+    alive = tensors.live_at(peak.tick)
+    categories = tensors.by_category(peak.tick)
+    if rest := peak.nbytes - sum(categories.values()):
+        categories[Category.CACHE] = rest  # ends of blocks that are too small to be split off
     return Forecast(
-        peak_allocated_bytes=allocated,
+        peak_allocated_bytes=peak.nbytes,
         peak_reserved_bytes=reserved,
         peak_device_bytes=reserved + target.context_bytes,
         peak_phase=peak.phase,
         peak_module=peak.module,
         by_category=categories,
-        by_phase={phase: at.nbytes + workspace for phase, at in by_phase.items()},
-        largest=tuple(named),
+        by_phase={phase: at.nbytes for phase, at in by_phase.items()},
+        largest=tuple((allocation.describe(), nbytes) for allocation, _, nbytes in alive[:largest]),
     )
+
+
+def with_workspace(recording: Recording, nbytes: int) -> Recording:
+    """The recording with the workspace, which the first matrix product of the first forward takes for good."""
+    first_forward = next((tick for tick, phase in recording.phase_starts if phase is Phase.FORWARD), 0)
+    workspace = Allocation(
+        nbytes=nbytes,
+        born=first_forward,
+        died=NEVER,
+        phase=Phase.FORWARD,
+        module="",
+        operation=GIVEN,
+        shape=(nbytes,),
+        dtype="uint8",
+        category=Category.WORKSPACE,
+        label="workspace of matrix multiplication",
+    )
+    return replace(recording, allocations=[*recording.allocations, workspace]) if nbytes else recording
+
+
+def replay(timeline: Timeline, capacity: int | None = None) -> tuple[CachingAllocator, list[int]]:
+    """Run a timeline through the simulated allocator.
+
+    Returns:
+        The allocator after the last event, and the bytes of the block that each allocation got.
+
+    Raises:
+        AllocationRefused: if ``capacity`` bytes of segments are not enough.
+    """
+    allocator = CachingAllocator(capacity)
+    sizes = [0] * len(timeline.sizes)
+    for _, change, index in timeline.events():
+        if change >= 0:
+            sizes[index] = allocator.allocate(index, change)
+        else:
+            allocator.release(index)
+    return allocator, sizes

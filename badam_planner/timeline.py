@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from badam.vocabulary import Category, Phase
@@ -26,9 +27,9 @@ class Peak:
 class Timeline:
     """Live bytes as a function of the tick, from a recording.
 
-    The classification of allocations that nobody labelled follows from birth and death alone: what forward makes and
-    backward still finds is an activation; what dies in the phase of its birth is temporary; whatever the output
-    projection and the loss make is logits and loss, in both directions.
+    The classification of allocations that nobody labelled follows from birth and death alone: what forward or
+    recomputation makes and backward still finds is an activation, everything else is temporary; but whatever the
+    output projection and the loss make is logits and loss, in both directions.
     """
 
     def __init__(
@@ -52,6 +53,12 @@ class Timeline:
         self._backward_starts = [tick for tick, phase in recording.phase_starts if phase is Phase.BACKWARD]
         self.categories = [self._classify(allocation, head_module) for allocation in recording.allocations]
 
+    def resized(self, sizes: Sequence[int]) -> Timeline:
+        """The same timeline with other sizes, such as those of the blocks that an allocator gave: one by allocation."""
+        other = copy(self)
+        other.sizes = list(sizes)
+        return other
+
     def phase_at(self, tick: int) -> Phase:
         """The phase in which ``tick`` happened."""
         return self._phases[bisect_right(self._starts, tick) - 1]
@@ -62,9 +69,7 @@ class Timeline:
         inside_loss = allocation.module == LOSS_MODULE or (head_module and allocation.module == head_module)
         if allocation.phase is Phase.LOSS or (inside_loss and allocation.phase in (Phase.BACKWARD, Phase.RECOMPUTE)):
             return Category.LOGITS
-        if allocation.phase is Phase.RECOMPUTE:
-            return Category.ACTIVATION
-        if allocation.phase is Phase.FORWARD:
+        if allocation.phase in (Phase.FORWARD, Phase.RECOMPUTE):
             following = bisect_right(self._backward_starts, allocation.born)
             begins = self._backward_starts[following] if following < len(self._backward_starts) else NEVER
             survives = allocation.died == NEVER or (begins != NEVER and allocation.died > begins)
@@ -79,19 +84,19 @@ class Timeline:
         changes.sort(key=lambda change: change[0])
         return iter(changes)
 
-    def peak(self, *, start: int = 0) -> Peak:
-        """The highest live bytes at or after tick ``start``."""
-        return max(self.peak_by_phase(start=start).values(), key=lambda peak: peak.nbytes)
+    def peak(self) -> Peak:
+        """The highest live bytes."""
+        return max(self.peak_by_phase().values(), key=lambda peak: peak.nbytes)
 
-    def peak_by_phase(self, *, start: int = 0) -> dict[Phase, Peak]:
-        """The highest live bytes within each phase, at or after tick ``start``.
+    def peak_by_phase(self) -> dict[Phase, Peak]:
+        """The highest live bytes within each phase.
 
         A phase begins with what is alive when it begins, so its peak is at least that.
         """
         best: dict[Phase, Peak] = {}
 
         def consider(tick: int, live: int, phase: Phase, module: str) -> None:
-            if tick >= start and (phase not in best or live > best[phase].nbytes):
+            if phase not in best or live > best[phase].nbytes:
                 best[phase] = Peak(live, tick, phase, module)
 
         live = 0
