@@ -39,6 +39,7 @@ class ActiveParameter:
         self.rows = rows
         self.master: Tensor | None = None
         self._written_version = -1
+        self._keep_dtype = False
         self.hides_gradient = False  # whether a hook takes the gradient away from parameter.grad
         self._taken: Tensor | None = None
         self._sum: Tensor | None = None
@@ -72,25 +73,27 @@ class ActiveParameter:
         if visible and self.is_copied:
             self.parameter.grad_dtype = torch.float32
 
+        self._keep_dtype = keep_dtype
+
         def on_accumulated(parameter: Tensor) -> None:
-            if parameter.grad is None:
-                return
-            if not visible:
-                self._take(keep_dtype)
-            self._inspect()
-            ready(self)
+            if parameter.grad is not None:
+                self.settle()
+                self._inspect()
+                ready(self)
 
         self._handle = self.parameter.register_post_accumulate_grad_hook(on_accumulated)
 
-    def _take(self, keep_dtype: bool) -> None:
+    def settle(self) -> None:
+        """Take a hidden gradient out of ``parameter.grad``, whether backward or somebody else put it there."""
+        if not self.hides_gradient or self.parameter.grad is None:
+            return
         gradient, self.parameter.grad = self.parameter.grad, None
-        assert gradient is not None
         if self.rows is not None:
             gradient = gradient[self.rows[0] : self.rows[1]]
         if self._taken is not None:
             # Whatever the first one was kept in, a sum of several is accumulated in fp32.
             self._taken = self._taken.to(torch.promote_types(gradient.dtype, torch.float32)).add_(gradient)
-        elif keep_dtype or not self.is_copied:
+        elif self._keep_dtype or not self.is_copied:
             self._taken = gradient if self.rows is None else gradient.clone()  # not to keep all rows alive
         else:
             self._taken = gradient.float()

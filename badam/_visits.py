@@ -63,6 +63,7 @@ class BlockVisits(Optimizer):
         self._is_built = False
         super().__init__(base.base.param_groups, base.base.defaults)
         self._share_with_base()
+        base.forget()
         self._begin_visit()
         self._announce(None)
 
@@ -192,9 +193,11 @@ class BlockVisits(Optimizer):
         for name, parameter in self.named_parameters_list:
             if name not in active and name not in self._model.frozen:
                 freeze(parameter)
-        visible = HAS_GRAD_DTYPE and not self._hide_gradients and not any(member.rows for member in self._active)
+        hidden = self._hide_gradients or any(
+            member.rows or (member.is_copied and not HAS_GRAD_DTYPE) for member in self._active
+        )
         for member in self._active:
-            member.collect(visible=visible, keep_dtype=self._keep_dtype, ready=self._on_gradient)
+            member.collect(visible=not hidden, keep_dtype=self._keep_dtype, ready=self._on_gradient)
 
     def _end_visit(self) -> None:
         for member in self._active:

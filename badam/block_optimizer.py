@@ -131,7 +131,7 @@ class BlockOptimizer(BlockVisits):
                 loss = closure()
         if not self.gradient_release:
             with phases.within(Phase.STEP):
-                stepped = self._step_on([member for member in self._active if member.gradient is not None])
+                stepped = self._step_on(self._with_gradient())
             if not stepped:
                 return loss
         self._released.clear()
@@ -141,6 +141,11 @@ class BlockOptimizer(BlockVisits):
         if self.schedule.ends_visit(self.steps_in_visit):
             self.switch_trainable_params()
         return loss
+
+    def _with_gradient(self) -> list[ActiveParameter]:
+        for member in self._active:
+            member.settle()
+        return [member for member in self._active if member.gradient is not None]
 
     def _step_on(self, members: list[ActiveParameter]) -> bool:
         """One base step on the masters of ``members``; False if a gradient was not finite."""
@@ -193,7 +198,7 @@ class BlockOptimizer(BlockVisits):
                 advice="Do not clip, or leave gradient_release off.",
             )
         with phases.within(Phase.STEP):
-            gradients = [member.gradient for member in self._active if member.gradient is not None]
+            gradients = [member.gradient for member in self._with_gradient() if member.gradient is not None]
             return self._base.clip(gradients, max_norm, norm_type)
 
     @torch.no_grad()

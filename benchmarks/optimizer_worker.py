@@ -1,15 +1,15 @@
-"""One side of a comparison of optimizers, in a process of its own; driven by ``optimizer_bench.py``.
+"""One side of the comparison in ``optimizer_step.py``, in a process of its own.
 
 badam 1.4 and this project are the same import package, so each side has its own process and ``PYTHONPATH``. The
-parent writes the name of a measurement to standard input, this process answers with one number: CPU seconds of this
-process, which other work on the machine does not lengthen, or bytes.
+parent writes a measurement's name to standard input; this process answers with a list of numbers: CPU seconds of this
+process, which other work on the machine hardly lengthens, or bytes per active parameter.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import os
+import json
 import sys
 import time
 import warnings
@@ -26,33 +26,33 @@ LEARNING_RATE = 1e-5
 FOREVER = 10**9
 
 
+class HandOut(torch.autograd.Function):
+    """A scalar whose backward costs nothing and hands one weight a gradient that nobody else holds."""
+
+    @staticmethod
+    def forward(context: Any, gradient: Tensor, allocate: bool, weight: Tensor) -> Tensor:
+        context.gradient, context.allocate = gradient, allocate
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(context: Any, *_: Tensor) -> tuple[Any, ...]:
+        return (None, None, context.gradient.clone() if context.allocate else context.gradient.detach())
+
+
 class Layer(nn.Module):
-    """Parameters of the shapes above, with fixed gradients that a backward hands out."""
+    """bf16 parameters of the shapes above, with fixed gradients."""
 
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in SHAPES
-        )
+        drawn = [torch.randn(shape, generator=generator).bfloat16() for shape in SHAPES]
+        self.weights = nn.ParameterList(nn.Parameter(weight) for weight in drawn)
         self.gradients = [torch.randn(shape, generator=generator).bfloat16() * 1e-3 for shape in SHAPES]
 
-    def forward(self) -> Tensor:
-        """A scalar whose backward costs nothing and gives every parameter its gradient."""
-        return HandOut.apply(self.gradients, *self.weights)
-
-
-class HandOut(torch.autograd.Function):
-    """Hands each input a gradient as a backward would: a tensor that nobody else holds."""
-
-    @staticmethod
-    def forward(context: Any, gradients: list[Tensor], *weights: Tensor) -> Tensor:
-        context.gradients = gradients
-        return torch.zeros(())
-
-    @staticmethod
-    def backward(context: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *(gradient.detach() for gradient in context.gradients))
+    def backward(self, *, allocate: bool = False) -> None:
+        """Give one weight after the other its gradient, as a backward does."""
+        pairs = zip(self.gradients, self.weights, strict=True)
+        torch.autograd.backward([HandOut.apply(gradient, allocate, weight) for gradient, weight in pairs])
 
 
 class Model(nn.Module):
@@ -68,6 +68,18 @@ def seconds(action: Callable[[], Any]) -> float:
     start = time.process_time()
     action()
     return time.process_time() - start
+
+
+def highest_allocation(action: Callable[[], Any]) -> int:
+    """By how many bytes the allocator's account rises at most during a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
 
 
 class Side:
@@ -91,34 +103,75 @@ class Side:
         layer = self.optimizer("copy")[0].layers[0]
         return seconds(lambda: [weight.detach().float() for weight in layer.weights])
 
-    def optimizer(self, name: str, **options: Any) -> tuple[Model, Any]:
+    def optimizer(self, name: str, *, rate: float = LEARNING_RATE, **options: Any) -> tuple[Model, Any]:
         """The optimizer under comparison over a model of its own, made on first use."""
         if name not in self.made:
             block_optimizer = importlib.import_module("badam").BlockOptimizer
             model = Model()
-            base = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+            base = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
             settings = {"switch_block_every": FOREVER, "switch_mode": "ascending", "verbose": 0, **options}
-            with contextlib.redirect_stdout(sys.stderr):
-                made = block_optimizer(base, list(model.named_parameters()), [["layers.0."], ["layers.1."]], **settings)
-            self.made[name] = model, made
+            blocks = [["layers.0."], ["layers.1."]]
+            self.made[name] = model, block_optimizer(base, list(model.named_parameters()), blocks, **settings)
         return self.made[name]
+
+    def _live_bytes(self, name: str, held: Callable[[Any], list[Tensor]], **options: Any) -> float:
+        """Bytes above the weights at the peak of backward and step, per active parameter, in the steady state."""
+        model, optimizer = self.optimizer(name, **options)
+
+        def action() -> None:
+            model.layers[0].backward(allocate=True)
+            optimizer.step()
+
+        action()
+        standing = sum(tensor.untyped_storage().nbytes() for tensor in held(optimizer))
+        return (standing + highest_allocation(action)) / sum(weight.numel() for weight in model.layers[0].weights)
+
+    def _retained(self, name: str, **options: Any) -> float:
+        """How much of 50 steps at a rate of 1e-6 is in the weights after the switch, relative to fp32."""
+        self.made.clear()
+        model, optimizer = self.optimizer(name, rate=1e-6, **options)
+        layer = model.layers[0]
+        before = layer.weights[0].detach().float()
+        wide = nn.Parameter(before.clone())
+        reference = torch.optim.AdamW([wide], lr=1e-6, weight_decay=0.0)
+        for _ in range(50):
+            layer.backward()
+            optimizer.step()
+            wide.grad = layer.gradients[0].float()
+            reference.step()
+        optimizer.switch_trainable_params(verbose=0)
+        direction = wide.detach() - before
+        moved = layer.weights[0].detach().float() - before
+        self.made.clear()
+        return float((moved * direction).sum() / (direction * direction).sum())
 
 
 class Old(Side):
     """badam 1.4."""
 
     def step(self) -> float:
-        """From bf16 gradients that are there to updated bf16 weights."""
+        """From bf16 gradients that backward has left to updated bf16 weights."""
         model, optimizer = self.optimizer("step")
-        for weight, gradient in zip(model.layers[0].weights, model.layers[0].gradients, strict=True):
-            weight.grad = gradient
+        model.layers[0].backward()
         return seconds(optimizer.step)
 
     def switch(self) -> float:
         """Leave a block, enter the other one, masters included."""
         _, optimizer = self.optimizer("switch")
-        with contextlib.redirect_stdout(sys.stderr):
-            return seconds(lambda: optimizer.switch_trainable_params(verbose=0))
+        return seconds(lambda: optimizer.switch_trainable_params(verbose=0))
+
+    def live_bytes(self) -> float:
+        """See :meth:`Side._live_bytes`."""
+
+        def held(optimizer: Any) -> list[Tensor]:
+            moments = [t for entry in optimizer.base_optimizer.state.values() for t in entry.values() if t.dim()]
+            return [*optimizer.param_idx2hp.values(), *moments]
+
+        return self._live_bytes("live", held)
+
+    def retained(self) -> float:
+        """See :meth:`Side._retained`."""
+        return self._retained("retained")
 
 
 class New(Side):
@@ -140,16 +193,12 @@ class New(Side):
         """``backward_and_step`` with ``update="compiled"``."""
         return sum(self._step("compiled", update="compiled"))
 
-    def backward_with_release(self) -> float:
-        """``backward_and_step`` with ``gradient_release=True``, which steps within backward."""
-        return sum(self._step("release", gradient_release=True))
-
     def _step(self, name: str, **options: Any) -> tuple[float, float]:
         model, optimizer = self.optimizer(name, **options)
-        return seconds(lambda: model.layers[0]().backward()), seconds(optimizer.step)
+        return seconds(model.layers[0].backward), seconds(optimizer.step)
 
     def switch(self) -> float:
-        """Leave a block (rounding to nearest), enter the other one, and make its masters."""
+        """Leave a block (rounded to nearest), enter the other one, and make its masters."""
         return self._switch("nearest")
 
     def stochastic_switch(self) -> float:
@@ -157,7 +206,9 @@ class New(Side):
         return self._switch("stochastic")
 
     def _switch(self, write_back: str) -> float:
-        _, optimizer = self.optimizer(write_back, write_back=write_back)
+        model, optimizer = self.optimizer(write_back, write_back=write_back)
+        model.layers[optimizer.current_block_idx].backward()
+        optimizer.step()  # so that there is something to leave
 
         def action() -> None:
             optimizer.switch_trainable_params()
@@ -166,16 +217,45 @@ class New(Side):
 
         return seconds(action)
 
+    def live_bytes(self) -> float:
+        """See :meth:`Side._live_bytes`."""
+        return self._live_bytes("base", self._held)
+
+    def compiled_live_bytes(self) -> float:
+        """The same with ``update="compiled"``."""
+        return self._live_bytes("compiled", self._held, update="compiled")
+
+    def release_live_bytes(self) -> float:
+        """The same with ``gradient_release=True``, less the fp32 and bf16 gradient of the largest tensor."""
+        largest = max(gradient.numel() for gradient in self.gradients)
+        total = sum(gradient.numel() for gradient in self.gradients)
+        return self._live_bytes("release", self._held, gradient_release=True) - 6 * largest / total
+
+    @staticmethod
+    def _held(optimizer: Any) -> list[Tensor]:
+        moments = [t for entry in optimizer.state.values() for t in entry.values() if t.dim()]
+        return [*optimizer.masters.values(), *moments]
+
+    def retained(self) -> float:
+        """See :meth:`Side._retained`; stochastic write-back."""
+        return self._retained("retained", write_back="stochastic")
+
+    def nearest_retained(self) -> float:
+        """The same with write-back to nearest."""
+        return self._retained("retained", write_back="nearest")
+
 
 def main() -> None:
-    """Answer measurements until standard input ends."""
+    """Answer until standard input ends: the measurement's name and how often on each line."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    side = Old() if os.environ["SIDE"] == "old" else New()
+    with contextlib.redirect_stdout(sys.stderr):
+        side = {"old": Old, "new": New}[sys.argv[1]]()
     for line in sys.stdin:
+        name, count = line.split()
         with contextlib.redirect_stdout(sys.stderr):
-            result = getattr(side, line.strip())()
-        print(result, flush=True)
+            results = [getattr(side, name)() for _ in range(int(count))]
+        print(json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":
