@@ -1,0 +1,88 @@
+"""The steps themselves: what badam-train does to the device, in a bare loop over random tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from badam import phases, profiling
+from badam.plan import Plan
+from badam.profiling.record import MeasuredRun
+from badam.training.assemble import build_model
+from badam.training.step import forward_loss
+from badam.vocabulary import Phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SEED = 0
+
+
+def build_on(device: torch.device, plan: Plan) -> PreTrainedModel:
+    """The plan's model with random weights, made where it will train and in its final type.
+
+    What making it left in the allocator's cache is given back, as badam-train finds it after loading.
+    """
+    torch.manual_seed(SEED)
+    with device:
+        model = build_model(plan.model, plan.training)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return model
+
+
+def run_steps(
+    plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer, steps: int, *, command: str
+) -> MeasuredRun:
+    """Train for ``steps`` optimizer steps and tell what was measured.
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError: if the device refuses an allocation.
+    """
+    device = next(model.parameters()).device
+    phases.enter(Phase.SETUP)
+    with profiling.record(optimizer, model, plan=plan) as run:
+        for _ in range(steps):
+            loss = optimizer_step(plan, model, optimizer, device)
+            run.note(loss=float(loss), tokens=_tokens(plan))
+            del loss
+    measured = run.measured_run()
+    provenance = measured.provenance.model_copy(update={"command": command})
+    return measured.model_copy(update={"provenance": provenance})
+
+
+def optimizer_step(
+    plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device
+) -> Tensor:
+    """One optimizer step in the order of transformers' Trainer; returns the loss, shape (), detached."""
+    total = torch.zeros((), device=device)
+    items = torch.tensor(_tokens(plan), device=device)
+    for _ in range(plan.training.grad_accum):
+        batch = random_batch(plan, model, device)
+        loss = forward_loss(model, batch, plan.training.loss, num_items=items)
+        del batch
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        total += loss.detach()
+        del loss
+        phases.enter(Phase.SETUP)
+    phases.enter(Phase.STEP)
+    if plan.training.optimizer.max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), plan.training.optimizer.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    phases.enter(Phase.SETUP)
+    return total
+
+
+def random_batch(plan: Plan, model: PreTrainedModel, device: torch.device) -> dict[str, Tensor]:
+    """``input_ids`` and ``labels``, int64 of shape [batch, length], of the plan's full size."""
+    shape = (plan.training.batch_size, plan.training.seq_len)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    tokens = torch.randint(0, vocabulary, shape, device=device)
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def _tokens(plan: Plan) -> int:
+    return plan.training.batch_size * plan.training.seq_len * plan.training.grad_accum
