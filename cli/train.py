@@ -30,9 +30,10 @@ def train(
         list[str] | None, typer.Option(metavar="NAME=YOURS", help="Your name for a column, as in completion=answer.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
-    output_dir: Annotated[Path, typer.Option(help="New or empty directory for checkpoints and measured.json.")] = Path(
-        "runs/badam"
-    ),
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="New or empty directory for all that the run leaves; runs/MODEL by default."),
+    ] = None,
     init: Annotated[str, typer.Option(help="pretrained, random, or a directory with safetensors weights.")] = (
         "pretrained"
     ),
@@ -62,7 +63,7 @@ def train(
 ) -> None:
     """Train the plan's model, and measure memory and time beside it.
 
-    OUTPUT_DIR gets model/ (safetensors and tokenizer), checkpoint-N/, measured.json, metrics.jsonl and plan.json.
+    The output directory gets model/ (safetensors and tokenizer), checkpoint-N/, measured.json, metrics.jsonl and plan.json.
     Exit code: 0 done; 2 bad input; 3 out of memory; 130 or 143 stopped by SIGINT or SIGTERM after saving.
     """
     with reporting_errors():
@@ -73,11 +74,14 @@ def train(
         _quiet()
         from rich.console import Console
 
+        from badam.training.checkpoints import new_run_directory
         from badam.training.options import RunOptions
         from badam.training.run import run_plan
 
+        if output_dir is None and resume:
+            raise InputError("--resume needs to know which run to continue.", advice="Name it with --output-dir.")
         options = RunOptions(
-            output_dir=output_dir,
+            output_dir=output_dir or new_run_directory(Path("runs"), loaded.model.id),
             data=data,
             columns=columns,
             split=split,

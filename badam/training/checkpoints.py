@@ -48,6 +48,15 @@ def prepare_output(directory: Path, *, resume: bool) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def new_run_directory(parent: Path, model_id: str) -> Path:
+    """A directory under ``parent`` that does not exist yet, named after the model and numbered from the second on."""
+    name = Path(model_id).name or "model"
+    number = 1
+    while (directory := parent / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return directory
+
+
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """A directory to write into, which becomes ``target`` when the block ends and vanishes when it fails.

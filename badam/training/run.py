@@ -81,6 +81,8 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
         trainer, lengths = _trainer(plan, options, model, tokenizer, data, recorder)
         _tell(console, f"lengths: {lengths}")
         total_steps = _total_steps(trainer, options)
+        if total_steps == 0:
+            raise InputError("The run has no optimizer step.", advice="Ask for some with --max-steps or --epochs.")
         if checkpoint is not None and step_of(checkpoint) >= total_steps:
             raise InputError(
                 f"The run in {options.output_dir} has had {step_of(checkpoint)} of {total_steps} steps already.",

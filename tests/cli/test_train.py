@@ -76,6 +76,7 @@ def test_a_run_ends_with_what_to_do_next(tmp_path: Path, plan_path: Path, data_p
         (["--column", "answer"], "--column answer has no name on both sides"),
         (["--init", "weights"], "There is no directory weights"),
         (["--resume"], "no whole checkpoint"),
+        (["--epochs", "0"], "no optimizer step"),
         (["--output-dir", "/proc/run"], "cannot be written"),
     ],
 )
@@ -88,6 +89,18 @@ def test_bad_input_is_a_sentence_and_exit_code_2(
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not any((tmp_path / "run").glob("*")) if (tmp_path / "run").exists() else True
+
+
+def test_runs_without_a_directory_get_one_each(
+    tmp_path: Path, plan_path: Path, data_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert train("--plan", plan_path, "--data", data_path, "--max-steps", 1).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny", "tiny-2"]
+    unnamed = train("--plan", plan_path, "--data", data_path, "--resume")
+    assert unnamed.exit_code == 2
+    assert "--output-dir" in unnamed.stderr
 
 
 def test_an_unknown_plan_is_a_sentence(tmp_path: Path) -> None:

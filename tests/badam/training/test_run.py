@@ -69,6 +69,36 @@ def test_master_and_moments_at_the_peak_are_those_of_one_block(tmp_path: Path) -
     assert found[Category.PARAMETER] == 2 * in_model + buffers
 
 
+def test_an_optimizer_step_of_several_micro_batches_is_measured_as_one(tmp_path: Path) -> None:
+    result, _ = run_tiny(tiny_plan(training={"grad_accum": 3}), tmp_path, max_steps=4)
+    measurement = result.measured.measurement
+    assert measurement.steps == 4
+    assert [block.name for block in measurement.blocks] == ["layer 0", "layer 1"]
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_the_second_pass_over_the_data_has_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = []
+    original = trainer_module.EpochSampler.__iter__
+
+    def noted(self: Any) -> Any:
+        orders.append(list(original(self)))
+        return iter(orders[-1])
+
+    monkeypatch.setattr(trainer_module.EpochSampler, "__iter__", noted)
+    run_tiny(tiny_plan(), tmp_path, max_steps=None, epochs=2)
+    assert len(orders) == 2
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
+    for name, seed in (("first", 1), ("second", 1), ("third", 2)):
+        run_tiny(tiny_plan(), tmp_path, output=name, max_steps=2, seed=seed)
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    assert losses(tmp_path / "first") != losses(tmp_path / "third")
+
+
 def test_only_visited_blocks_change(tmp_path: Path) -> None:
     run_tiny(tiny_plan(), tmp_path, max_steps=2, save_steps=1)
     before, after = weights(tmp_path / "run/checkpoint-1"), weights(tmp_path / "run/checkpoint-2")
