@@ -1,6 +1,6 @@
 """Predicted memory beside what others published: writes docs/published.md.
 
-    python -m benchmarks.published
+python -m benchmarks.published
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "published.md"
 
 HEAD = """# Predicted beside published
 
-Written by `python -m benchmarks.published` with torch {torch} and transformers {transformers}. GB = 1e9 bytes; published
-figures and their sources are in `profiles/published.json`. The published runs used transformers 4.35 and eager
-attention, and do not say whether their totals are allocated, reserved or device memory; predictions are shown for both
-kinds of attention that a run of today can have.
+Written by `python -m benchmarks.published` with torch {torch} and transformers {transformers}. GB = 1e9 bytes;
+published figures and their sources are in `profiles/published.json`. The published runs used transformers 4.35 and
+eager attention, and do not say whether their totals are allocated, reserved or device memory; predictions are shown for
+both kinds of attention that a run of today can have.
 
 | run on an RTX 3090 | published | attention | allocated | reserved | device | device against published |
 |---|---|---|---|---|---|---|
@@ -65,7 +65,8 @@ def row(run: dict[str, Any], attention: Attention) -> str:
         else f"{'fits' if found.fits else 'does not fit'}, {format_gib(found.headroom_bytes)} GiB left"
     )
     name = f"[{run['model']} {run['batch_size']}×{run['seq_len']}]({run['source'].split(',')[0]})"
-    return f"| {name} | {said} | {attention} | " + " | ".join(f"{size / GB:.2f}" for size in sizes) + f" | {verdict} |\n"
+    columns = [name, said, attention, *(f"{size / GB:.2f}" for size in sizes), verdict]
+    return f"| {' | '.join(columns)} |\n"
 
 
 def main() -> None:
