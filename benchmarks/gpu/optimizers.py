@@ -66,8 +66,6 @@ def load_old_badam(directory: Path) -> ModuleType:
     Raises:
         InputError: if it is not there or cannot be imported.
     """
-    if OLD_PACKAGE in sys.modules:
-        return sys.modules[OLD_PACKAGE]
     start = directory / "badam" / "__init__.py"
     spec = importlib.util.spec_from_file_location(
         OLD_PACKAGE, start, submodule_search_locations=[str(directory / "badam")]

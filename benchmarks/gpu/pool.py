@@ -13,16 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 READY, GO = "ready", "go"
 
 
-class Entry(Protocol):
-    """What a job's process runs; a function of a module, called with the job and a pipe to the parent."""
-
-    def __call__(self, job: Any, pipe: Connection) -> None:
-        """Get ready, send READY, wait for GO, use the device."""
+Entry = Callable[[Any, Connection], None]
+"""What a job's process runs; a function of a module, called with the job and a pipe to the parent. It gets ready, sends
+READY, waits for GO, and uses the device."""
 
 
 @dataclass(frozen=True, slots=True)
