@@ -33,9 +33,7 @@ def plan(
     num_gpus: Annotated[int, typer.Option(min=1, help="Cards to train on.")] = 1,
     engine: Annotated[Literal["single", "zero3", "fsdp2"], typer.Option(help="What shards over cards.")] = "single",
     method: Annotated[Method, typer.Option(help="Training method.")] = "badam",
-    compare_methods: Annotated[
-        bool, typer.Option("--compare-methods", help="Show the other methods beside it.")
-    ] = False,
+    compare_methods: Annotated[bool, typer.Option("--compare-methods", help="Show other methods too.")] = False,
     partition: Annotated[
         Literal["auto", "layer", "attn-mlp", "matrix"], typer.Option(help="What a block is; auto tries all.")
     ] = "auto",
@@ -169,9 +167,7 @@ def _method_options(
     from badam.errors import InputError
 
     if update_ratio <= 0:
-        raise InputError(
-            f"--update-ratio {update_ratio:g} trains nothing.", advice="Give a share above 0, such as 0.1."
-        )
+        raise InputError(f"--update-ratio {update_ratio:g} trains nothing.", advice="Give a share such as 0.1.")
     if alpha is not None and alpha <= 0:
         raise InputError(f"--alpha {alpha:g} would switch the adapters off.", advice="Give a positive number.")
     given = {"rank": rank, "alpha": alpha, "target_modules": target_modules}

@@ -80,7 +80,7 @@ def masters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Ten
 
     The master is the parameter itself where no copy is needed.
     """
-    trained = getattr(optimizer, "active_parameters", None) or getattr(optimizer, "windows", ())
+    trained: Iterable[Any] = getattr(optimizer, "active_parameters", getattr(optimizer, "windows", ()))
     for member in trained:
         if member.master is not None:
             yield member.name, member.parameter, member.master
@@ -127,7 +127,14 @@ def live_cpu_tensors() -> Iterator[Tensor]:
         # classes (fake, functional, distributed) have no memory of their own.
         if type(candidate) in (Tensor, nn.Parameter) and _has_cpu_memory(candidate):
             yield candidate
-            if candidate.is_leaf and candidate.grad is not None and _has_cpu_memory(candidate.grad):
+            # A view is not asked: torch refuses to say of one made without gradients whether it is a leaf, once its base
+            # was written to with them, and no view of a run holds a gradient.
+            if (
+                not candidate._is_view()
+                and candidate.is_leaf
+                and candidate.grad is not None
+                and _has_cpu_memory(candidate.grad)
+            ):
                 yield candidate.grad
 
 

@@ -8,17 +8,21 @@ from typing import Any
 from lomo_optim.lomo import Lomo
 from pytorch_optimizer.optimizer.lomo import AdaLOMO
 from torch import nn
+from torch.optim import Optimizer
 
 
-class _StepsInBackward:
+class _StepsInBackward(Optimizer):
     """``step`` has nothing left to do."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do nothing: backward has updated the weights."""
 
 
 class FusedLomo(_StepsInBackward, Lomo):
     """lomo-optim's Lomo; call ``fused_backward(loss, lr)`` in place of backward."""
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        Lomo.__init__(self, model, **options)
 
 
 class FusedAdaLomo(_StepsInBackward, AdaLOMO):
@@ -29,7 +33,7 @@ class FusedAdaLomo(_StepsInBackward, AdaLOMO):
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
-        super().__init__(model, **options)
+        AdaLOMO.__init__(self, model, **options)
         self._show_states()
 
     def state_dict(self) -> dict[str, Any]:

@@ -63,17 +63,15 @@ class TrainingMethod(ABC):
                 advice="Set max_grad_norm to 0 in the plan.",
             )
 
-    def check_device(self, device: torch.device) -> None:
+    def check_device(self, device: torch.device) -> None:  # noqa: B027
         """Refuse a device that the method cannot train on; the planner does not ask.
 
         Raises:
             InputError: with the device that it needs.
         """
-        return None
 
-    def prepare(self, model: PreTrainedModel, plan: Plan) -> None:
+    def prepare(self, model: PreTrainedModel, plan: Plan) -> None:  # noqa: B027
         """Change the model's modules where the method needs others; before weights are trained."""
-        return None
 
     @abstractmethod
     def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
@@ -127,9 +125,8 @@ class TrainingMethod(ABC):
         """
         return 2 * parameters + 16 * largest_block
 
-    def finish(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
+    def finish(self, model: PreTrainedModel, optimizer: Optimizer) -> None:  # noqa: B027
         """Leave ``model`` as it shall be saved at the end of training."""
-        return None
 
 
 def adamw_options(plan: Plan) -> dict[str, Any]:

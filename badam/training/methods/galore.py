@@ -43,13 +43,14 @@ class GaLore(TrainingMethod):
             projected = {id(p) for p in inside}
             groups.append({**group, "params": inside, **projection})
             groups.append({**group, "params": [p for p in group["params"] if id(p) not in projected]})
-        return AdamW(
+        optimizer: Optimizer = AdamW(
             [group for group in groups if group["params"]],
             lr=spec.learning_rate,
             betas=spec.betas,
             eps=spec.eps,
             no_deprecation_warning=True,
         )
+        return optimizer
 
     def state_bytes(self, parameters: int, largest_block: int, blocks: int) -> int:
         """4M: weights and gradients in 16 bits. Not counted: moments and projections, which depend on shapes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ class LowMemory(TrainingMethod):
 
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         """Backward with the update inside, at the learning rate that the schedule has set."""
-        optimizer.fused_backward(loss, optimizer.param_groups[0]["lr"])  # type: ignore[attr-defined]
+        fused: Any = optimizer
+        fused.fused_backward(loss, optimizer.param_groups[0]["lr"])
 
     def state_bytes(self, parameters: int, largest_block: int, blocks: int) -> int:
         """2M: the weights alone. Not counted: the two gradients that are alive at a time."""
