@@ -127,8 +127,8 @@ def live_cpu_tensors() -> Iterator[Tensor]:
         # classes (fake, functional, distributed) have no memory of their own.
         if type(candidate) in (Tensor, nn.Parameter) and _has_cpu_memory(candidate):
             yield candidate
-            # A view is not asked: torch refuses to say of one made without gradients whether it is a leaf, once its base
-            # was written to with them, and no view of a run holds a gradient.
+            # A view is not asked: torch refuses to say of one made without gradients whether it is a leaf, once its
+            # base was written to with them, and no view of a run holds a gradient.
             if (
                 not candidate._is_view()
                 and candidate.is_leaf

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from badam.block_optimizer import BlockOptimizer
 from badam.errors import InputError
 from badam.plan import Plan, save_record
 from badam.profiling.record import MeasuredRun
