@@ -23,7 +23,7 @@ class LowMemory(TrainingMethod):
 
     def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
         """lomo-optim's Lomo."""
-        from badam.training.methods._fused_backward import FusedLomo
+        from badam.training.methods._lomo_optim import FusedLomo
 
         spec = plan.training.optimizer
         return FusedLomo(model, lr=spec.learning_rate, weight_decay=spec.weight_decay)
@@ -49,7 +49,7 @@ class AdaptiveLowMemory(LowMemory):
 
     def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
         """pytorch-optimizer's AdaLOMO; losses are scaled for fp16 only."""
-        from badam.training.methods._fused_backward import FusedAdaLomo
+        from badam.training.methods._pytorch_optimizer import FusedAdaLomo
 
         spec = plan.training.optimizer
         narrow = any(parameter.dtype is torch.float16 for parameter in model.parameters())

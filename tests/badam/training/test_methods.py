@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from badam.errors import InputError
 from badam.plan import BlockPlan, MethodOptions, Partition, Plan
+from badam.training.methods import method_of
 from badam.training.methods.lisa import LisaOptimizer
 from badam.training.methods.mezo import MezoOptimizer
 from tests.badam.training.tiny import run_tiny, tiny_plan
@@ -22,6 +23,8 @@ BY_BLOCKS = ("lisa", "hift")
 
 
 def plan_for(method: str, **optimizer: Any) -> Plan:
+    for module in method_of(method).libraries if method != "qlora" else ():
+        pytest.importorskip(module)
     learning_rate = RATES.get(method, 1e-3)
     unclipped = {"max_grad_norm": 0.0} if method in ("lomo", "adalomo", "mezo") else {}
     return tiny_plan(
@@ -59,6 +62,7 @@ def test_a_model_trained_by_lora_is_loaded_without_peft(tmp_path: Path) -> None:
 
 
 def test_qlora_says_that_it_needs_cuda(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
     with pytest.raises(InputError, match="qlora trains on CUDA devices only; this run is on cpu"):
         run_tiny(plan_for("qlora"), tmp_path)
 

@@ -23,9 +23,10 @@ DEPTH = 3
 
 TO_THE_BYTE: tuple[Method, ...] = ("badam", "adam", "badam-ratio", "lomo", "adalomo", "lisa", "mezo")
 NEARLY: dict[Method, float] = {
-    # Each adapter's scale, a Python number, is kept for backward in 8 bytes of host memory that no operator returns.
+    # 240 B too few of 1 MB with 28 adapters: each scale, a Python number, is probably kept for backward in 8 bytes of
+    # host memory that no operator returns.
     "lora": 0.0005,
-    # The projection's matrix product asks for a scalar tensor or two that the CPU kernel keeps on its stack.
+    # 128 B too many are predicted without checkpointing, labelled temporary; which operator makes them is not known.
     "galore": 0.0005,
 }
 
@@ -39,6 +40,8 @@ def nothing_left_over() -> Iterator[None]:
 
 
 def plan_for(method: Method, *, checkpointing: bool = False, learning_rate: float = 1e-5) -> tuple[Plan, ModelTree]:
+    for module in method_of(method).libraries:
+        pytest.importorskip(module)
     return plan_of(
         LLAMA,
         DEPTH,
@@ -53,7 +56,6 @@ def plan_for(method: Method, *, checkpointing: bool = False, learning_rate: floa
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", [*TO_THE_BYTE, *NEARLY])
 def test_predicted_peak_equals_the_allocators(method: Method, checkpointing: bool) -> None:
-    pytest.importorskip("lomo_optim")
     plan, tree = plan_for(method, checkpointing=checkpointing)
     last = len(plan.partition.blocks) - 1
     predicted = Timeline(Evaluator(tree).recording(plan, last), tree.head_module).peak().nbytes
