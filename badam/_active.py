@@ -74,12 +74,17 @@ class ActiveParameter:
             self.parameter.grad_dtype = torch.float32
 
         self._keep_dtype = keep_dtype
+        # torch keeps hooks where Python's garbage collector does not look: one that held this object would keep model
+        # and optimizer alive for ever.
+        self._ready = ready
+        weakly = weakref.ref(self)
 
         def on_accumulated(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                self.settle()
-                self._inspect()
-                ready(self)
+            member = weakly()
+            if member is not None and parameter.grad is not None:
+                member.settle()
+                member._inspect()
+                member._ready(member)
 
         self._handle = self.parameter.register_post_accumulate_grad_hook(on_accumulated)
 

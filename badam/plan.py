@@ -107,6 +107,19 @@ class OptimizerSpec(Record):
     max_grad_norm: float = Field(default=1.0, ge=0)  # 0 switches clipping off
 
 
+class MethodOptions(Record):
+    """What single methods ask for beyond the optimizer; each reads its own, and the others mean nothing to it."""
+
+    update_ratio: float = Field(default=0.1, gt=0, le=1)  # badam-ratio: share of each parameter in its window
+    rank: PositiveInt | None = None  # lora, qlora, galore; None is the method's default
+    alpha: float | None = Field(default=None, gt=0)  # lora, qlora: adapters count alpha / rank; None is 2 rank
+    target_modules: tuple[str, ...] = ()  # lora, qlora; none named means every linear layer but the output projection
+    projection_gap: PositiveInt = 200  # galore: steps between two decompositions of a gradient
+    projection_scale: float = Field(default=0.25, gt=0)  # galore
+    sampled_layers: PositiveInt = 2  # lisa: layers trained at a time
+    perturbation: float = Field(default=1e-3, gt=0)  # mezo: how far weights are moved for the two forward passes
+
+
 class Training(Record):
     """What one optimizer step consists of."""
 
@@ -118,6 +131,7 @@ class Training(Record):
     loss: Loss = "full"
     attention: Attention = "sdpa"
     optimizer: OptimizerSpec = OptimizerSpec()
+    options: MethodOptions = MethodOptions()
 
 
 class Prediction(Record):

@@ -7,7 +7,7 @@ what each candidate needs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import inf
 
@@ -18,6 +18,7 @@ from badam.plan import (
     BlockPlan,
     Dtype,
     Method,
+    MethodOptions,
     ModelSpec,
     OptimizerSpec,
     Partition,
@@ -29,6 +30,7 @@ from badam.plan import (
     Target,
     Training,
 )
+from badam.training.methods import METHODS, method_of
 from badam.units import format_bytes
 from badam_planner.probe.evaluate import Evaluator, ModelTree, PlanForecast, inspect_model
 from badam_planner.probe.model_source import explaining
@@ -63,6 +65,7 @@ class Request:
     samples: int | None = None
     epochs: float = 1.0
     learning_rate: float = 1e-5
+    options: MethodOptions = field(default_factory=MethodOptions)
     seed: int = 0
     exact: bool = False
     command: str = ""
@@ -93,9 +96,7 @@ def _made(request: Request, progress: Progress) -> Answer:
     tried = [_first_that_fits(request, strategy, evaluator, progress) for strategy in asked_for]
     fits = [_headroom(request, forecast) >= 0 for _, forecast in tried]
     best = recommended_index(fits)
-    compared = []
-    if request.compare_methods and request.method != "adam":
-        compared = [_first_that_fits(replace(request, method="adam"), "full", evaluator, progress)]
+    compared = _other_methods(request, evaluator, progress) if request.compare_methods else []
     candidates = tuple(
         _candidate(request, plan, forecast, recommended=index == best and fits[best])
         for index, (plan, forecast) in enumerate([*tried, *compared])
@@ -117,17 +118,7 @@ def _made(request: Request, progress: Progress) -> Answer:
 
 def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTree) -> Plan:
     """The plan of one candidate, without its prediction."""
-    if strategy == "full":
-        prefixes = tuple(dict.fromkeys(info.name.split(".", 1)[0] for info in tree.parameters))
-        blocks = [BlockPlan(name="all", prefixes=prefixes, parameters=request.spec.parameters)]
-    else:
-        cut = partition_parameters(
-            tree.parameters,
-            strategy,
-            include_embedding=request.include_embedding,
-            include_lm_head=request.include_lm_head,
-        )
-        blocks = [BlockPlan(name=block.name, prefixes=block.prefixes, parameters=block.parameters) for block in cut]
+    blocks = _blocks(request, strategy, tree)
     layers = tree.layers if setting.checkpointing == "all" else ()
     blocks = [block.model_copy(update={"checkpointed_layers": layers}) for block in blocks]
     return Plan(
@@ -136,7 +127,9 @@ def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTr
         method=request.method,
         partition=Partition(strategy=strategy, blocks=tuple(blocks)),
         schedule=Schedule(
-            switch_mode=request.switch_mode, switch_every=visit_length(request, len(blocks)), seed=request.seed
+            switch_mode=request.switch_mode if request.method != "hift" else "ascending",
+            switch_every=visit_length(request, len(blocks)),
+            seed=request.seed,
         ),
         training=Training(
             batch_size=request.batch_size,
@@ -146,7 +139,10 @@ def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTr
             checkpointing=setting.checkpointing,
             loss=setting.loss,
             attention=request.attention,
-            optimizer=OptimizerSpec(learning_rate=request.learning_rate),
+            optimizer=OptimizerSpec(
+                learning_rate=request.learning_rate, max_grad_norm=1.0 if method_of(request.method).clips else 0.0
+            ),
+            options=request.options,
         ),
         provenance=Provenance(
             versions=tree.versions, command=request.command, date=datetime.now(UTC).isoformat(timespec="seconds")
@@ -154,20 +150,60 @@ def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTr
     )
 
 
+def _blocks(request: Request, strategy: Cut, tree: ModelTree) -> list[BlockPlan]:
+    """The blocks of a strategy; methods without blocks have one, "all"."""
+    if strategy == "full":
+        prefixes = tuple(dict.fromkeys(info.name.split(".", 1)[0] for info in tree.parameters))
+        return [BlockPlan(name="all", prefixes=prefixes, parameters=request.spec.parameters)]
+    cut = partition_parameters(
+        tree.parameters,
+        "layer" if strategy == "ratio" else strategy,
+        include_embedding=request.include_embedding,
+        include_lm_head=request.include_lm_head,
+    )
+    if strategy == "ratio":
+        prefixes = tuple(prefix for block in cut for prefix in block.prefixes)
+        return [BlockPlan(name="all", prefixes=prefixes, parameters=sum(block.parameters for block in cut))]
+    return [BlockPlan(name=block.name, prefixes=block.prefixes, parameters=block.parameters) for block in cut]
+
+
 def visit_length(request: Request, blocks: int) -> int:
     """Steps per visit K: what the user asked for, else min(max(n / (B D), 50), 100) for n samples per epoch.
+
+    HiFT goes on to the next block in every step.
 
     Source: arXiv 2404.02827, appendix on hyperparameters. Without a number of samples the lower bound is taken.
     """
     if request.switch_every is not None:
         return request.switch_every
+    if request.method == "hift":
+        return 1
     per_step = request.batch_size * request.grad_accum * blocks
     return min(max((request.samples or 0) // per_step, 50), 100)
 
 
-def formula_bytes(parameters: int, blocks: int) -> int:
-    """2M + 16M/D: bytes of model states when one of D equal blocks is active (arXiv 2404.02827, section 2.2)."""
-    return 2 * parameters + 16 * parameters // blocks
+def formula_bytes(plan: Plan, trained: int) -> int:
+    """Closed form of the model states that the plan's method keeps, with ``trained`` entries trained at a time."""
+    return method_of(plan.method).state_bytes(plan.model.parameters, trained, len(plan.partition.blocks))
+
+
+def _other_methods(request: Request, evaluator: Evaluator, progress: Progress) -> list[tuple[Plan, PlanForecast]]:
+    """Of every other method the first partition that fits, or its last; those that cannot be planned are left out."""
+    found = []
+    for method in METHODS:
+        if method == request.method:
+            continue
+        other = replace(request, method=method)
+        try:
+            for strategy in strategies(method, "auto"):
+                progress(f"comparing with {method}")
+                candidate = _first_that_fits(other, strategy, evaluator, progress)
+                if _headroom(other, candidate[1]) >= 0:
+                    break
+            found.append(candidate)
+        except InputError as error:
+            progress(f"{method} is left out: {error.message}")
+    return found
 
 
 def _first_that_fits(
@@ -197,12 +233,13 @@ def _headroom(request: Request, forecast: PlanForecast) -> int:
 def _candidate(request: Request, plan: Plan, forecast: PlanForecast, *, recommended: bool) -> Candidate:
     worst, blocks = forecast.worst, plan.partition.blocks
     return Candidate(
+        method=plan.method,
         strategy=plan.partition.strategy,
         num_blocks=len(blocks),
-        largest_block_parameters=max(block.parameters for block in blocks),
+        largest_block_parameters=forecast.trained_entries,
         checkpointing=plan.training.checkpointing,
         loss=plan.training.loss,
-        formula_bytes=formula_bytes(request.spec.parameters, len(blocks)),
+        formula_bytes=formula_bytes(plan, forecast.trained_entries),
         peak_allocated_bytes=worst.peak_allocated_bytes,
         peak_reserved_bytes=worst.peak_reserved_bytes,
         peak_device_bytes=worst.peak_device_bytes,
@@ -237,7 +274,7 @@ def _with_prediction(plan: Plan, forecast: PlanForecast) -> Plan:
         peak_allocated_bytes=worst.peak_allocated_bytes,
         peak_reserved_bytes=worst.peak_reserved_bytes,
         peak_device_bytes=worst.peak_device_bytes,
-        formula_bytes=formula_bytes(plan.model.parameters, len(blocks)),
+        formula_bytes=formula_bytes(plan, forecast.trained_entries),
         by_category=worst.by_category,
         by_phase=worst.by_phase,
         peak_phase=worst.peak_phase,

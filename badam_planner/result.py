@@ -15,10 +15,10 @@ class Candidate:
 
     strategy: str
     num_blocks: int
-    largest_block_parameters: int
+    largest_block_parameters: int  # entries trained at a time, at most
     checkpointing: str
     loss: str
-    formula_bytes: int  # 2M + 16M/D, model states only
+    formula_bytes: int  # model states only, by the method's closed form; for badam 2M + 16M/D
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     peak_device_bytes: int
@@ -32,6 +32,7 @@ class Candidate:
     fits: bool
     recommended: bool
     largest: tuple[tuple[str, int], ...] = ()  # the largest tensors alive at the peak, by name
+    method: str = "badam"
 
 
 @dataclass(frozen=True, slots=True)

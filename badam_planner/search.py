@@ -8,8 +8,8 @@ from typing import Literal
 
 from badam.plan import Checkpointing, Loss, Method
 
-Cut = Literal["layer", "attn-mlp", "matrix", "full"]
-"""The ways to cut a model that are searched; ``full`` is one block of everything."""
+Cut = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
+"""The ways to cut a model that are searched; ``ratio`` and ``full`` are one block, of the layers or of everything."""
 
 PREFERENCE: tuple[Cut, ...] = ("layer", "attn-mlp", "matrix")
 """Larger blocks first: they train more at a time; smaller ones only save memory."""
@@ -40,8 +40,12 @@ def _as(checkpointing: str) -> Checkpointing:
 
 
 def strategies(method: Method, partition: str) -> tuple[Cut, ...]:
-    """The partitions to try for a method, in order of preference."""
-    if method == "adam":
+    """The partitions to try for a method, in order of preference; one that trains no blocks has one of everything."""
+    if method == "badam-ratio":
+        return ("ratio",)
+    if method == "lisa":  # samples whole layers
+        return ("layer",)
+    if method not in ("badam", "hift"):
         return ("full",)
     return PREFERENCE if partition == "auto" else tuple(known for known in PREFERENCE if known == partition)
 

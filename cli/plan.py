@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from badam_planner.result import Answer
 
 Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
-PLANNED_METHODS = ("badam", "adam")
 PLANNED_ENGINES = ("single",)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -34,12 +33,21 @@ def plan(
     num_gpus: Annotated[int, typer.Option(min=1, help="Cards to train on.")] = 1,
     engine: Annotated[Literal["single", "zero3", "fsdp2"], typer.Option(help="What shards over cards.")] = "single",
     method: Annotated[Method, typer.Option(help="Training method.")] = "badam",
-    compare_methods: Annotated[bool, typer.Option("--compare-methods", help="Show full Adam beside it.")] = False,
+    compare_methods: Annotated[bool, typer.Option("--compare-methods", help="Show other methods too.")] = False,
     partition: Annotated[
         Literal["auto", "layer", "attn-mlp", "matrix"], typer.Option(help="What a block is; auto tries all.")
     ] = "auto",
     include_embedding: Annotated[bool, typer.Option(help="Train the embedding as a block.")] = False,
     include_lm_head: Annotated[bool, typer.Option(help="Train the output projection as a block.")] = False,
+    update_ratio: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="badam-ratio: share of each parameter trained at a time.")
+    ] = 0.1,
+    rank: Annotated[int | None, typer.Option(min=1, help="lora: 8 by default; galore: 128 by default.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="lora: scale of the adapters, twice the rank by default.")] = None,
+    target_module: Annotated[
+        list[str] | None, typer.Option(help="lora: a module to adapt; every linear layer but the head by default.")
+    ] = None,
+    sampled_layers: Annotated[int, typer.Option(min=1, help="lisa: layers trained at a time.")] = 2,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per micro-batch.")] = 1,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 512,
     grad_accum: Annotated[int, typer.Option(min=1, help="Micro-batches per optimizer step.")] = 1,
@@ -71,7 +79,7 @@ def plan(
     Exit code 0: a plan that fits was written; 1: nothing fits, and what would; 2: bad input.
     """
     with reporting_errors():
-        _refuse_unplanned(method, engine, num_gpus)
+        _refuse_unplanned(engine, num_gpus)
         options = {
             "method": method,
             "compare_methods": compare_methods,
@@ -90,6 +98,7 @@ def plan(
             "samples": samples,
             "epochs": epochs,
             "learning_rate": learning_rate,
+            "options": _method_options(update_ratio, rank, alpha, tuple(target_module or ()), sampled_layers),
             "seed": seed,
             "exact": exact,
         }
@@ -110,10 +119,12 @@ def _answer(model: str, target: Target, options: dict[str, Any], progress: Calla
     command = shlex.join(["badam-plan", *sys.argv[1:]])
     answer = load_answer(key)
     if answer is None:
+        from badam.plan import MethodOptions
         from badam.training.assemble import choose_attention
         from badam_planner.planning import Request, make_plan
 
         spec = specify(*source)
+        options = {**options, "options": MethodOptions(**options["options"])}
         if options["attention"] == "auto":
             options = {**options, "attention": choose_attention(spec)}
         answer = make_plan(Request(spec=spec, target=target, command=command, **options), progress)
@@ -125,14 +136,9 @@ def _answer(model: str, target: Target, options: dict[str, Any], progress: Calla
     return answer
 
 
-def _refuse_unplanned(method: str, engine: str, num_gpus: int) -> None:
+def _refuse_unplanned(engine: str, num_gpus: int) -> None:
     from badam.errors import InputError
 
-    if method not in PLANNED_METHODS:
-        raise InputError(
-            f"The method {method} cannot be planned by this version.",
-            advice=f"Methods that can: {', '.join(PLANNED_METHODS)}.",
-        )
     if engine not in PLANNED_ENGINES or num_gpus > 1:
         raise InputError(
             f"Engine {engine} on {num_gpus} cards cannot be planned by this version.", advice="Plan for a single card."
@@ -152,6 +158,24 @@ def _target(gpu: str, gpu_memory: str | None) -> Target:
         return target
     say(calibration.sentence())
     return calibrated(target, calibration)
+
+
+def _method_options(
+    update_ratio: float, rank: int | None, alpha: float | None, target_modules: tuple[str, ...], sampled_layers: int
+) -> dict[str, Any]:
+    """What single methods ask for, as plain values; those not given keep the plan's defaults."""
+    from badam.errors import InputError
+
+    if update_ratio <= 0:
+        raise InputError(f"--update-ratio {update_ratio:g} trains nothing.", advice="Give a share such as 0.1.")
+    if alpha is not None and alpha <= 0:
+        raise InputError(f"--alpha {alpha:g} would switch the adapters off.", advice="Give a positive number.")
+    given = {"rank": rank, "alpha": alpha, "target_modules": target_modules}
+    return {
+        "update_ratio": update_ratio,
+        "sampled_layers": sampled_layers,
+        **{name: value for name, value in given.items() if value},
+    }
 
 
 def _visit_length(text: str) -> int | None:

@@ -44,7 +44,7 @@ class ModelStates:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model = model
         self.optimizer = unwrap(optimizer)
-        self.base_optimizer: torch.optim.Optimizer = getattr(self.optimizer, "base_optimizer", self.optimizer)
+        self.base_optimizer: torch.optim.Optimizer = base_of(self.optimizer)
 
     def parameters(self) -> list[Named]:
         """The model's parameters and buffers."""
@@ -52,16 +52,17 @@ class ModelStates:
 
     def optimizer_states(self) -> list[Named]:
         """Master copies, where they are not the parameters themselves, and the base optimizer's state tensors."""
-        own: dict[int, Tensor] = getattr(self.optimizer, "param_idx2lp", {})
-        masters: dict[int, Tensor] = getattr(self.optimizer, "param_idx2hp", {})
-        copies = [Named(copy, Category.MASTER) for index, copy in masters.items() if copy is not own.get(index)]
-        states = (value for state in self.base_optimizer.state.values() for value in _tensors(state))
+        copies = [
+            Named(master, Category.MASTER)
+            for _, parameter, master in masters(self.optimizer)
+            if master is not parameter
+        ]
+        states = (value for _, _, value in state_tensors(self.base_optimizer))
         return copies + [Named(value, Category.OPTIMIZER_STATE) for value in states]
 
     def gradients(self) -> list[Named]:
         """Gradients of the model's parameters and of master copies, as far as they exist now."""
-        masters: dict[int, Tensor] = getattr(self.optimizer, "param_idx2hp", {})
-        owners = (*self.model.parameters(), *masters.values())
+        owners = (*self.model.parameters(), *(master for _, _, master in masters(self.optimizer)))
         return [Named(owner.grad, Category.GRADIENT) for owner in owners if owner.grad is not None]
 
     def active_block(self) -> int:
@@ -72,6 +73,33 @@ class ModelStates:
         """Whether the coming step is the first of its visit, and whether it is the last."""
         done = int(getattr(self.optimizer, "steps_in_visit", 0))
         return done == 0, done + 1 == int(getattr(self.optimizer, "switch_block_every", 0))
+
+
+def masters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, parameter and master of all that is trained now through one of this package's optimizers.
+
+    The master is the parameter itself where no copy is needed.
+    """
+    trained: Iterable[Any] = getattr(optimizer, "active_parameters", getattr(optimizer, "windows", ()))
+    for member in trained:
+        if member.master is not None:
+            yield member.name, member.parameter, member.master
+
+
+def base_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds the states: the base of one that has a base, else itself."""
+    return getattr(optimizer, "base_optimizer", None) or optimizer
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
+    """An optimizer's state tensors, each with the parameter that it belongs to and its name.
+
+    Some libraries keep tensors in objects of their own inside the state; these are looked into.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items() if isinstance(state, dict) else ():
+            for tensor in _tensors(value):
+                yield parameter, key, tensor
 
 
 def unwrap(optimizer: Any) -> torch.optim.Optimizer:
@@ -99,7 +127,14 @@ def live_cpu_tensors() -> Iterator[Tensor]:
         # classes (fake, functional, distributed) have no memory of their own.
         if type(candidate) in (Tensor, nn.Parameter) and _has_cpu_memory(candidate):
             yield candidate
-            if candidate.is_leaf and candidate.grad is not None and _has_cpu_memory(candidate.grad):
+            # A view is not asked: torch refuses to say of one made without gradients whether it is a leaf, once its
+            # base was written to with them, and no view of a run holds a gradient.
+            if (
+                not candidate._is_view()
+                and candidate.is_leaf
+                and candidate.grad is not None
+                and _has_cpu_memory(candidate.grad)
+            ):
                 yield candidate.grad
 
 
@@ -107,5 +142,11 @@ def _has_cpu_memory(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.layout is torch.strided
 
 
-def _tensors(state: Any) -> Iterator[Tensor]:
-    return (value for value in state.values() if isinstance(value, Tensor)) if isinstance(state, dict) else iter(())
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        yield from (item for item in value if isinstance(item, Tensor))
+    elif hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            yield from _tensors(item) if isinstance(item, (Tensor, list, tuple)) else ()

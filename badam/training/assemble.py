@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from badam.block_optimizer import BlockOptimizer
 from badam.checkpointing import checkpoint_layers
 from badam.errors import InputError, in_one_line, near_matches
 from badam.plan import Attention, ModelSpec, Plan, Training
+from badam.training.methods import method_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-RUNNABLE_METHODS = ("badam", "adam")
 
 
 def model_config(spec: ModelSpec) -> PretrainedConfig:
@@ -91,55 +91,40 @@ def choose_attention(spec: ModelSpec) -> Attention:
     return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, with and without weight decay: vectors (norms, biases) are not decayed."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    exempt = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def build_optimizer(model: nn.Module, plan: Plan, *, start_block: int | None = None) -> BlockOptimizer:
-    """The plan's optimizer over ``model``: AdamW inside blocks; full Adam is the partition with one block.
+def build_optimizer(model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
+    """The optimizer of the plan's method over ``model``.
 
     Args:
-        model: the model to train.
-        plan: partition, schedule and optimizer settings.
+        model: the model to train, prepared for the method by :func:`prepare_model`.
+        plan: method, partition, schedule and optimizer settings.
         start_block: index of the block to begin with; None leaves it to the schedule.
 
     Raises:
-        InputError: if the plan's method has no optimizer here.
+        InputError: if the plan asks of the method what it cannot do, or a library is missing.
     """
-    if plan.method not in RUNNABLE_METHODS:
-        raise InputError(
-            f"The method {plan.method} cannot be run by this version.",
-            advice=f"Methods that can: {', '.join(RUNNABLE_METHODS)}.",
-        )
-    spec = plan.training.optimizer
-    base = torch.optim.AdamW(
-        parameter_groups(model, spec.weight_decay),
-        lr=spec.learning_rate,
-        betas=spec.betas,
-        eps=spec.eps,
-        fused=spec.fused,
-    )
-    return BlockOptimizer(
-        base,
-        list(model.named_parameters()),
-        block_prefix_list=[list(block.prefixes) for block in plan.partition.blocks],
-        switch_block_every=plan.schedule.switch_every,
-        start_block=start_block,
-        switch_mode=plan.schedule.switch_mode,
-        verbose=0,
-        write_back=spec.write_back,
-        seed=plan.schedule.seed,
-    )
+    method = method_of(plan.method)
+    method.check(plan)
+    return method.build_optimizer(model, plan, start_block=start_block)
 
 
-def prepare_checkpointing(model: nn.Module, optimizer: BlockOptimizer, plan: Plan) -> None:
+def prepare_model(model: PreTrainedModel, plan: Plan) -> None:
+    """Give ``model`` the modules that the plan's method trains; most methods leave it as it is.
+
+    Raises:
+        InputError: if the plan asks of the method what it cannot do, or a library is missing.
+    """
+    method = method_of(plan.method)
+    method.check(plan)
+    method.prepare(model, plan)
+
+
+def prepare_checkpointing(model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
     """Checkpoint the layers that the plan lists for the active block, and follow every switch."""
     wanted = [block.checkpointed_layers for block in plan.partition.blocks]
     if not any(wanted):
+        return
+    if not isinstance(optimizer, BlockOptimizer):
+        checkpoint_layers(model, wanted[0])
         return
     checkpointing = checkpoint_layers(model, wanted[optimizer.current_block_idx])
     optimizer.register_switch_hook(lambda switched: checkpointing.set_layers(wanted[switched.current_block_idx]))

@@ -20,7 +20,7 @@ from badam.plan import Plan, save_record
 from badam.profiling.record import MeasuredRun
 from badam.profiling.recorder import Recorder
 from badam.training.arguments import marks_assistant, training_arguments
-from badam.training.assemble import build_model
+from badam.training.assemble import build_model, prepare_model
 from badam.training.batches import LengthReport, enforce_length
 from badam.training.callbacks import RunCallback
 from badam.training.checkpoints import MODEL_DIRECTORY, newest_whole, prepare_output, saving, step_of, written_whole
@@ -28,6 +28,7 @@ from badam.training.coverage import coverage
 from badam.training.data import TrainingData
 from badam.training.inputs import load_inputs
 from badam.training.interruption import Interruption
+from badam.training.methods import method_of
 from badam.training.options import RunOptions
 from badam.training.out_of_memory import explained
 from badam.training.progress import MetricsFile, ProgressDisplay
@@ -64,14 +65,14 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
         InputError: for anything that can be wrong with the options, data, weights or the disk.
         OutOfMemory: if the device refuses an allocation.
     """
-    _check_runnable(plan)
+    device = _device(plan)
+    _check_runnable(plan, device)
     prepare_output(options.output_dir, resume=options.resume)
     checkpoint = _checkpoint_to_resume(options)
     weights = None if checkpoint else locate_weights(plan.model, options.init)
     tokenizer_from = str(checkpoint) if checkpoint else tokenizer_source(plan.model, weights)
     tokenizer, data = load_inputs(plan, options, tokenizer_from)
     _tell(console, f"data: {data.description}" + (f"; {data.skipped:,} skipped" if data.skipped else ""))
-    device = _device(plan)
     with ExitStack() as stack:
         stack.enter_context(_own_display())
         recorder = Recorder(device, every_step=False)
@@ -109,7 +110,10 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
     )
 
 
-def _check_runnable(plan: Plan) -> None:
+def _check_runnable(plan: Plan, device: torch.device) -> None:
+    method = method_of(plan.method)
+    method.check(plan)
+    method.check_device(device)
     if plan.target.engine != "single":
         raise InputError(
             f"badam-train runs on one device; the plan is for {plan.target.num_gpus} under {plan.target.engine}.",
@@ -143,7 +147,7 @@ def _device(plan: Plan) -> torch.device:
 def _model(plan: Plan, options: RunOptions, weights: str | None) -> PreTrainedModel:
     set_seed(options.seed)
     try:
-        return build_model(plan.model, plan.training, weights=weights)
+        model = build_model(plan.model, plan.training, weights=weights)
     except (OSError, ValueError, RuntimeError) as error:
         if weights is None or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -151,6 +155,8 @@ def _model(plan: Plan, options: RunOptions, weights: str | None) -> PreTrainedMo
             f"The weights in {weights} cannot be loaded into the plan's model: {error}",
             advice="Plan for the model that the weights belong to, or start with --init random.",
         ) from error
+    prepare_model(model, plan)
+    return model
 
 
 def _trainer(
@@ -216,16 +222,14 @@ def _warn(plan: Plan, device: torch.device, total_steps: int, console: Console) 
         _tell(
             console, f"note: the plan is for {plan.target.gpu}; this machine has no CUDA device, so it runs on the CPU."
         )
-    warning = coverage(plan, total_steps).warning()
+    warning = None if plan.method == "lisa" else coverage(plan, total_steps).warning()
     if warning:
         _tell(console, f"warning: {warning}")
 
 
 def _save_model(trainer: PlanTrainer, output_dir: Path) -> Path:
     """The trained model with its tokenizer, ready for from_pretrained."""
-    optimizer = trainer.plan_optimizer
-    if isinstance(optimizer, BlockOptimizer):
-        optimizer.write_back_block()  # the last block is left as every other block was
+    trainer.method.finish(trainer.model, trainer.plan_optimizer)
     target = output_dir / MODEL_DIRECTORY
     with saving("trained model"), written_whole(target) as partial:
         trainer.model.save_pretrained(partial)

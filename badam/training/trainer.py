@@ -18,7 +18,7 @@ from badam.profiling.states import unwrap
 from badam.training.assemble import build_optimizer, prepare_checkpointing
 from badam.training.batches import EpochSampler, Padding, PlanCollator
 from badam.training.checkpoints import keep_newest, saving, written_whole
-from badam.training.step import forward_loss
+from badam.training.methods import method_of
 from badam.vocabulary import Phase
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class PlanTrainer(SFTTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.plan = plan
+        self.method = method_of(plan.method)
         self._padding = padding
         self._before_step = before_step
         self._keep = keep
@@ -112,15 +113,25 @@ class PlanTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The plan's loss of one micro-batch."""
-        return forward_loss(
-            cast("PreTrainedModel", model), inputs, self.plan.training.loss, num_items=num_items_in_batch
+        return self.method.loss(
+            cast("PreTrainedModel", model), inputs, self.plan, self.plan_optimizer, num_items_in_batch
         )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of one micro-batch; on return the optimizer's step begins, or the next micro-batch."""
-        loss = super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; on return the optimizer's step begins, or the next micro-batch.
+
+        In place of transformers' own, whose backward is accelerate's: what backward is, the method says. One process
+        without loss scaling needs nothing else of both.
+        """
+        model.train()
+        batch = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+        del batch
+        self.method.backward(loss, self.plan_optimizer)
         phases.enter(Phase.STEP if self.accelerator.sync_gradients else Phase.SETUP)
-        return cast(Tensor, loss)
+        return loss.detach()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device; in training it belongs to the step from then on, which lets go of it."""

@@ -16,6 +16,7 @@ from typing import overload
 from badam.naming import belongs
 from badam.partition import ParameterInfo, layer_stacks
 from badam.plan import Attention, BlockPlan, ModelSpec, Plan, Training
+from badam.training.methods import method_of
 from badam.vocabulary import Phase
 from badam_planner.compose import KEPT_CYCLES, NotPeriodic, Run, compose, find_runs, renamed
 from badam_planner.events import Recording
@@ -68,6 +69,7 @@ class PlanForecast:
     worst_block: int
     worst: Forecast
     backward_relative: tuple[float, ...]  # by block: backward work over that of training everything
+    trained_entries: int = 0  # entries trained at a time, at most
     blocks: tuple[Forecast, ...] = ()  # by block, or empty if only the worst was asked for
 
 
@@ -113,6 +115,7 @@ class Evaluator:
         self.tree = tree
         self.exact = exact
         self._rehearsed: dict[Hashable, tuple[Recording, list[str]]] = {}
+        self._trained: dict[str, int] = {}
 
     @overload
     def worst_block(self, plan: Plan) -> PlanForecast: ...
@@ -125,6 +128,8 @@ class Evaluator:
             plan: the plan.
             give_up_above: device bytes; as soon as one block needs more, the answer is None.
         """
+        if not method_of(plan.method).composes:
+            return self._without_roles(plan, give_up_above)
         shapes = [self._shape(block) for block in plan.partition.blocks]
         lowest = {shape: shapes.index(shape) for shape in shapes}
         recordings: dict[int, Recording] = {}
@@ -137,10 +142,38 @@ class Evaluator:
         worst = max(forecasts, key=lambda index: (forecasts[index].peak_device_bytes, -index))
         representatives = [lowest[shape] for shape in shapes]
         relative = backward_relative(plan, self.tree, recordings, representatives)
-        return PlanForecast(worst, forecasts[worst], relative)
+        largest = max(block.parameters for block in plan.partition.blocks)
+        return PlanForecast(worst, forecasts[worst], relative, largest)
+
+    def _without_roles(self, plan: Plan, give_up_above: int | None) -> PlanForecast | None:
+        """Rehearse the first and the last block at full depth, for methods that train more than the block.
+
+        What is trained besides reaches through all layers, so blocks differ only in when their gradients and saved
+        inputs come and go: the lowest keeps most activations until last, the highest has its gradients first.
+        """
+        recordings = {index: self.recording(plan, index) for index in {0, len(plan.partition.blocks) - 1}}
+        forecasts = {
+            index: forecast(recording, plan.target, head_module=self.tree.head_module)
+            for index, recording in recordings.items()
+        }
+        worst = max(forecasts, key=lambda index: (forecasts[index].peak_device_bytes, -index))
+        if give_up_above is not None and forecasts[worst].peak_device_bytes > give_up_above:
+            return None
+        relative = (backward_of_all(recordings[worst]),) * len(plan.partition.blocks)
+        return PlanForecast(worst, forecasts[worst], relative, self._trained_entries(plan))
+
+    def _trained_entries(self, plan: Plan) -> int:
+        from badam_planner.probe.rehearse import trained_entries
+
+        key = f"{plan.method} {plan.training.options.model_dump_json()}"
+        if key not in self._trained:
+            self._trained[key] = trained_entries(plan)
+        return self._trained[key]
 
     def every_block(self, plan: Plan, known: PlanForecast) -> PlanForecast:
         """Forecast all blocks of a plan whose worst block is ``known``."""
+        if not method_of(plan.method).composes:
+            return replace(known, blocks=(known.worst,) * len(plan.partition.blocks))
         forecasts = {known.worst_block: known.worst}
         indices = range(len(plan.partition.blocks))
         middle = len(indices) / 2
@@ -155,7 +188,7 @@ class Evaluator:
         from badam_planner.probe.rehearse import rehearse
 
         layers = self.tree.layers
-        if self.exact:
+        if self.exact or not method_of(plan.method).composes:
             return rehearse(plan, index, layers=layers)
         roles = self._roles(plan.partition.blocks[index])
         runs = find_runs(layers, [None if role.active else role for role in roles])
@@ -264,6 +297,20 @@ def backward_relative(
         between = sum(through[positions[stand_in] + 1 : positions[index] + 1])
         relative.append((sum(tallies[stand_in].values()) - between) / everything)
     return tuple(relative)
+
+
+def backward_of_all(recording: Recording) -> float:
+    """Matrix-product operations of backward, over those of training every weight.
+
+    Formula: (backward + recomputation) / (2 (forward + loss) + recomputation), since the gradient of a product is two
+    products of its size. Units: none. Not counted: the third product in the backward of fused attention.
+    """
+    tally: dict[Phase, int] = {}
+    for (phase, _), count in recording.flops.items():
+        tally[phase] = tally.get(phase, 0) + count
+    again = tally.get(Phase.RECOMPUTE, 0)
+    ahead = tally.get(Phase.FORWARD, 0) + tally.get(Phase.LOSS, 0)
+    return (tally.get(Phase.BACKWARD, 0) + again) / (2 * ahead + again) if ahead else 0.0
 
 
 def _backward_flops(recording: Recording, tree: ModelTree) -> dict[str, int]:

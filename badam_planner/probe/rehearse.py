@@ -23,16 +23,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from badam import phases
 from badam.plan import ModelSpec, Plan, Schedule, Training
-from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing
-from badam.training.step import forward_loss
+from badam.profiling.states import base_of, masters, state_tensors
+from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing, prepare_model
+from badam.training.methods import method_of
 from badam.vocabulary import Category, Phase
 from badam_planner.events import Recording
 from badam_planner.probe.tracker import StorageTracker
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
-    from badam.block_optimizer import BlockOptimizer
+    from badam.training.methods.base import TrainingMethod
 
 VISIT_STEPS = 2
 
@@ -58,6 +60,7 @@ def fake_world() -> Iterator[None]:
         stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", _no_packed_sequences))
         stack.enter_context(patch.object(torch, "get_rng_state", lambda: torch.empty(state_bytes, dtype=torch.uint8)))
         stack.enter_context(patch.object(torch, "set_rng_state", lambda _state: None))
+        stack.enter_context(patch.object(torch.utils, "swap_tensors", _become))
         yield
 
 
@@ -92,25 +95,52 @@ def rehearse(plan: Plan, block: int, *, layers: Sequence[str] = (), without: Col
     Returns:
         The events of the visit; see the module's docstring.
     """
-    chosen = plan.partition.blocks[block]
-    there = tuple(layer for layer in chosen.checkpointed_layers if layer not in without)
-    alone = plan.partition.model_copy(update={"blocks": (chosen.model_copy(update={"checkpointed_layers": there}),)})
-    visit = Schedule(switch_mode="ascending", switch_every=VISIT_STEPS)
-    staged = plan.model_copy(update={"schedule": visit, "partition": alone})
+    method = method_of(plan.method)
+    staged, start = method.rehearsed_plan(_of_one_visit(plan, without), block)
     phases.enter(Phase.SETUP)
     with fake_world():
         model = fake_model(plan.model, plan.training)
+        prepare_model(model, plan)
         tracker = StorageTracker(model, layers)
         tracker.label(model.named_parameters(), Category.PARAMETER)
         tracker.label(model.named_buffers(), Category.PARAMETER, "buffer")
+        on_host = list(method.resident_states(model, plan, block)) if plan.target.gpu == "cpu" else []
+        tracker.label(on_host, Category.OPTIMIZER_STATE)
         left_out = take_out(model, without)
         with tracker.watching():
-            optimizer = build_optimizer(model, staged, start_block=0)
+            optimizer = build_optimizer(model, staged, start_block=start)
             prepare_checkpointing(model, optimizer, staged)
-            _first_update(model, optimizer, tracker)
-            _training_step(plan, model, optimizer, tracker)
-        del left_out  # only now: their parameters stay allocated throughout
+            if method.keeps_gradients:
+                _first_update(model, optimizer, tracker)
+            else:
+                label_states(model, optimizer, tracker)
+            _training_step(plan, method, model, optimizer, tracker)
+        del left_out, on_host  # only now: they stay allocated throughout
         return tracker.recording
+
+
+def trained_entries(plan: Plan) -> int:
+    """Entries that the plan's method trains at a time."""
+    method = method_of(plan.method)
+    with fake_world():
+        model = fake_model(plan.model, plan.training)
+        prepare_model(model, plan)
+        staged, start = method.rehearsed_plan(plan, 0)
+        return method.trained_entries(model, build_optimizer(model, staged, start_block=start))
+
+
+def _of_one_visit(plan: Plan, without: Collection[str]) -> Plan:
+    """The plan with visits as long as the rehearsal, and no checkpoints of layers that are left out."""
+    blocks = tuple(
+        block.model_copy(
+            update={"checkpointed_layers": tuple(path for path in block.checkpointed_layers if path not in without)}
+        )
+        for block in plan.partition.blocks
+    )
+    visit = Schedule(switch_mode="ascending", switch_every=VISIT_STEPS)
+    return plan.model_copy(
+        update={"schedule": visit, "partition": plan.partition.model_copy(update={"blocks": blocks})}
+    )
 
 
 def take_out(model: torch.nn.Module, layers: Collection[str]) -> list[torch.nn.Module]:
@@ -122,26 +152,30 @@ def take_out(model: torch.nn.Module, layers: Collection[str]) -> list[torch.nn.M
     return [layer for layer in removed if layer is not None]
 
 
-def _first_update(model: PreTrainedModel, optimizer: BlockOptimizer, tracker: StorageTracker) -> None:
+def _first_update(model: PreTrainedModel, optimizer: Optimizer, tracker: StorageTracker) -> None:
     """The update that creates masters and moments, from gradients as backward leaves them."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter, dtype=getattr(parameter, "grad_dtype", None))
+            for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
+                hook(parameter)  # as autograd does: some optimizers take gradients away there
     label_gradients(model, tracker)
     optimizer.step()
-    label_states(optimizer, tracker)
+    label_states(model, optimizer, tracker)
     optimizer.zero_grad(set_to_none=True)
     phases.enter(Phase.SETUP)
 
 
-def _training_step(plan: Plan, model: PreTrainedModel, optimizer: BlockOptimizer, tracker: StorageTracker) -> None:
+def _training_step(
+    plan: Plan, method: TrainingMethod, model: PreTrainedModel, optimizer: Optimizer, tracker: StorageTracker
+) -> None:
     """One optimizer step as transformers' Trainer makes it: micro-batches, clipping, step, zero_grad."""
     for _ in range(plan.training.grad_accum):
         batch = fake_batch(plan, model)
         tracker.label(batch.items(), Category.ACTIVATION, "batch")
-        loss = forward_loss(model, batch, plan.training.loss, num_items=torch.zeros((), dtype=torch.int64))
+        loss = method.loss(model, batch, plan, optimizer, torch.zeros((), dtype=torch.int64))
         del batch
-        loss.backward()
+        method.backward(loss, optimizer)
         del loss
         label_gradients(model, tracker)
     phases.enter(Phase.STEP)
@@ -155,30 +189,34 @@ def _training_step(plan: Plan, model: PreTrainedModel, optimizer: BlockOptimizer
 def label_gradients(model: PreTrainedModel, tracker: StorageTracker) -> None:
     """Tell the tracker which live tensors are gradients."""
     tracker.label(
-        ((name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None),
+        (
+            (name, getattr(parameter.grad, "window_values", parameter.grad))
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        ),
         Category.GRADIENT,
         "gradient of",
     )
 
 
-def label_states(optimizer: BlockOptimizer, tracker: StorageTracker) -> None:
+def label_states(model: PreTrainedModel, optimizer: Optimizer, tracker: StorageTracker) -> None:
     """Tell the tracker which live tensors are master copies and optimizer states."""
-    names = {id(parameter): name for name, parameter in optimizer.named_parameters_list}
-    of_master = {}
-    for index, master in optimizer.param_idx2hp.items():
-        parameter = optimizer.param_idx2lp[index]
-        of_master[id(master)] = names.get(id(parameter), str(index))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter, master in masters(optimizer):
+        names[id(master)] = name
         if master is not parameter:
-            tracker.label([(of_master[id(master)], master)], Category.MASTER, "master of")
-    for parameter, state in optimizer.base_optimizer.state.items():
-        name = of_master.get(id(parameter), "")
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tracker.label([(f"{key} of {name}", value)], Category.OPTIMIZER_STATE)
+            tracker.label([(name, master)], Category.MASTER, "master of")
+    for parameter, key, value in state_tensors(base_of(optimizer)):
+        tracker.label([(f"{key} of {names.get(id(parameter), '')}", value)], Category.OPTIMIZER_STATE)
 
 
 def _no_packed_sequences(*_args: Any, **_kwargs: Any) -> None:
     return None
+
+
+def _become(tensor: Tensor, other: Tensor) -> None:
+    """What ``Module.to`` does with real parameters; for fake ones torch would swap two tensors, and refuses to."""
+    tensor.data = other.data
 
 
 @contextmanager

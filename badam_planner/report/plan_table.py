@@ -121,7 +121,10 @@ def _narrow_figures(candidate: Candidate, mark: str, unit: SizeUnit) -> tuple[st
 
 
 def _setting(candidate: Candidate, mark: str) -> str:
-    return f"{mark} {candidate.strategy}\n  {candidate.checkpointing}, {candidate.loss}"
+    blocks = candidate.strategy if candidate.method == "badam" else candidate.method
+    if candidate.method == "hift":
+        blocks = f"hift {candidate.strategy}"
+    return f"{mark} {blocks}\n  {candidate.checkpointing}, {candidate.loss}"
 
 
 def _headroom(candidate: Candidate, unit: SizeUnit) -> str:

@@ -14,6 +14,7 @@ from badam.errors import DataError, InputError, OutOfMemory
 from badam.plan import load_plan, record_digest
 from badam.profiling.record import load_measured
 from badam.training import trainer as trainer_module
+from badam.training.methods import base as base_module
 from badam.vocabulary import Category, Phase
 from tests.badam.training.tiny import CONFIG, LAYERS, records, run_tiny, tiny_plan, write_jsonl
 
@@ -171,13 +172,13 @@ def test_a_full_disk_ends_the_run_and_leaves_the_previous_checkpoint(
 
 
 def test_a_refused_allocation_is_told_in_the_words_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward_loss = trainer_module.forward_loss
+    forward_loss = base_module.forward_loss
 
     def refuse(*args: Any, **kwargs: Any) -> torch.Tensor:
         forward_loss(*args, **kwargs)
         return torch.empty(2**50)
 
-    monkeypatch.setattr(trainer_module, "forward_loss", refuse)
+    monkeypatch.setattr(base_module, "forward_loss", refuse)
     with pytest.raises(OutOfMemory, match=r"in backward, when 4194304.00 GiB more") as caught:
         run_tiny(tiny_plan(), tmp_path)
     assert caught.value.exit_code == 3

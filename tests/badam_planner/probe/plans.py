@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from badam.plan import Dtype, Loss, ModelSpec, Plan, Strategy, Target, config_digest
+from badam.plan import Dtype, Loss, Method, MethodOptions, ModelSpec, Plan, Strategy, Target, config_digest
 from badam.training.assemble import choose_attention
 from badam_planner.planning import Request, staged_plan
 from badam_planner.probe.evaluate import ModelTree, inspect_model
@@ -64,6 +64,9 @@ def plan_of(
     target: Target = CPU,
     include_embedding: bool = False,
     include_lm_head: bool = False,
+    method: Method = "badam",
+    options: MethodOptions | None = None,
+    learning_rate: float = 1e-5,
 ) -> tuple[Plan, ModelTree]:
     """A plan and the module tree that it is for."""
     spec = spec_of(config, depth)
@@ -79,5 +82,8 @@ def plan_of(
         attention=attention,
         include_embedding=include_embedding,
         include_lm_head=include_lm_head,
+        method=method,
+        options=options or MethodOptions(),
+        learning_rate=learning_rate,
     )
     return staged_plan(request, strategy, Setting("all" if checkpointing else "none", loss), tree), tree

@@ -10,15 +10,12 @@ import pytest
 import torch
 
 from badam import phases
-from badam.plan import Plan, Schedule, Strategy
-from badam.profiling.cpu_memory import CpuMemory
-from badam.profiling.states import ModelStates
-from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing
-from badam.training.step import forward_loss
+from badam.plan import Plan, Strategy
 from badam.vocabulary import Category, Phase
 from badam_planner.probe.evaluate import Evaluator
-from badam_planner.probe.rehearse import VISIT_STEPS, rehearse
+from badam_planner.probe.rehearse import rehearse
 from badam_planner.timeline import Timeline
+from tests.badam_planner.probe.measuring import measure
 from tests.badam_planner.probe.plans import BERT, GPT2, LLAMA, QWEN3_MOE, plan_of
 
 
@@ -33,37 +30,8 @@ def nothing_left_over() -> Iterator[None]:
 def measured_peak(plan: Plan, block: int) -> tuple[int, dict[Category, int]]:
     """Highest allocated bytes of one visit to ``block`` on real tensors, and the categories there."""
     gc.collect()
-    torch.manual_seed(0)
-    memory = CpuMemory()
-    memory.start()
-    model = build_model(plan.model, plan.training)
-    visit = plan.model_copy(update={"schedule": Schedule(switch_mode="ascending", switch_every=VISIT_STEPS)})
-    optimizer = build_optimizer(model, visit, start_block=block)
-    prepare_checkpointing(model, optimizer, visit)
-    memory.attach(ModelStates(model, optimizer))
-    shape = (plan.training.batch_size, plan.training.seq_len)
-    steps = []
-    with phases.listening(lambda _previous, phase: memory.phase_begins(phase)):
-        for _ in range(VISIT_STEPS):
-            for _ in range(plan.training.grad_accum):
-                batch = {"input_ids": torch.randint(0, 96, shape), "labels": torch.randint(0, 96, shape)}
-                if plan.model.task == "sequence-classification":
-                    batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)
-                    batch["attention_mask"][0, -1] = 0  # padded, as the plan assumes
-                    batch["labels"] = torch.zeros(shape[0], dtype=torch.int64)
-                loss = forward_loss(model, batch, plan.training.loss, num_items=torch.tensor(shape[0] * shape[1]))
-                del batch
-                loss.backward()
-                del loss
-            phases.enter(Phase.STEP)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            phases.enter(Phase.SETUP)
-            steps.append(memory.end_step(pause=False))
-    memory.stop()
-    highest = max(steps, key=lambda step: step.peak_bytes)
-    return highest.peak_bytes, highest.by_category
+    measured = measure(plan, block)
+    return measured.peak_bytes, measured.by_category
 
 
 @pytest.mark.parametrize("strategy", ["layer", "attn-mlp", "matrix"])

@@ -1,0 +1,70 @@
+"""Low-rank adapters beside frozen weights (LoRA, arXiv 2106.09685), made by PEFT."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from badam.errors import InputError
+from badam.plan import Method, Plan
+from badam.training.methods.base import TrainingMethod, adamw_options, parameter_groups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_RANK = 8
+ALPHA_PER_RANK = 2
+
+
+class Lora(TrainingMethod):
+    """fp32 adapters on the plan's target modules are trained by AdamW; everything else is frozen.
+
+    The adapters are put into the model in place, so its layers keep their paths and its forward is the model's own.
+    """
+
+    name: ClassVar[Method] = "lora"
+    libraries = {"peft": "peft"}  # noqa: RUF012 - declared as a class variable by the base
+
+    def prepare(self, model: PreTrainedModel, plan: Plan) -> None:
+        """Put the adapters in, and freeze the rest.
+
+        Raises:
+            InputError: if none of the plan's target modules is in the model.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        options = plan.training.options
+        rank = options.rank or DEFAULT_RANK
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=options.alpha or ALPHA_PER_RANK * rank,
+            target_modules=list(options.target_modules) or "all-linear",
+        )
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as error:
+            raise InputError(
+                f"PEFT cannot put adapters into {plan.model.id}: {error}",
+                advice="Name modules that the model has, such as --target-module q_proj.",
+            ) from error
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # as PEFT's own models have them: small updates would be lost in 16 bits
+                parameter.data = parameter.data.to(torch.float32)
+
+    def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
+        """AdamW over the adapters."""
+        groups = parameter_groups(model, plan.training.optimizer.weight_decay, trained_only=True)
+        return torch.optim.AdamW(groups, **adamw_options(plan))
+
+    def finish(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
+        """Merge the adapters into the weights that they stand beside, so that any program can load the model."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for path, module in list(model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge(safe_merge=True)
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, module.get_base_layer())
