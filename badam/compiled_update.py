@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from badam._active import ActiveParameter
 from badam._master_groups import MasterGroups
 from badam.errors import InputError
 from badam.functional import clip_factor, gradient_norm, is_fake
+
+_MOST_COMBINATIONS = 6
+_combinations: set[tuple[Any, ...]] = set()
 
 _UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "differentiable")
 
@@ -66,20 +69,21 @@ class CompiledAdamW(MasterGroups):
         factor = 1.0 if self._factor is None or is_fake(self._factor) else float(self._factor)
         self._factor = None
         by_parameter = {id(member.parameter): member for member in members}
+        operands: dict[torch.device, list[Operands]] = {}
         for group in self.base.param_groups:
-            numbers: dict[tuple[int, torch.device], Tensor] = {}  # equal for all parameters that started together
             for parameter in group["params"]:
                 if (member := by_parameter.get(id(parameter))) is None:
                     continue
                 state = self._state_of(member)
                 state["step"] += 1
                 if not is_fake(parameter):
-                    key = (int(state["step"]), parameter.device)
-                    if key not in numbers:
-                        numbers[key] = _numbers(key[0], group, factor).to(parameter.device)
-                    _update(member, state, numbers[key])
-                member.mark_written()
-                member.drop_gradient()
+                    numbers = _numbers(int(state["step"]), group, factor)
+                    operands.setdefault(parameter.device, []).append(_operands(member, state, numbers))
+        for on_device in operands.values():
+            _update(on_device)
+        for member in members:
+            member.mark_written()
+            member.drop_gradient()
 
     def _state_of(self, member: ActiveParameter) -> dict[str, Any]:
         """The entries that AdamW makes, so that a state saved here loads there and the other way round."""
@@ -94,21 +98,67 @@ class CompiledAdamW(MasterGroups):
         return state
 
 
-def _update(member: ActiveParameter, state: dict[str, Any], numbers: Tensor) -> None:
-    """Run the pass on one parameter; tensors that are not contiguous go through copies."""
+class Operands(NamedTuple):
+    """What the pass reads and writes for one parameter, see :func:`adamw_`."""
+
+    gradient: Tensor
+    numbers: tuple[float, ...]
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    weight: Tensor | None  # None where the parameter is its own master
+
+    def flattened(self) -> Operands:
+        """The same in one dimension; a copy of what is not contiguous."""
+        weight = None if self.weight is None else _flat(self.weight)
+        moments = _flat(self.exp_avg), _flat(self.exp_avg_sq)
+        return Operands(_flat(self.gradient), self.numbers, _flat(self.master), *moments, weight)
+
+
+def _operands(member: ActiveParameter, state: dict[str, Any], numbers: tuple[float, ...]) -> Operands:
     assert member.gradient is not None
-    written = [member.ready_master().detach(), state["exp_avg"], state["exp_avg_sq"]]
-    if member.is_copied:
-        written.append(member.weight)
-    flat = [tensor.view(-1) if tensor.is_contiguous() else tensor.flatten() for tensor in written]
-    _compiled()(member.gradient.flatten(), numbers, *flat)
-    for tensor, result in zip(written, flat, strict=True):
-        if not tensor.is_contiguous():
-            tensor.copy_(result.view(tensor.shape))
+    weight = member.weight if member.is_copied else None
+    master = member.ready_master().detach()
+    return Operands(member.gradient, numbers, master, state["exp_avg"], state["exp_avg_sq"], weight)
 
 
-def _numbers(step: int, group: dict[str, Any], scale: float) -> Tensor:
-    """What the pass multiplies by, folded in double precision so that it multiplies little; shape (7,), fp32.
+def _update(operands: Sequence[Operands]) -> None:
+    """Run the pass on parameters of one device; tensors that are not contiguous go through copies."""
+    flat = [each.flattened() for each in operands]
+    numbers = torch.tensor([each.numbers for each in flat], device=flat[0].master.device)
+    tensors = [[each.gradient, each.master, each.exp_avg, each.exp_avg_sq, each.weight] for each in flat]
+    if _is_worth_compiling(flat):
+        _compiled(adamw_on_all_)(tensors, numbers)
+    else:
+        for index, (gradient, *rest) in enumerate(tensors):
+            _compiled(adamw_)(gradient, numbers[index], *rest)
+    for each, results in zip(operands, flat, strict=True):
+        for name in ("master", "exp_avg", "exp_avg_sq", "weight"):
+            tensor, result = getattr(each, name), getattr(results, name)
+            if tensor is not None and not tensor.is_contiguous():
+                tensor.copy_(result.view(tensor.shape))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.flatten()
+
+
+def _is_worth_compiling(operands: Sequence[Operands]) -> bool:
+    """Whether these parameters together have a compiled pass, or may have one of the few that there can be.
+
+    One call for all is faster than one for each, because the compiler fuses equal lengths; but it makes a pass for
+    every combination of types and equal lengths, and refuses beyond eight.
+    """
+    lengths = [each.master.numel() for each in operands]
+    types = tuple((each.gradient.dtype, each.weight.dtype if each.weight is not None else None) for each in operands)
+    combination = (types, tuple(lengths.index(length) + 2 if length > 1 else length for length in lengths))
+    if combination not in _combinations and len(_combinations) < _MOST_COMBINATIONS:
+        _combinations.add(combination)
+    return combination in _combinations
+
+
+def _numbers(step: int, group: dict[str, Any], scale: float) -> tuple[float, ...]:
+    """What the pass multiplies by, folded in double precision so that it multiplies little.
 
     Factor of the master (1 - lr * weight decay), of the first moment (beta1) and of the gradient in it
     ((1 - beta1) * scale), of the second moment (beta2) and of the squared gradient in it ((1 - beta2) * scale**2),
@@ -119,7 +169,7 @@ def _numbers(step: int, group: dict[str, Any], scale: float) -> Tensor:
     correction1, correction2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
     step_size, eps = lr * correction2 / correction1, group["eps"] * correction2
     decay = 1 - lr * group["weight_decay"]
-    return torch.tensor([decay, beta1, (1 - beta1) * scale, beta2, (1 - beta2) * scale**2, step_size, eps])
+    return (decay, beta1, (1 - beta1) * scale, beta2, (1 - beta2) * scale**2, step_size, eps)
 
 
 def adamw_(
@@ -152,11 +202,17 @@ def adamw_(
         weight.copy_(updated)
 
 
+def adamw_on_all_(tensors: Sequence[Sequence[Any]], numbers: Tensor) -> None:
+    """:func:`adamw_` on several parameters: their tensors in its order, and their rows of ``numbers``."""
+    for index, (gradient, *rest) in enumerate(tensors):
+        adamw_(gradient, numbers[index], *rest)
+
+
 @functools.cache
-def _compiled() -> Callable[..., None]:
-    """:func:`adamw_`, compiled once for all lengths; allowed to fuse a multiplication with an addition."""
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """``function``, compiled for all lengths; allowed to fuse a multiplication with an addition."""
     from torch._inductor import config
 
     options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
     known = isinstance(getattr(config.cpp, "enable_floating_point_contract_flag", None), str)
-    return torch.compile(adamw_, dynamic=True, fullgraph=True, options=options if known else None)
+    return torch.compile(function, dynamic=True, fullgraph=True, options=options if known else None)

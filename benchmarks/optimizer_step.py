@@ -140,7 +140,7 @@ def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 
         new = value("new", quantity.new)
         assert new is not None
-        kept = None if quantity.bar is None else new <= quantity.bar
+        kept = None if quantity.bar is None else round(new, 2) <= quantity.bar
         made.append(
             {
                 "words": quantity.words,

@@ -114,17 +114,28 @@ class Side:
             self.made[name] = model, block_optimizer(base, list(model.named_parameters()), blocks, **settings)
         return self.made[name]
 
-    def _live_bytes(self, name: str, held: Callable[[Any], list[Tensor]], **options: Any) -> float:
-        """Bytes above the weights at the peak of backward and step, per active parameter, in the steady state."""
+    def _live_bytes(
+        self, name: str, held: Callable[[Any], list[Tensor]], *, in_backward: bool, **options: Any
+    ) -> float:
+        """Bytes above the weights at the step's peak, per active parameter, in the steady state."""
         model, optimizer = self.optimizer(name, **options)
+        layer = model.layers[0]
 
-        def action() -> None:
-            model.layers[0].backward(allocate=True)
+        def backward() -> None:
+            layer.backward(allocate=True)
+
+        backward()
+        optimizer.step()
+        if in_backward:
+            highest = highest_allocation(backward)
             optimizer.step()
-
-        action()
-        standing = sum(tensor.untyped_storage().nbytes() for tensor in held(optimizer))
-        return (standing + highest_allocation(action)) / sum(weight.numel() for weight in model.layers[0].weights)
+            standing = held(optimizer)
+        else:
+            backward()
+            standing = [*held(optimizer), *(weight.grad for weight in layer.weights if weight.grad is not None)]
+            highest = highest_allocation(optimizer.step)
+        total = sum(tensor.untyped_storage().nbytes() for tensor in standing) + highest
+        return total / sum(weight.numel() for weight in layer.weights)
 
     def _retained(self, name: str, **options: Any) -> float:
         """How much of 50 steps at a rate of 1e-6 is in the weights after the switch, relative to fp32."""
@@ -167,7 +178,7 @@ class Old(Side):
             moments = [t for entry in optimizer.base_optimizer.state.values() for t in entry.values() if t.dim()]
             return [*optimizer.param_idx2hp.values(), *moments]
 
-        return self._live_bytes("live", held)
+        return self._live_bytes("live", held, in_backward=False)
 
     def retained(self) -> float:
         """See :meth:`Side._retained`."""
@@ -219,22 +230,23 @@ class New(Side):
 
     def live_bytes(self) -> float:
         """See :meth:`Side._live_bytes`."""
-        return self._live_bytes("base", self._held)
+        return self._live_bytes("base", self._held, in_backward=False)
 
     def compiled_live_bytes(self) -> float:
         """The same with ``update="compiled"``."""
-        return self._live_bytes("compiled", self._held, update="compiled")
+        return self._live_bytes("compiled", self._held, in_backward=False, update="compiled")
 
     def release_live_bytes(self) -> float:
         """The same with ``gradient_release=True``, less the fp32 and bf16 gradient of the largest tensor."""
         largest = max(gradient.numel() for gradient in self.gradients)
         total = sum(gradient.numel() for gradient in self.gradients)
-        return self._live_bytes("release", self._held, gradient_release=True) - 6 * largest / total
+        return self._live_bytes("release", self._held, in_backward=True, gradient_release=True) - 6 * largest / total
 
     @staticmethod
     def _held(optimizer: Any) -> list[Tensor]:
         moments = [t for entry in optimizer.state.values() for t in entry.values() if t.dim()]
-        return [*optimizer.masters.values(), *moments]
+        hidden = [m.gradient for m in optimizer.active_parameters if m.hides_gradient and m.gradient is not None]
+        return [*optimizer.masters.values(), *moments, *hidden]
 
     def retained(self) -> float:
         """See :meth:`Side._retained`; stochastic write-back."""

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from badam import BlockOptimizer
 from badam._active import ActiveParameter
-from badam.compiled_update import CompiledAdamW, adamw_
+from badam.compiled_update import CompiledAdamW, _compiled, adamw_, adamw_on_all_
 from badam.errors import InputError
 from tests.badam.tiny_net import LR, Net, adamw, blocks, loss_of, net
 
@@ -84,7 +84,7 @@ def test_a_released_non_finite_gradient_is_skipped_and_counted_once_per_step() -
 
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the pass as it is written: the compiler is tested once, its result everywhere else."""
-    monkeypatch.setattr("badam.compiled_update._compiled", lambda: adamw_)
+    monkeypatch.setattr("badam.compiled_update._compiled", lambda function: function)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -122,26 +122,45 @@ def test_one_step_of_the_pass_is_adamw_to_the_last_bits(monkeypatch: pytest.Monk
         torch.testing.assert_close(ours["exp_avg_sq"], theirs["exp_avg_sq"], rtol=1e-6, atol=0)
 
 
-@pytest.mark.slow
-def test_the_compiled_pass_is_the_written_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def state(length: int) -> list[torch.Tensor]:
-        master = torch.randn(length, generator=generator)
+def operands(lengths: tuple[int, ...], seed: int) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
+    """What the pass takes for bf16 parameters of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for length in lengths:
+        gradient, master = (torch.randn(length, generator=generator) for _ in range(2))
         moments = [torch.rand(length, generator=generator) for _ in range(2)]
-        return [master, *moments, master.bfloat16()]
+        tensors.append([gradient.bfloat16(), master, *moments, master.bfloat16()])
+    numbers = torch.rand(len(lengths), 7, generator=generator) / 10 + 0.8
+    return tensors, numbers
 
-    from badam.compiled_update import _compiled
 
-    numbers = torch.tensor([0.999, 0.9, 0.1, 0.99, 0.01, 1e-2, 1e-6])
-    for length in (64, 1000, 17):
-        gradient = torch.randn(length, generator=generator).bfloat16()
-        ours, theirs = state(length), None
-        theirs = [tensor.clone() for tensor in ours]
-        _compiled()(gradient, numbers, *ours)
-        adamw_(gradient, numbers, *theirs)
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+def test_the_compiled_pass_is_the_written_one() -> None:
+    compiled = _compiled(adamw_on_all_)
+    for seed, lengths in enumerate([(64, 17, 64), (1000, 48, 1000)]):
+        (ours, numbers), (theirs, _) = operands(lengths, seed), operands(lengths, seed)
+        compiled(ours, numbers)
+        adamw_on_all_(theirs, numbers)
+        for mine, other in zip(ours, theirs, strict=True):
+            for tensor, expected in zip(mine, other, strict=True):
+                torch.testing.assert_close(
+                    tensor, expected, rtol=1e-2 if tensor.dtype == torch.bfloat16 else 1e-5, atol=1e-6
+                )
+
+
+def test_more_combinations_than_the_compiler_bears_are_updated_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions: list[Any] = []
+    monkeypatch.setattr("badam.compiled_update._compiled", lambda function: (functions.append(function), function)[1])
+    monkeypatch.setattr("badam.compiled_update._combinations", set())
+    monkeypatch.setattr("badam.compiled_update._MOST_COMBINATIONS", 1)
+    model, twin = net(), net()
+    train(model, blocks(model, switch_block_every=2, update="compiled"), 2)
+    assert set(functions) == {adamw_on_all_}
+    train(model, second := blocks(model, block_prefix_list=["layers.0.linear"], update="compiled"), 1)
+    assert functions[-2:] == [adamw_, adamw_]
+    train(twin, blocks(twin, switch_block_every=2), 2)
+    train(twin, third := blocks(twin, block_prefix_list=["layers.0.linear"]), 1)
+    for member, other in zip(second.active_parameters, third.active_parameters, strict=True):
+        torch.testing.assert_close(member.master, other.master, rtol=1e-4, atol=1e-3)
 
 
 def test_a_single_batch_keeps_the_gradient_in_the_models_type_and_several_sum_in_fp32(

@@ -13,7 +13,7 @@ from badam import phases
 from badam._active import HAS_GRAD_DTYPE
 from badam.errors import InputError
 from badam.vocabulary import Phase
-from tests.badam.tiny_net import LR, WIDTH, CountingSGD, adamw, batch, blocks, loss_of, net
+from tests.badam.tiny_net import LR, WIDTH, CountingSGD, adamw, blocks, loss_of, net
 
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW loop": lambda p: adamw(p, foreach=False),
