@@ -63,8 +63,8 @@ def train(
 ) -> None:
     """Train the plan's model, and measure memory and time beside it.
 
-    The output directory gets model/ (safetensors and tokenizer), checkpoint-N/, measured.json, metrics.jsonl and plan.json.
-    Exit code: 0 done; 2 bad input; 3 out of memory; 130 or 143 stopped by SIGINT or SIGTERM after saving.
+    The output directory gets model/ (safetensors and tokenizer), checkpoint-N/, measured.json, metrics.jsonl and
+    plan.json. Exit code: 0 done; 2 bad input; 3 out of memory; 130 or 143 stopped by SIGINT or SIGTERM after saving.
     """
     with reporting_errors():
         from badam.plan import load_plan

@@ -286,6 +286,8 @@ def backward_relative(
         recordings: rehearsals at full depth, by index of the active block.
         representatives: for each block of the plan the index of the one that was rehearsed in its place.
     """
+    if [block.parameters for block in plan.partition.blocks] == [sum(info.numel for info in tree.parameters)]:
+        return (1.0,)  # the one block is everything
     tallies = {index: _backward_flops(recording, tree) for index, recording in recordings.items()}
     positions = [_lowest_layer(block, tree) for block in plan.partition.blocks]
     reference = min(recordings, key=lambda index: positions[index])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tests.badam_planner.probe.plans import LLAMA, plan_of
-
 from badam_planner.probe.rehearse import rehearse
 from badam_planner.scratch import flash_backward_bytes
 from badam_planner.timeline import Timeline
+from tests.badam_planner.probe.plans import LLAMA, plan_of
 
 
 def test_flash_attention_accumulates_the_queries_gradient_in_fp32_over_rounded_lengths() -> None:
