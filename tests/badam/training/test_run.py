@@ -23,9 +23,13 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(directory).state_dict())
 
 
-def losses(directory: Path) -> list[float]:
+def metrics(directory: Path, name: str) -> list[Any]:
     lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [json.loads(line)[name] for line in lines]
+
+
+def losses(directory: Path) -> list[float]:
+    return metrics(directory, "loss")
 
 
 def test_a_run_leaves_a_model_its_plan_and_what_was_measured(tmp_path: Path) -> None:
@@ -78,6 +82,61 @@ def test_an_optimizer_step_of_several_micro_batches_is_measured_as_one(tmp_path:
     assert len(losses(tmp_path / "run")) == 4
 
 
+def test_micro_batches_add_up_to_one_batch(tmp_path: Path) -> None:
+    """They have different numbers of label tokens, so a mean of means would differ. Adam hides scale; the norm not."""
+    for name, sizes in (("one", {"batch_size": 4}), ("two", {"batch_size": 2, "grad_accum": 2})):
+        plan = tiny_plan(training={"dtype": "float32", **sizes})
+        run_tiny(plan, tmp_path, output=name, max_steps=3)
+    for figure in ("loss", "gradient_norm"):
+        assert metrics(tmp_path / "two", figure) == pytest.approx(metrics(tmp_path / "one", figure), rel=1e-4)
+
+
+def test_gradients_are_clipped_to_the_plans_norm_and_not_touched_without_one(tmp_path: Path) -> None:
+    """With an epsilon of 1, the first update of Adam is proportional to the gradient."""
+    for name, norm in (("clipped", 1e-6), ("free", 0.0)):
+        run_tiny(
+            tiny_plan(optimizer={"max_grad_norm": norm, "eps": 1.0}), tmp_path, output=name, max_steps=1, save_steps=1
+        )
+    clipped, free = weights(tmp_path / "clipped/checkpoint-1"), weights(tmp_path / "free/checkpoint-1")
+    assert not all(torch.equal(clipped[name], free[name]) for name in free)
+    assert metrics(tmp_path / "clipped", "gradient_norm")[0] > 0
+    assert metrics(tmp_path / "free", "gradient_norm") == [None]
+
+
+def test_the_learning_rate_rises_while_warming_up_and_falls_after(tmp_path: Path) -> None:
+    run_tiny(tiny_plan(optimizer={"learning_rate": 0.01}), tmp_path, max_steps=6, warmup_steps=2)
+    rates = metrics(tmp_path / "run", "learning_rate")
+    assert rates[0] < rates[1] < rates[2] == 0.01
+    assert rates[2] > rates[3] > rates[4] > rates[5]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+        {"instruction": "greet", "output": "hello"},
+        {"prompt": "hi ", "completion": "hello"},
+    ],
+    ids=["messages", "alpaca", "pair"],
+)
+def test_the_loss_is_taken_over_the_answer_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: dict[str, Any]
+) -> None:
+    seen = []
+    original = trainer_module.PlanCollator.__call__
+
+    def noted(self: Any, examples: Any) -> Any:
+        batch = original(self, examples)
+        seen.append(batch["labels"][0])
+        return batch
+
+    monkeypatch.setattr(trainer_module.PlanCollator, "__call__", noted)
+    write_jsonl(tmp_path / "data.jsonl", [rows] * 4)
+    run_tiny(tiny_plan(training={"seq_len": 48}), tmp_path, max_steps=1)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    assert tokenizer.decode(seen[0][seen[0] != -100]) == "hello" + tokenizer.eos_token
+
+
 def test_the_second_pass_over_the_data_has_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     orders = []
     original = trainer_module.EpochSampler.__iter__
@@ -106,6 +165,17 @@ def test_only_visited_blocks_change(tmp_path: Path) -> None:
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed
     assert all(name.startswith("model.layers.0.") for name in changed)
+
+
+def test_the_last_block_is_left_as_every_block_is(tmp_path: Path) -> None:
+    """Within a visit weights are rounded to nearest; a block that is left is rounded stochastically."""
+    run_tiny(tiny_plan(), tmp_path, max_steps=3, save_steps=3)
+    within, left = weights(tmp_path / "run/checkpoint-3"), weights(tmp_path / "run/model")
+    changed = {name for name in within if not torch.equal(within[name], left[name])}
+    assert changed
+    assert all(name.startswith("model.layers.1.") for name in changed)
+    for name in changed:
+        torch.testing.assert_close(within[name], left[name], rtol=2**-7, atol=0)
 
 
 def test_the_loss_falls(tmp_path: Path) -> None:
