@@ -18,7 +18,8 @@ from badam import BlockOptimizerRatio, phases
 from badam.checkpointing import checkpoint_layers
 from badam.errors import InputError
 from badam.plan import Plan
-from badam.training.assemble import build_optimizer, parameter_groups, prepare_checkpointing
+from badam.training.assemble import build_optimizer, prepare_checkpointing
+from badam.training.methods.base import parameter_groups
 from badam.vocabulary import Phase
 from benchmarks.gpu.cases import Case
 
