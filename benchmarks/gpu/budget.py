@@ -10,7 +10,6 @@ on where an earlier call stopped. Loads no torch.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
@@ -22,12 +21,14 @@ from pathlib import Path
 from badam.errors import BadamError, InputError
 from badam.plan import save_record
 from benchmarks.gpu.draws import MODELS, BudgetRecord, Draw, Outcome, counts, draw, outcomes_in, summary
-from benchmarks.gpu.pool import Limits, Pool, ahead_of_device
+from benchmarks.gpu.measure import start_method
+from benchmarks.gpu.pool import Limits, Pool, StartMethod, ahead_of_device
 from benchmarks.gpu.worker import (
     PRELOAD,
     await_turn,
     current_device,
     log_path,
+    prepare_environment,
     prepare_process,
     redirect_output,
     target_of,
@@ -96,16 +97,15 @@ def _budget(options: argparse.Namespace, command: str) -> int:
         )
         for group in groups
     }
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    _run_until_done(jobs, options)
+    prepare_environment()
+    _run_until_done(jobs, options, start_method(options.device, out))
     outcomes = [outcome for job in jobs.values() for outcome in _outcomes(job)]
     print(summary(outcomes, len(draws)), flush=True)
     wrong = any(outcome.verdict == "wrong fit" for outcome in outcomes)
     return 1 if wrong or len(outcomes) < len(draws) else 0
 
 
-def _run_until_done(jobs: dict[str, Job], options: argparse.Namespace) -> None:
+def _run_until_done(jobs: dict[str, Job], options: argparse.Namespace, start: StartMethod) -> None:
     """Run the groups, and those that a process did not finish again, until all are done or nothing more is."""
     deadline = time.monotonic() + 60 * options.minutes
 
@@ -126,7 +126,7 @@ def _run_until_done(jobs: dict[str, Job], options: argparse.Namespace) -> None:
             seconds_per_job=60 * options.group_minutes,
             ahead=ahead_of_device(options.device),
         )
-        Pool(run_group, limits, ended, preload=(*PRELOAD, "benchmarks.gpu.limits")).run(todo.items())
+        Pool(run_group, limits, ended, start=start, preload=(*PRELOAD, "benchmarks.gpu.limits")).run(todo.items())
         if sum(len(_outcomes(job)) for job in jobs.values()) == before:
             return
 

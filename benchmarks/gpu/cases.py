@@ -15,19 +15,21 @@ from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from badam.errors import InputError
 from badam.plan import Checkpointing, Loss, Record
 
-Cut = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
+Cut = Literal["layer", "attn-mlp", "matrix"]
+MeasuredMethod = Literal["badam", "badam-ratio", "adam", "lora", "lomo"]
 Side = Literal["own", "badam-1.4"]
 
 
 class Case(Record):
     """One configuration to measure.
 
-    ``full`` is Adam on everything and ``ratio`` the optimizer that trains a share of every matrix. Checkpointing
-    ``list`` is every second layer. ``blocks`` says which blocks are visited: ``all``, or of each kind of block the
-    lowest, the middle and the highest one, which are the extremes of memory and time.
+    ``cut`` says what a block is where the method has blocks. Checkpointing ``list`` is every second layer. ``blocks``
+    says which blocks are visited: ``all``, or of each kind of block the lowest, the middle and the highest one, which
+    are the extremes of memory and time.
     """
 
     model: str  # catalogue name, or path of a config.json
+    method: MeasuredMethod = "badam"
     cut: Cut = "layer"
     checkpointing: Checkpointing = "all"
     loss: Loss = "full"
@@ -36,7 +38,7 @@ class Case(Record):
     grad_accum: PositiveInt = 1
     side: Side = "own"  # whose optimizer runs
     blocks: Literal["ends", "all"] = "ends"
-    update_ratio: Annotated[float, Field(gt=0, le=1)] = 0.05  # of the cut "ratio"
+    update_ratio: Annotated[float, Field(gt=0, le=1)] = 0.05  # of badam-ratio
     switch_every: PositiveInt = 2
     block_epochs: PositiveInt = 2
 
@@ -44,19 +46,24 @@ class Case(Record):
     def name(self) -> str:
         """A file name that says what the case is, such as ``llama-2-7b-hf.layer.all.full.8x728``."""
         stem = Path(self.model).stem if self.model.endswith(".json") else self.model.rpartition("/")[2]
-        parts = [re.sub(r"[^a-z0-9]+", "-", stem.lower()), self.cut, self.checkpointing, self.loss]
+        parts = [re.sub(r"[^a-z0-9]+", "-", stem.lower()), self.way, self.checkpointing, self.loss]
         parts.append(f"{self.batch_size}x{self.seq_len}")
         parts += [f"accum-{self.grad_accum}"] if self.grad_accum > 1 else []
         parts += ["every-block"] if self.blocks == "all" else []
         parts += [] if self.side == "own" else [self.side]
         return ".".join(parts)
 
+    @property
+    def way(self) -> str:
+        """The cut of a method that has blocks, or the method."""
+        return self.cut if self.method == "badam" else self.method
+
     def steps(self, blocks: int) -> int:
         """Optimizer steps of the run: every one of ``blocks`` blocks is visited ``block_epochs`` times.
 
         A share of every matrix has no blocks to go through: it moves on as often as three blocks would.
         """
-        visits = 3 if self.cut == "ratio" else blocks
+        visits = 3 if self.method == "badam-ratio" else blocks
         return visits * self.switch_every * self.block_epochs
 
 
@@ -83,8 +90,10 @@ CASES: Final[tuple[Case, ...]] = (
     # Cuts.
     _case(LLAMA_7B, (8, 728), cut="attn-mlp"),
     _case(LLAMA_7B, (8, 728), cut="matrix"),
-    _case(QWEN_HALF_B, (8, 512), cut="full", checkpointing="none"),
-    _case(LLAMA_1B, (8, 728), cut="ratio"),
+    _case(QWEN_HALF_B, (8, 512), method="adam", checkpointing="none"),
+    _case(LLAMA_1B, (8, 728), method="badam-ratio"),
+    _case(LLAMA_8B, (2, 728), method="lora"),
+    _case(LLAMA_8B, (2, 728), method="lomo"),
     # badam 1.4's optimizer in the same places.
     _case(LLAMA_7B, (8, 728), side="badam-1.4"),
     _case(LLAMA_8B, (2, 728), side="badam-1.4"),
@@ -92,7 +101,7 @@ CASES: Final[tuple[Case, ...]] = (
     _case(LLAMA_13B, (2, 1024)),
     _case(LLAMA_8B, (1, 8192), loss="chunked"),
     _case(LLAMA_8B, (1, 8192)),
-    _case(LLAMA_7B, (1, 728), cut="full"),
+    _case(LLAMA_7B, (1, 728), method="adam"),
     # Batch × length on one small model.
     *(
         _case(LLAMA_1B, size, checkpointing=checkpointing)
@@ -112,17 +121,19 @@ CASES: Final[tuple[Case, ...]] = (
     _case(LLAMA_8B, (2, 728), grad_accum=4),
     # More of the same kinds.
     _case(QWEN_HALF_B, (32, 512), loss="chunked"),
-    _case(QWEN_HALF_B, (8, 512), cut="ratio", checkpointing="none"),
+    _case(QWEN_HALF_B, (8, 512), method="badam-ratio", checkpointing="none"),
     _case(LLAMA_3B, (4, 2048)),
-    _case(LLAMA_3B, (4, 2048), cut="full"),
+    _case(LLAMA_3B, (4, 2048), method="adam"),
     _case(LLAMA_3B, (4, 2048), cut="matrix", checkpointing="none", loss="chunked"),
-    _case(LLAMA_7B, (2, 728), cut="ratio"),
+    _case(LLAMA_7B, (2, 728), method="badam-ratio"),
+    _case(LLAMA_7B, (8, 728), method="lora"),
+    _case(LLAMA_7B, (8, 728), method="lomo"),
     _case(LLAMA_13B, (2, 1024), cut="matrix", loss="chunked"),
     _case(LLAMA_13B, (8, 2048), checkpointing="none"),
     _case(LLAMA_1B, (8, 728), side="badam-1.4"),
     _case(LLAMA_1B, (8, 728)),
     _case(LLAMA_13B, (2, 1024), side="badam-1.4"),
-    _case(LLAMA_13B, (1, 512), cut="full"),  # more than any card has: the refusal is the result
+    _case(LLAMA_13B, (1, 512), method="adam"),  # more than any card has: the refusal is the result
 )
 
 

@@ -11,7 +11,7 @@ from badam import phases, profiling
 from badam.plan import Plan
 from badam.profiling.record import MeasuredRun
 from badam.training.assemble import build_model
-from badam.training.step import forward_loss
+from badam.training.methods import method_of
 from badam.vocabulary import Phase
 
 if TYPE_CHECKING:
@@ -57,13 +57,14 @@ def optimizer_step(
     plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> Tensor:
     """One optimizer step in the order of transformers' Trainer; returns the loss, shape (), detached."""
+    method = method_of(plan.method)
     total = torch.zeros((), device=device)
     items = torch.tensor(_tokens(plan), device=device)
     for _ in range(plan.training.grad_accum):
         batch = random_batch(plan, model, device)
-        loss = forward_loss(model, batch, plan.training.loss, num_items=items)
+        loss = method.loss(model, batch, plan, optimizer, items)
         del batch
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        method.backward(loss, optimizer)
         total += loss.detach()
         del loss
         phases.enter(Phase.SETUP)

@@ -9,12 +9,12 @@ Each case runs in a process of its own. Loads no torch.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from badam.errors import BadamError, InputError
 from badam.plan import save_record
@@ -22,7 +22,7 @@ from badam.units import format_bytes
 from badam_planner.compare import Pair
 from badam_planner.report.text import error_in_words
 from benchmarks.gpu.cases import CASES, Case, load_cases, select
-from benchmarks.gpu.pool import Limits, Pool, ahead_of_device
+from benchmarks.gpu.pool import Limits, Pool, StartMethod, ahead_of_device
 from benchmarks.gpu.record import (
     ASSUMPTIONS,
     CaseRecord,
@@ -32,10 +32,8 @@ from benchmarks.gpu.record import (
     plain_provenance,
     record_path,
 )
-from benchmarks.gpu.worker import PRELOAD, Job, log_path, probe
+from benchmarks.gpu.worker import PRELOAD, PROBE, Job, log_path, prepare_environment, probe
 from benchmarks.gpu.worker import main as run_job
-
-PROBE = "probe"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(cases: Sequence[Case], options: argparse.Namespace) -> int:
+    begun = time.monotonic()
     out: Path = options.out
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -65,14 +64,12 @@ def _measure(cases: Sequence[Case], options: argparse.Namespace) -> int:
     # What failed before comes last: it may fail again, and what was never tried tells more.
     todo.sort(key=lambda case: record_path(out, case.name).exists())
     _say(f"{len(wanted)} cases, {len(wanted) - len(todo)} of them measured already")
-    jobs = [(case.name, Job(case, options.device, out, command, options.old_badam)) for case in todo]
-    if options.device == "cuda" and not _has_assumptions(out):
-        jobs.insert(0, (ASSUMPTIONS, Job(None, options.device, out, command)))
     limits = Limits(
         seconds=60 * options.minutes,
         seconds_per_job=60 * options.case_minutes,
         ahead=ahead_of_device(options.device) if options.ahead is None else options.ahead,
     )
+    prepare_environment()
     by_name = {case.name: case for case in todo}
     failed: list[str] = []
 
@@ -85,10 +82,11 @@ def _measure(cases: Sequence[Case], options: argparse.Namespace) -> int:
         if not ok:
             failed.append(name)
 
-    # So that a process which loads libraries for others does not touch the card and spoil it for them.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    left = Pool(run_job, limits, ended, start=_start_method(options.device, out), preload=PRELOAD).run(jobs)
+    pool = Pool(run_job, limits, ended, start=start_method(options.device, out), preload=PRELOAD)
+    if options.device == "cuda" and not _has_assumptions(out):
+        pool.run([(ASSUMPTIONS, Job(None, options.device, out, command))])  # alone: it asks what a first process finds
+    pool.limits = replace(limits, seconds=limits.seconds - (time.monotonic() - begun))
+    left = pool.run((case.name, Job(case, options.device, out, command, options.old_badam)) for case in todo)
     for name in left:
         log_path(out, name).unlink(missing_ok=True)
     if left:
@@ -105,18 +103,31 @@ def _without_old(cases: Sequence[Case], old_badam: Path | None) -> list[Case]:
     return kept
 
 
-def _start_method(device: str, out: Path) -> Literal["forkserver", "spawn"]:
-    """``forkserver`` unless a process made that way cannot use the card."""
+def start_method(device: str, out: Path) -> StartMethod:
+    """How processes are made that can use the device: from a server that has loaded the libraries, or each anew.
+
+    Raises:
+        InputError: if neither can.
+    """
     if device == "cpu":
         return "forkserver"
+    if _can_use(device, out, "forkserver"):
+        return "forkserver"
+    if not _can_use(device, out, "spawn"):
+        reason = _last_words(out, PROBE, 1).splitlines()[-1]
+        raise InputError(
+            f"The card cannot be used: {reason.rstrip('.')}.", advice="Use --device cpu for a run without one."
+        )
+    _say("a forked process cannot use the card here, so each process loads its libraries anew")
+    return "spawn"
+
+
+def _can_use(device: str, out: Path, start: StartMethod) -> bool:
     codes: list[int] = []
     limits = Limits(seconds=120, seconds_per_job=60, ahead=0)
-    pool = Pool(probe, limits, lambda _name, code, _seconds: codes.append(code), preload=PRELOAD)
+    pool = Pool(probe, limits, lambda _name, code, _seconds: codes.append(code), start=start, preload=PRELOAD)
     pool.run([(PROBE, Job(None, device, out, ""))])
-    if codes == [0]:
-        return "forkserver"
-    _say("a forked process cannot use the card here; each process loads its libraries anew")
-    return "spawn"
+    return codes == [0]
 
 
 def _has_assumptions(out: Path) -> bool:

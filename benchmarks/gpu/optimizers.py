@@ -1,4 +1,4 @@
-"""The optimizer of a case: the plan's own, the one that trains a share of every matrix, or badam 1.4's."""
+"""The optimizer of a case: its method's, as badam-train builds it, or badam 1.4's."""
 
 from __future__ import annotations
 
@@ -9,56 +9,42 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from badam import BlockOptimizerRatio, phases
+from badam import phases
 from badam.checkpointing import checkpoint_layers
 from badam.errors import InputError
 from badam.plan import Plan
-from badam.training.assemble import build_optimizer, prepare_checkpointing
-from badam.training.methods.base import parameter_groups
+from badam.training.assemble import build_optimizer, prepare_checkpointing, prepare_model
 from badam.vocabulary import Phase
 from benchmarks.gpu.cases import Case
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OLD_PACKAGE = "badam_1_4"
 NEVER = 10**9
 
 
-def case_optimizer(case: Case, plan: Plan, model: nn.Module, old_badam: Path | None) -> torch.optim.Optimizer:
+def case_optimizer(case: Case, plan: Plan, model: PreTrainedModel, old_badam: Path | None) -> torch.optim.Optimizer:
     """The optimizer that a case runs, and the plan's checkpointing, which is the same for all of them.
 
     Raises:
         InputError: if badam 1.4's is asked for and ``old_badam`` does not hold it.
     """
-    if case.side == "own" and case.cut != "ratio":
+    if case.side == "own":
+        prepare_model(model, plan)
         own = build_optimizer(model, plan)
         prepare_checkpointing(model, own, plan)
         return own
-    # Neither of the others changes its blocks under the checkpoints: a layer in which nothing is trained keeps none.
-    checkpoint_layers(model, plan.partition.blocks[0].checkpointed_layers)
-    if case.side == "own":
-        return _ratio_optimizer(case, plan, model)
     if old_badam is None:
         raise InputError("badam 1.4 is not here.", advice="Unpack its wheel and name the directory.")
+    # Its switches are not told to the checkpoints: a layer in which nothing is trained keeps none.
+    checkpoint_layers(model, plan.partition.blocks[0].checkpointed_layers)
     return OldBlockOptimizer(load_old_badam(old_badam), plan, model)
-
-
-def _ratio_optimizer(case: Case, plan: Plan, model: nn.Module) -> BlockOptimizerRatio:
-    spec = plan.training.optimizer
-    return BlockOptimizerRatio(
-        parameter_groups(model, spec.weight_decay),
-        list(model.named_parameters()),
-        update_ratio=case.update_ratio,
-        switch_every=case.switch_every,
-        lr=spec.learning_rate,
-        betas=spec.betas,
-        eps=spec.eps,
-        write_back=spec.write_back,
-        verbose=0,
-    )
 
 
 def load_old_badam(directory: Path) -> ModuleType:
@@ -82,6 +68,14 @@ def load_old_badam(directory: Path) -> ModuleType:
         del sys.modules[OLD_PACKAGE]
         raise InputError(f"badam 1.4 in {directory} cannot be imported: {type(error).__name__}: {error}") from error
     return module
+
+
+class OldMember(NamedTuple):
+    """A parameter that badam 1.4 trains, under the names by which the recorder looks for masters."""
+
+    name: str
+    parameter: Tensor
+    master: Tensor
 
 
 class OldBlockOptimizer(torch.optim.Optimizer):
@@ -146,6 +140,12 @@ class OldBlockOptimizer(torch.optim.Optimizer):
         """Their fp32 copies."""
         copies: dict[int, Tensor] = self._old.param_idx2hp
         return copies
+
+    @property
+    def active_parameters(self) -> list[OldMember]:
+        """What is trained now, each with its fp32 copy."""
+        pairs = zip(self.param_idx2lp.values(), self.param_idx2hp.values(), strict=True)
+        return [OldMember(str(place), parameter, copy) for place, (parameter, copy) in enumerate(pairs)]
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # it returns nothing
         """One step, and the switch if it was the visit's last."""

@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Sequence
 
-from badam.plan import BlockPlan, Method, Partition, Plan, Schedule, Target
+from badam.plan import BlockPlan, MethodOptions, Plan, Target
 from badam.training.assemble import choose_attention
-from badam_planner.planning import Request, _with_prediction, formula_bytes, staged_plan
+from badam.training.methods import method_of
+from badam_planner.planning import Request, _with_prediction, staged_plan
 from badam_planner.probe.evaluate import Evaluator, ModelTree, inspect_model
 from badam_planner.probe.model_source import describe_model
-from badam_planner.search import Cut as SearchedCut
-from badam_planner.search import Setting
+from badam_planner.search import Setting, strategies
 from benchmarks.gpu.cases import Case
-
-METHODS: dict[str, Method] = {"full": "adam", "ratio": "badam-ratio"}
 
 
 def case_plan(case: Case, target: Target, command: str) -> tuple[Plan, ModelTree, int]:
@@ -29,31 +27,26 @@ def case_plan(case: Case, target: Target, command: str) -> tuple[Plan, ModelTree
     spec = describe_model(case.model)
     attention = choose_attention(spec)
     tree = inspect_model(spec, attention)
-    # Everything at once is staged as for Adam, also where the ratio optimizer then trains a share of it.
-    cut: SearchedCut = "full" if case.cut == "ratio" else case.cut
     request = Request(
         spec=spec,
         target=target,
-        method="adam" if cut == "full" else "badam",
+        method=case.method,
         batch_size=case.batch_size,
         seq_len=case.seq_len,
         grad_accum=case.grad_accum,
         attention=attention,
         switch_every=case.switch_every,
         switch_mode="ascending",
+        options=MethodOptions(update_ratio=case.update_ratio),
         command=command,
     )
+    (cut,) = strategies(case.method, case.cut)
     plan = staged_plan(request, cut, Setting(case.checkpointing, case.loss), tree)
     plan = with_checkpoint_list(plan, tree) if case.checkpointing == "list" else plan
-    chosen = range(len(plan.partition.blocks)) if case.blocks == "all" else ends(plan.partition.blocks, tree)
-    blocks = tuple(plan.partition.blocks[index] for index in chosen)
-    strategy = "ratio" if case.cut == "ratio" else plan.partition.strategy
-    changed = {
-        "method": METHODS.get(case.cut, "badam"),
-        "partition": Partition(strategy=strategy, blocks=blocks),
-        "schedule": Schedule(switch_mode="ascending", switch_every=case.switch_every),
-    }
-    return plan.model_copy(update=changed), tree, len(plan.partition.blocks)
+    whole = plan.partition.blocks
+    chosen = range(len(whole)) if case.blocks == "all" else ends(whole, tree)
+    visited = plan.partition.model_copy(update={"blocks": tuple(whole[index] for index in chosen)})
+    return plan.model_copy(update={"partition": visited}), tree, len(whole)
 
 
 def with_checkpoint_list(plan: Plan, tree: ModelTree) -> Plan:
@@ -76,16 +69,15 @@ def ends(blocks: Sequence[BlockPlan], tree: ModelTree) -> list[int]:
 
 
 def predicted(plan: Plan, tree: ModelTree) -> Plan:
-    """The plan with what the predictor says of each of its blocks; without, for a method that it does not know."""
-    if plan.method == "badam-ratio":
-        return plan
+    """The plan with what the predictor says of each of its blocks."""
     evaluator = Evaluator(tree)
     return _with_prediction(plan, evaluator.every_block(plan, evaluator.worst_block(plan)))
 
 
 def with_formula(plan: Plan, blocks: int) -> Plan:
     """The plan with the closed form for all ``blocks`` of the partition, of which it may hold a few."""
-    if plan.prediction is None:
+    if plan.prediction is None or len(plan.partition.blocks) == blocks:
         return plan
-    formula = {"formula_bytes": formula_bytes(plan.model.parameters, blocks)}
+    largest = max(block.parameters for block in plan.partition.blocks)
+    formula = {"formula_bytes": method_of(plan.method).state_bytes(plan.model.parameters, largest, blocks)}
     return plan.model_copy(update={"prediction": plan.prediction.model_copy(update=formula)})

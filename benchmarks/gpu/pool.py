@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 READY, GO = "ready", "go"
 
+StartMethod = Literal["forkserver", "spawn"]
+
 
 Entry = Callable[[Any, Connection], None]
 """What a job's process runs; a function of a module, called with the job and a pipe to the parent. It gets ready, sends
@@ -60,7 +62,7 @@ class Pool:
     entry: Entry
     limits: Limits
     ended: Callable[[str, int, float], None]
-    start: Literal["forkserver", "spawn"] = "forkserver"
+    start: StartMethod = "forkserver"
     preload: Sequence[str] = ()
     _children: list[_Child] = field(default_factory=list)
     _longest: float = 0.0

@@ -36,6 +36,8 @@ PRELOAD = (
 )
 """What every case's process needs, and none of which touches a device when it is loaded."""
 
+PROBE = "probe"
+
 Turn = Callable[[], None]
 """Called when everything is ready that needs no device; returns when the device is free."""
 
@@ -70,10 +72,19 @@ def main(job: Job, pipe: Connection) -> None:
 
 def probe(job: Job, pipe: Connection) -> None:
     """Touch the device: ends with an error where a process made this way cannot."""
+    redirect_output(log_path(job.out, PROBE))
     import torch
 
     await_turn(pipe)
     torch.ones(1, device=job.device).add_(1)
+    log_path(job.out, PROBE).unlink(missing_ok=True)
+
+
+def prepare_environment() -> None:
+    """Settings that processes inherit."""
+    # A process that loads libraries for others must not touch the card, or they could not use it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def await_turn(pipe: Connection) -> None:
