@@ -188,6 +188,11 @@ class BlockAwareCheckpoint:
     """A checkpoint function for transformers: called with a layer's forward and its positional arguments."""
 
     def __init__(self, function: Function) -> None:
+        # LLaMA-Factory wraps transformers' function in one that looks at the module of the bound method it is given.
+        # What it adds, inputs that require grad, is undone here anyway: go to the function inside.
+        function = inspect.unwrap(
+            function, stop=lambda inner: inner is checkpoint or isinstance(inner, functools.partial)
+        )
         self.checkpoint = function
         self.settings: dict[str, Any] = {"use_reentrant": True}  # torch's default
         if isinstance(function, functools.partial):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -121,6 +122,7 @@ def _columns(given: list[str]) -> dict[str, str]:
 
 def _quiet() -> None:
     """Libraries speak only of errors, unless the user asked for more; before they are imported, where they ask."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # installed or not, most runs have no use for it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from badam.errors import InputError
+from badam.units import format_bytes
 
 MANIFEST = "files.json"
 MODEL_DIRECTORY = "model"
@@ -46,6 +47,20 @@ def prepare_output(directory: Path, *, resume: bool) -> None:
         )
     for leftover in directory.glob(".*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_space(directory: Path, needed_bytes: int) -> None:
+    """Refuse a run whose results would not fit on the disk: better before it than after.
+
+    Raises:
+        InputError: with what is free and what is needed.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed_bytes:
+        raise InputError(
+            f"The disk of {directory} has {format_bytes(free)} free; the run writes {format_bytes(needed_bytes)}.",
+            advice="Make room, or choose a directory on another disk with --output-dir.",
+        )
 
 
 def new_run_directory(parent: Path, model_id: str) -> Path:

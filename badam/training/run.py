@@ -23,7 +23,15 @@ from badam.training.arguments import marks_assistant, training_arguments
 from badam.training.assemble import build_model, prepare_model
 from badam.training.batches import LengthReport, enforce_length
 from badam.training.callbacks import RunCallback
-from badam.training.checkpoints import MODEL_DIRECTORY, newest_whole, prepare_output, saving, step_of, written_whole
+from badam.training.checkpoints import (
+    MODEL_DIRECTORY,
+    check_space,
+    newest_whole,
+    prepare_output,
+    saving,
+    step_of,
+    written_whole,
+)
 from badam.training.coverage import coverage
 from badam.training.data import TrainingData
 from badam.training.inputs import load_inputs
@@ -87,8 +95,9 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
         if checkpoint is not None and step_of(checkpoint) >= total_steps:
             raise InputError(
                 f"The run in {options.output_dir} has had {step_of(checkpoint)} of {total_steps} steps already.",
-                advice="Ask for more with --max-steps or --epochs.",
+                advice=f"Its weights are in {checkpoint}. Ask for more steps with --max-steps or --epochs.",
             )
+        check_space(options.output_dir, _bytes_to_write(model, options))
         _warn(plan, device, total_steps, console)
         display = ProgressDisplay(console, total_steps, _planned_bytes(plan))
         metrics = MetricsFile(options.output_dir / METRICS)
@@ -101,10 +110,10 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
         with explained(plan):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         recorder.stop()
+        measured = recorder.measured_run(plan, command=command)
+        save_record(measured, options.output_dir / MEASURED)
         model_path = None if interruption.signal else _save_model(trainer, options.output_dir)
         _release(trainer)
-    measured = recorder.measured_run(plan, command=command)
-    save_record(measured, options.output_dir / MEASURED)
     return RunResult(
         measured, options.output_dir / MEASURED, model_path, interruption.signal, int(trainer.state.global_step)
     )
@@ -206,6 +215,11 @@ def _total_steps(trainer: PlanTrainer, options: RunOptions) -> int:
     training = trainer.plan.training
     batches = -(-len(trainer.train_dataset) // training.batch_size)
     return int(-(-options.epochs * max(1, -(-batches // training.grad_accum)) // 1))
+
+
+def _bytes_to_write(model: PreTrainedModel, options: RunOptions) -> int:
+    """The model at the end, and one checkpoint, whose weights are most of it."""
+    return int(model.get_memory_footprint()) * (2 if options.save_steps else 1)
 
 
 def _planned_bytes(plan: Plan) -> int | None:

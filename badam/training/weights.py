@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from badam.errors import InputError
 from badam.plan import ModelSpec
@@ -10,6 +13,9 @@ from badam.plan import ModelSpec
 PRETRAINED, RANDOM = "pretrained", "random"
 OWN_NAMESPACE = "badam/"
 """Catalogued models under this name exist as configurations only, for trying things out."""
+
+CONNECT_SECONDS = 5.0
+"""How long to wait for the Hub before taking this machine for one without network."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -65,9 +71,12 @@ def _checked_directory(directory: Path) -> str:
 
 def _check_hub(name: str) -> None:
     """Ask for the smallest file first, so that a missing token or network is known in seconds."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    if not _is_reachable(constants.ENDPOINT):
+        # The library would try every file for a minute before it looks into its cache.
+        constants.HF_HUB_OFFLINE = True
     advice = f"Start from random weights with --init {RANDOM}, or name a local directory with them: --init DIR."
     try:
         hf_hub_download(name, "config.json")
@@ -82,3 +91,15 @@ def _check_hub(name: str) -> None:
         raise InputError(
             f"The weights of {name} are not in the local cache, and the Hub cannot be reached.", advice=advice
         ) from error
+
+
+def _is_reachable(endpoint: str) -> bool:
+    """Whether a connection can be opened; where a proxy does that, it is believed."""
+    address = urlsplit(endpoint)
+    if getproxies().get(address.scheme):
+        return True
+    try:
+        with socket.create_connection((address.hostname, address.port or 443), timeout=CONNECT_SECONDS):
+            return True
+    except OSError:
+        return False

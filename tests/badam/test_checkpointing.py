@@ -5,11 +5,13 @@ import functools
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from badam import phases
@@ -401,6 +403,29 @@ def test_transformers_settings_given_by_the_user_stay_in_force() -> None:
     assert recomputed_layers(calls) == [0, 2]
     function = model.model.layers[0]._gradient_checkpointing_func
     assert function.settings == {"use_reentrant": False, "preserve_rng_state": True}
+
+
+@pytest.mark.parametrize("wrapped", [functools.partial(checkpoint, use_reentrant=True), checkpoint])
+def test_a_wrapped_checkpoint_function_that_looks_at_the_layer_is_seen_through(wrapped: Any) -> None:
+    """LLaMA-Factory's: it reads ``__self__`` of what it is given and makes the first input require grad."""
+
+    @functools.wraps(wrapped)
+    def looks_at_the_layer(function: Any, *args: Any, **kwargs: Any) -> Any:
+        module = (function.func if isinstance(function, functools.partial) else function).__self__
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            args[0].requires_grad_(True)
+        return wrapped(function, *args, **kwargs)
+
+    model = llama()
+    activate(model, "model.layers.2.")
+    expected = llama_gradients(model)
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = looks_at_the_layer
+    enable_for_transformers(model)
+    calls = count_forwards(model)
+    assert_bitwise_equal(llama_gradients(model), expected)
+    assert recomputed_layers(calls) == [2, 3]
 
 
 def test_layers_that_transformers_checkpoints_are_left_to_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from badam.errors import DataError, InputError, OutOfMemory
 from badam.plan import load_plan, record_digest
 from badam.profiling.record import load_measured
+from badam.training import checkpoints as checkpoints_module
 from badam.training import trainer as trainer_module
+from badam.training import weights as weights_module
 from badam.training.methods import base as base_module
 from badam.vocabulary import Category, Phase
 from tests.badam.training.tiny import CONFIG, LAYERS, records, run_tiny, tiny_plan, write_jsonl
@@ -305,13 +308,26 @@ def test_weights_that_cannot_be_reached_are_told_with_what_to_do(
 ) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(weights_module.socket, "create_connection", unreachable)
+    monkeypatch.setattr(weights_module, "getproxies", dict)
     plan = tiny_plan(model={"id": "acme/never-published-7b"})
     with pytest.raises(InputError, match="cannot be reached") as caught:
         run_tiny(plan, tmp_path)
     assert "--init random" in str(caught.value)
     assert "local directory" in str(caught.value)
+
+
+def test_a_disk_without_room_for_the_model_is_told_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"has 1000 B free; the run writes .* KiB"):
+        run_tiny(tiny_plan(), tmp_path)
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
