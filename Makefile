@@ -14,7 +14,7 @@ demo: $(INSTALLED) ## plan Llama-2-7B for a 24 GB card, then plan, train and rep
 	$(BIN)/python -m badam_cli.demo
 
 test: $(INSTALLED) ## the tests that every change must pass
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(INSTALLED) ## the long tests
 	$(BIN)/python -m pytest -q -m slow

@@ -190,9 +190,7 @@ class BlockAwareCheckpoint:
     def __init__(self, function: Function) -> None:
         # LLaMA-Factory wraps transformers' function in one that looks at the module of the bound method it is given.
         # What it adds, inputs that require grad, is undone here anyway: go to the function inside.
-        function = inspect.unwrap(
-            function, stop=lambda inner: inner is checkpoint or isinstance(inner, functools.partial)
-        )
+        function = inspect.unwrap(function, stop=_is_checkpoint)
         self.checkpoint = function
         self.settings: dict[str, Any] = {"use_reentrant": True}  # torch's default
         if isinstance(function, functools.partial):
@@ -261,6 +259,11 @@ def _checkpointed(
     call = _ReentrantCall(function, inputs)
     flat = checkpoint_function(call, torch.empty(0, requires_grad=True), *leaves, **settings)
     return tree_unflatten(flat, call.outputs)
+
+
+def _is_checkpoint(function: Function) -> bool:
+    """Whether ``function`` is torch's checkpoint, which is itself a wrapped function, or that with settings."""
+    return function is checkpoint or isinstance(function, functools.partial)
 
 
 def _is_opaque(value: Any) -> bool:
