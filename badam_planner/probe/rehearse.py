@@ -91,11 +91,14 @@ def fake_batch(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
     tokens = torch.zeros(shape, dtype=torch.int64)
     if plan.model.task == "causal-lm":
         return {"input_ids": tokens, "labels": torch.zeros(shape, dtype=torch.int64)}
-    return {
+    batch = {
         "input_ids": tokens,
         "attention_mask": torch.ones(shape, dtype=torch.int64),
         "labels": torch.zeros(shape[:1], dtype=torch.int64),
     }
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        batch["token_type_ids"] = torch.zeros(shape, dtype=torch.int64)
+    return batch
 
 
 def rehearse(plan: Plan, block: int, *, layers: Sequence[str] = (), without: Collection[str] = ()) -> Recording:
