@@ -53,6 +53,7 @@ class Request:
     partition: str = "auto"
     include_embedding: bool = False
     include_lm_head: bool = False
+    active_modules: tuple[str, ...] = ()
     batch_size: int = 1
     seq_len: int = 512
     grad_accum: int = 1
@@ -126,7 +127,7 @@ def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTr
         model=request.spec,
         target=request.target,
         method=request.method,
-        partition=Partition(strategy=strategy, blocks=tuple(blocks)),
+        partition=Partition(strategy=strategy, blocks=tuple(blocks), active_modules=_always_active(request)),
         schedule=Schedule(
             switch_mode=request.switch_mode if request.method != "hift" else "ascending",
             switch_every=visit_length(request, len(blocks)),
@@ -149,6 +150,20 @@ def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTr
             versions=tree.versions, command=request.command, date=datetime.now(UTC).isoformat(timespec="seconds")
         ),
     )
+
+
+def _always_active(request: Request) -> tuple[str, ...]:
+    """What the user wants trained in every visit.
+
+    Raises:
+        InputError: for a method without visits.
+    """
+    if request.active_modules and "layer" not in strategies(request.method, "auto"):
+        raise InputError(
+            f"{request.method} has no blocks, so nothing can be active besides them.",
+            advice="Leave --active-module out, or plan with --method badam.",
+        )
+    return request.active_modules
 
 
 def _blocks(request: Request, strategy: Cut, tree: ModelTree) -> list[BlockPlan]:
