@@ -130,7 +130,7 @@ class Evaluator:
         """
         if not method_of(plan.method).composes:
             return self._without_roles(plan, give_up_above)
-        shapes = [self._shape(block) for block in plan.partition.blocks]
+        shapes = [self._shape(plan, block) for block in plan.partition.blocks]
         lowest = {shape: shapes.index(shape) for shape in shapes}
         recordings: dict[int, Recording] = {}
         forecasts: dict[int, Forecast] = {}
@@ -142,7 +142,7 @@ class Evaluator:
         worst = max(forecasts, key=lambda index: (forecasts[index].peak_device_bytes, -index))
         representatives = [lowest[shape] for shape in shapes]
         relative = backward_relative(plan, self.tree, recordings, representatives)
-        largest = max(block.parameters for block in plan.partition.blocks)
+        largest = max(block.parameters + self._besides(plan, block) for block in plan.partition.blocks)
         return PlanForecast(worst, forecasts[worst], relative, largest)
 
     def _without_roles(self, plan: Plan, give_up_above: int | None) -> PlanForecast | None:
@@ -190,7 +190,7 @@ class Evaluator:
         layers = self.tree.layers
         if self.exact or not method_of(plan.method).composes:
             return rehearse(plan, index, layers=layers)
-        roles = self._roles(plan.partition.blocks[index])
+        roles = self._roles(plan, plan.partition.blocks[index])
         runs = find_runs(layers, [None if role.active else role for role in roles])
         key = self._question(plan, index, roles, runs)
         complete = all(len(run.cycles) >= KEPT_CYCLES for run in runs)
@@ -221,19 +221,21 @@ class Evaluator:
                 shape.append(("run", tuple(role_of[each] for each in first[layer].cycles[0])))
             elif layer not in inside:
                 shape.append(role_of[layer])
-        elsewhere = tuple(path for path in plan.partition.blocks[index].prefixes if not self._layer_of(path))
+        prefixes = trained_prefixes(plan, plan.partition.blocks[index])
+        elsewhere = tuple(path for path in prefixes if not self._layer_of(path))
         return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method
 
-    def _roles(self, block: BlockPlan) -> list[Role]:
+    def _roles(self, plan: Plan, block: BlockPlan) -> list[Role]:
         """What each layer is and does while ``block`` is active."""
+        prefixes = trained_prefixes(plan, block)
         active: dict[str, list[str]] = {}
         for info in self.tree.parameters:
-            if belongs(info.name, block.prefixes):
+            if belongs(info.name, prefixes):
                 layer = self._layer_of(info.name)
                 active.setdefault(layer, []).append(info.name.removeprefix(layer))
         in_layers = [position for position, layer in enumerate(self.tree.layers) if layer in active]
         lowest = min(in_layers, default=len(self.tree.layers))
-        if self.tree.embeds_among(block.prefixes):
+        if self.tree.embeds_among(prefixes):
             lowest = -1
         checkpointed = frozenset(block.checkpointed_layers)
         return [
@@ -246,14 +248,28 @@ class Evaluator:
             for position, layer in enumerate(self.tree.layers)
         ]
 
-    def _shape(self, block: BlockPlan) -> Hashable:
+    def _shape(self, plan: Plan, block: BlockPlan) -> Hashable:
         """Equal for blocks that hold the same parameters of equal layers."""
-        roles = self._roles(block)
+        roles = self._roles(plan, block)
         own = tuple((role.kind, role.active, role.checkpointed) for role in roles if role.active)
         return own, tuple(path for path in block.prefixes if not self._layer_of(path))
 
+    def _besides(self, plan: Plan, block: BlockPlan) -> int:
+        """Entries that are trained in every visit and are not in ``block``."""
+        always = plan.partition.active_modules
+        return sum(
+            info.numel
+            for info in self.tree.parameters
+            if belongs(info.name, always) and not belongs(info.name, block.prefixes)
+        )
+
     def _layer_of(self, path: str) -> str:
         return self.tree.layer_of(path)
+
+
+def trained_prefixes(plan: Plan, block: BlockPlan) -> tuple[str, ...]:
+    """The module paths of what is trained while ``block`` is active."""
+    return (*block.prefixes, *plan.partition.active_modules)
 
 
 def _names(layers: Sequence[str], runs: Sequence[Run]) -> list[str]:
@@ -289,7 +305,7 @@ def backward_relative(
     if [block.parameters for block in plan.partition.blocks] == [sum(info.numel for info in tree.parameters)]:
         return (1.0,)  # the one block is everything
     tallies = {index: _backward_flops(recording, tree) for index, recording in recordings.items()}
-    positions = [_lowest_layer(block, tree) for block in plan.partition.blocks]
+    positions = [_lowest_layer(trained_prefixes(plan, block), tree) for block in plan.partition.blocks]
     reference = min(recordings, key=lambda index: positions[index])
     through = _passing_through(tallies[reference], positions[reference], tree)
     outside = tallies[reference].get("", 0)
@@ -341,9 +357,9 @@ def _weight_gradient_flops(recording: Recording, tree: ModelTree) -> int:
     return sum(count for (phase, module), count in recording.flops.items() if phase in forward and module in owners)
 
 
-def _lowest_layer(block: BlockPlan, tree: ModelTree) -> int:
-    """Position of the lowest layer that backward reaches: the block's lowest, or beyond the last for a head."""
-    if tree.embeds_among(block.prefixes):
+def _lowest_layer(prefixes: Sequence[str], tree: ModelTree) -> int:
+    """Position of the lowest layer that backward reaches: the lowest trained one, or beyond the last for a head."""
+    if tree.embeds_among(prefixes):
         return -1
-    inside = {tree.layer_of(path) for path in block.prefixes}
+    inside = {tree.layer_of(path) for path in prefixes}
     return next((position for position, layer in enumerate(tree.layers) if layer in inside), len(tree.layers))

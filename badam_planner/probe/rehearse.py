@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from badam import phases
-from badam.plan import ModelSpec, Plan, Schedule, Training
+from badam.plan import ModelSpec, Plan, Schedule, Target, Training
 from badam.profiling.states import base_of, masters, state_tensors
 from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing, prepare_model
 from badam.training.methods import method_of
@@ -64,6 +64,21 @@ def fake_world() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _attention_of(target: Target) -> Iterator[None]:
+    """On a card, attention with dropout stays fused; on the CPU it takes the path that writes all weights out."""
+    if target.gpu == "cpu":
+        yield
+        return
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def without_dropout(*args: Any, **options: Any) -> Tensor:
+        return attend(*args, **{**options, "dropout_p": 0.0})
+
+    with patch.object(torch.nn.functional, "scaled_dot_product_attention", without_dropout):
+        yield
+
+
 def fake_model(spec: ModelSpec, training: Training) -> PreTrainedModel:
     """The plan's model without weights; call inside :func:`fake_world`."""
     return build_model(spec, training)
@@ -98,7 +113,7 @@ def rehearse(plan: Plan, block: int, *, layers: Sequence[str] = (), without: Col
     method = method_of(plan.method)
     staged, start = method.rehearsed_plan(_of_one_visit(plan, without), block)
     phases.enter(Phase.SETUP)
-    with fake_world():
+    with fake_world(), _attention_of(plan.target):
         model = fake_model(plan.model, plan.training)
         prepare_model(model, plan)
         tracker = StorageTracker(model, layers)
