@@ -84,6 +84,7 @@ class Partition(Record):
 
     strategy: Strategy
     blocks: tuple[BlockPlan, ...] = Field(min_length=1)
+    active_modules: tuple[str, ...] = ()  # module paths that are trained in every visit, besides its block
 
 
 class Schedule(Record):

@@ -32,9 +32,10 @@ class Run:
     @property
     def left_out(self) -> dict[str, str]:
         """The layers that need not be rehearsed, each with an equal one that is."""
-        twins = self.cycles[KEPT_CYCLES - 2]
         return {
-            layer: twin for cycle in self.cycles[KEPT_CYCLES - 1 : -1] for layer, twin in zip(cycle, twins, strict=True)
+            layer: twin
+            for cycle in self.cycles[KEPT_CYCLES - 1 : -1]
+            for layer, twin in zip(cycle, self.cycles[REPEATED], strict=True)
         }
 
     def stand_ins(self) -> tuple[tuple[str, ...], ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import inf
 
-from badam.errors import DoesNotFit, InputError
+from badam.errors import BadamError, DoesNotFit, InputError
 from badam.partition import partition_parameters
 from badam.plan import (
     Attention,
@@ -53,6 +53,7 @@ class Request:
     partition: str = "auto"
     include_embedding: bool = False
     include_lm_head: bool = False
+    active_modules: tuple[str, ...] = ()
     batch_size: int = 1
     seq_len: int = 512
     grad_accum: int = 1
@@ -96,7 +97,7 @@ def _made(request: Request, progress: Progress) -> Answer:
     tried = [_first_that_fits(request, strategy, evaluator, progress) for strategy in asked_for]
     fits = [_headroom(request, forecast) >= 0 for _, forecast in tried]
     best = recommended_index(fits)
-    compared = _other_methods(request, evaluator, progress) if request.compare_methods else []
+    compared, left_out = _other_methods(request, evaluator, progress) if request.compare_methods else ([], [])
     candidates = tuple(
         _candidate(request, plan, forecast, recommended=index == best and fits[best])
         for index, (plan, forecast) in enumerate([*tried, *compared])
@@ -108,6 +109,7 @@ def _made(request: Request, progress: Progress) -> Answer:
         batch_size=request.batch_size,
         seq_len=request.seq_len,
         candidates=candidates,
+        left_out=tuple(left_out),
     )
     if not fits[best]:
         return Answer(result, None, _refusal(request, tried, evaluator, progress))
@@ -125,7 +127,7 @@ def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTr
         model=request.spec,
         target=request.target,
         method=request.method,
-        partition=Partition(strategy=strategy, blocks=tuple(blocks)),
+        partition=Partition(strategy=strategy, blocks=tuple(blocks), active_modules=_always_active(request)),
         schedule=Schedule(
             switch_mode=request.switch_mode if request.method != "hift" else "ascending",
             switch_every=visit_length(request, len(blocks)),
@@ -148,6 +150,20 @@ def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTr
             versions=tree.versions, command=request.command, date=datetime.now(UTC).isoformat(timespec="seconds")
         ),
     )
+
+
+def _always_active(request: Request) -> tuple[str, ...]:
+    """What the user wants trained in every visit.
+
+    Raises:
+        InputError: for a method without visits.
+    """
+    if request.active_modules and "layer" not in strategies(request.method, "auto"):
+        raise InputError(
+            f"{request.method} has no blocks, so nothing can be active besides them.",
+            advice="Leave --active-module out, or plan with --method badam.",
+        )
+    return request.active_modules
 
 
 def _blocks(request: Request, strategy: Cut, tree: ModelTree) -> list[BlockPlan]:
@@ -187,23 +203,26 @@ def formula_bytes(plan: Plan, trained: int) -> int:
     return method_of(plan.method).state_bytes(plan.model.parameters, trained, len(plan.partition.blocks))
 
 
-def _other_methods(request: Request, evaluator: Evaluator, progress: Progress) -> list[tuple[Plan, PlanForecast]]:
-    """Of every other method the first partition that fits, or its last; those that cannot be planned are left out."""
-    found = []
+def _other_methods(
+    request: Request, evaluator: Evaluator, progress: Progress
+) -> tuple[list[tuple[Plan, PlanForecast]], list[tuple[str, str]]]:
+    """Of every other method the first partition that fits, or its last; and those that cannot be planned, with why."""
+    found, left_out = [], []
     for method in METHODS:
         if method == request.method:
             continue
         other = replace(request, method=method)
         try:
-            for strategy in strategies(method, "auto"):
-                progress(f"comparing with {method}")
-                candidate = _first_that_fits(other, strategy, evaluator, progress)
-                if _headroom(other, candidate[1]) >= 0:
-                    break
+            with explaining(f"{request.spec.id} under {method}"):
+                for strategy in strategies(method, "auto"):
+                    progress(f"comparing with {method}")
+                    candidate = _first_that_fits(other, strategy, evaluator, progress)
+                    if _headroom(other, candidate[1]) >= 0:
+                        break
             found.append(candidate)
-        except InputError as error:
-            progress(f"{method} is left out: {error.message}")
-    return found
+        except BadamError as error:  # the others can still be compared
+            left_out.append((str(method), error.message))
+    return found, left_out
 
 
 def _first_that_fits(

@@ -39,6 +39,14 @@ def plan(
     ] = "auto",
     include_embedding: Annotated[bool, typer.Option(help="Train the embedding as a block.")] = False,
     include_lm_head: Annotated[bool, typer.Option(help="Train the output projection as a block.")] = False,
+    active_module: Annotated[
+        list[str] | None, typer.Option(help="A module to train in every visit, besides its block.")
+    ] = None,
+    task: Annotated[
+        Literal["auto", "causal-lm", "sequence-classification"],
+        typer.Option(help="What to train for; auto is what the model's configuration says."),
+    ] = "auto",
+    num_labels: Annotated[int | None, typer.Option(min=2, help="Classes of a classification; two by default.")] = None,
     update_ratio: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="badam-ratio: share of each parameter trained at a time.")
     ] = 0.1,
@@ -86,6 +94,7 @@ def plan(
             "partition": partition,
             "include_embedding": include_embedding,
             "include_lm_head": include_lm_head,
+            "active_modules": tuple(active_module or ()),
             "batch_size": batch_size,
             "seq_len": seq_len,
             "grad_accum": grad_accum,
@@ -105,17 +114,20 @@ def plan(
         with _progress() as progress:
             progress(f"reading {model}")
             target = _target(gpu, gpu_memory)
-            answer = _answer(model, target, options, progress)
+            purpose = {"task": None if task == "auto" else task, "labels": num_labels}
+            answer = _answer(model, purpose, target, options, progress)
         _present(answer, output, html, as_json=as_json)
 
 
-def _answer(model: str, target: Target, options: dict[str, Any], progress: Callable[[str], None]) -> Answer:
+def _answer(
+    model: str, purpose: dict[str, Any], target: Target, options: dict[str, Any], progress: Callable[[str], None]
+) -> Answer:
     """The answer given before to the same question, or a new one; only a new one loads torch."""
     from badam_planner.probe.answers import answer_key, load_answer, save_answer
     from badam_planner.probe.model_source import find_config, specify
 
     source = find_config(model)
-    key = answer_key({"model": source, "target": target.model_dump(mode="json"), **options})
+    key = answer_key({"model": source, **purpose, "target": target.model_dump(mode="json"), **options})
     command = shlex.join(["badam-plan", *sys.argv[1:]])
     answer = load_answer(key)
     if answer is None:
@@ -123,7 +135,7 @@ def _answer(model: str, target: Target, options: dict[str, Any], progress: Calla
         from badam.training.assemble import choose_attention
         from badam_planner.planning import Request, make_plan
 
-        spec = specify(*source)
+        spec = specify(*source, **purpose)
         options = {**options, "options": MethodOptions(**options["options"])}
         if options["attention"] == "auto":
             options = {**options, "attention": choose_attention(spec)}
@@ -227,11 +239,21 @@ def _present(answer: Answer, output: Path, html: Path | None, *, as_json: bool) 
         save_record(answer.plan, output)
         say(f"plan written to {output}")
     if html is not None:
-        from badam_planner.report.gather import rehearse_step
-        from badam_planner.report.html import write_plan_html
-
-        write_plan_html(answer.plan, html, result=answer.result, timeline=rehearse_step(answer.plan))
+        _write_html(answer, html)
         say(f"report written to {html}")
+
+
+def _write_html(answer: Answer, html: Path) -> None:
+    from badam_planner.report.gather import rehearse_step, sizes_that_fit
+    from badam_planner.report.html import write_plan_html
+
+    plan = answer.plan
+    assert plan is not None  # a refusal has no page
+    with _progress() as progress:
+        progress("rehearsing one step to draw it")
+        timeline = rehearse_step(plan)
+        sizes = sizes_that_fit(plan, progress)
+    write_plan_html(plan, html, result=answer.result, timeline=timeline, sizes=sizes)
 
 
 def main() -> None:

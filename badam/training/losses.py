@@ -1,4 +1,4 @@
-"""The two losses a plan can name.
+"""The two losses a plan can name, and the one of a classification.
 
 ``full`` is what transformers' own forward does: logits of every position at once, 10 bytes per token and vocabulary
 entry in forward and 12 in backward. ``chunked`` holds the logits of a few positions at a time.
@@ -60,6 +60,24 @@ def full_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], num_items: Te
         return cast(Tensor, model(**batch, **extra).loss)
     finally:
         handle.remove()
+
+
+def classification_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], num_items: Tensor | int | None) -> Tensor:
+    """Cross entropy of a classification, in fp32.
+
+    Args:
+        model: returns ``logits`` of shape [batch, classes].
+        batch: the model's inputs with ``labels`` [batch].
+        num_items: number of examples to divide by; None divides by those of this batch.
+
+    Returns:
+        A scalar.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs).logits.float()
+    phases.enter(Phase.LOSS)
+    total = functional.cross_entropy(logits, batch["labels"], reduction="sum")
+    return total / (len(logits) if num_items is None else num_items)
 
 
 def check_chunked(model: PreTrainedModel) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from badam import phases
 from badam.plan import Loss
-from badam.training.losses import chunked_loss, full_loss
+from badam.training.losses import chunked_loss, classification_loss, full_loss
 from badam.vocabulary import Phase
 
 if TYPE_CHECKING:
@@ -27,13 +27,18 @@ def forward_loss(
 
     Args:
         model: the model, in training mode.
-        batch: ``input_ids`` and ``labels``, int64 of shape [batch, length] (labels [batch] for classification).
-            Padding is on the right, where the causal mask hides it, so no ``attention_mask`` is given: with one,
-            transformers would leave the memory-saving attention path.
+        batch: ``input_ids`` and ``labels``, int64 of shape [batch, length]. Padding is on the right, where the causal
+            mask hides it, so no ``attention_mask`` is given: with one, transformers would leave the memory-saving
+            attention path. For classification labels have shape [batch], and there is an ``attention_mask``: every
+            token of an encoder sees every other.
         loss: which of the losses to compute, see badam.training.losses.
-        num_items: label tokens of the whole optimizer step, to divide the summed loss by under accumulation.
+        num_items: label tokens (or labelled examples) of the whole optimizer step, to divide the summed loss by under
+            accumulation.
     """
     phases.enter(Phase.FORWARD)
-    scalar = (chunked_loss if loss == "chunked" else full_loss)(model, batch, num_items)
+    if batch["labels"].ndim == 1:
+        scalar = classification_loss(model, batch, num_items)
+    else:
+        scalar = (chunked_loss if loss == "chunked" else full_loss)(model, batch, num_items)
     phases.enter(Phase.BACKWARD)
     return scalar

@@ -156,7 +156,7 @@ class Evaluator:
         """
         if not method_of(plan.method).composes:
             return self._without_roles(plan, give_up_above)
-        shapes = [self._shape(block) for block in plan.partition.blocks]
+        shapes = [self._shape(plan, block) for block in plan.partition.blocks]
         lowest = {shape: shapes.index(shape) for shape in shapes}
         peaks: dict[int, BlockPeaks] = {}
         for index in sorted(lowest.values(), key=lambda index: -plan.partition.blocks[index].parameters):
@@ -172,7 +172,7 @@ class Evaluator:
             return None
         flops = {index: self.flops(plan, index) for index in peaks}
         relative = backward_relative(plan, self.tree, flops, [lowest[shape] for shape in shapes])
-        largest = max(block.parameters for block in plan.partition.blocks)
+        largest = max(block.parameters + self._besides(plan, block) for block in plan.partition.blocks)
         return PlanForecast(worst, forecasts[worst], relative, largest)
 
     def _forecast(self, plan: Plan, index: int) -> Forecast:
@@ -257,6 +257,7 @@ class Evaluator:
             plan.partition.blocks[index].model_dump_json(),
             plan.training.model_dump_json(),
             plan.method,
+            plan.target.gpu == "cpu",
         )
         if key not in self._rehearsed:
             recording = rehearse(plan, index, layers=self.tree.layers)
@@ -268,7 +269,7 @@ class Evaluator:
         from badam_planner.probe.rehearse import rehearse
 
         layers = self.tree.layers
-        roles = self._roles(plan.partition.blocks[index])
+        roles = self._roles(plan, plan.partition.blocks[index])
         runs = find_runs(layers, [None if role.active else role for role in roles])
         key = self._question(plan, index, roles, runs)
         complete = all(len(run.cycles) >= KEPT_CYCLES for run in runs)
@@ -295,23 +296,25 @@ class Evaluator:
                 shape.append(("run", tuple(role_of[each] for each in first[layer].cycles[0])))
             elif layer not in inside:
                 shape.append(role_of[layer])
-        elsewhere = tuple(path for path in plan.partition.blocks[index].prefixes if not self._layer_of(path))
-        return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method
+        prefixes = trained_prefixes(plan, plan.partition.blocks[index])
+        elsewhere = tuple(path for path in prefixes if not self._layer_of(path))
+        return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method, plan.target.gpu == "cpu"
 
-    def _roles(self, block: BlockPlan) -> tuple[Role, ...]:
+    def _roles(self, plan: Plan, block: BlockPlan) -> tuple[Role, ...]:
         """What each layer is and does while ``block`` is active."""
-        key = (block.prefixes, block.checkpointed_layers)
+        prefixes = trained_prefixes(plan, block)
+        key = (prefixes, block.checkpointed_layers)
         if key not in self._known_roles:
-            self._known_roles[key] = self._found_roles(block)
+            self._known_roles[key] = self._found_roles(prefixes, block.checkpointed_layers)
         return self._known_roles[key]
 
-    def _found_roles(self, block: BlockPlan) -> tuple[Role, ...]:
-        active = self._active_in_layers(block.prefixes)
+    def _found_roles(self, prefixes: Sequence[str], checkpointed_layers: Sequence[str]) -> tuple[Role, ...]:
+        active = self._active_in_layers(prefixes)
         in_layers = [position for position, layer in enumerate(self.tree.layers) if layer in active]
         lowest = min(in_layers, default=len(self.tree.layers))
-        if self.tree.embeds_among(block.prefixes):
+        if self.tree.embeds_among(prefixes):
             lowest = -1
-        checkpointed = frozenset(block.checkpointed_layers)
+        checkpointed = frozenset(checkpointed_layers)
         return tuple(
             Role(
                 kind=self.tree.layer_kinds[layer],
@@ -332,11 +335,20 @@ class Evaluator:
                 active[layer] = names
         return active
 
-    def _shape(self, block: BlockPlan) -> Hashable:
+    def _shape(self, plan: Plan, block: BlockPlan) -> Hashable:
         """Equal for blocks that hold the same parameters of equal layers."""
-        roles = self._roles(block)
+        roles = self._roles(plan, block)
         own = tuple((role.kind, role.active, role.checkpointed) for role in roles if role.active)
         return own, tuple(path for path in block.prefixes if not self._layer_of(path))
+
+    def _besides(self, plan: Plan, block: BlockPlan) -> int:
+        """Entries that are trained in every visit and are not in ``block``."""
+        always = plan.partition.active_modules
+        return sum(
+            info.numel
+            for info in self.tree.parameters
+            if belongs(info.name, always) and not belongs(info.name, block.prefixes)
+        )
 
     def _layer_of(self, path: str) -> str:
         return self.tree.layer_of(path)
@@ -351,6 +363,11 @@ def _worth_simulating(peaks: Mapping[int, BlockPeaks]) -> list[int]:
     resident = highest.by_phase.get(Phase.SETUP, 0)
     bar = highest.peak_allocated_bytes - 0.1 * (highest.peak_allocated_bytes - resident)
     return [index for index, block in peaks.items() if block.peak_allocated_bytes >= bar]
+
+
+def trained_prefixes(plan: Plan, block: BlockPlan) -> tuple[str, ...]:
+    """The module paths of what is trained while ``block`` is active."""
+    return (*block.prefixes, *plan.partition.active_modules)
 
 
 def _names(layers: Sequence[str], runs: Sequence[Run]) -> list[str]:
@@ -386,7 +403,7 @@ def backward_relative(
     if [block.parameters for block in plan.partition.blocks] == [sum(info.numel for info in tree.parameters)]:
         return (1.0,)  # the one block is everything
     tallies = {index: _backward_flops(each, tree) for index, each in flops.items()}
-    positions = [_lowest_layer(block, tree) for block in plan.partition.blocks]
+    positions = [_lowest_layer(trained_prefixes(plan, block), tree) for block in plan.partition.blocks]
     reference = min(flops, key=lambda index: positions[index])
     through = _passing_through(tallies[reference], positions[reference], tree)
     outside = tallies[reference].get("", 0)
@@ -438,9 +455,9 @@ def _weight_gradient_flops(flops: Flops, tree: ModelTree) -> int:
     return sum(count for (phase, module), count in flops.items() if phase in forward and module in owners)
 
 
-def _lowest_layer(block: BlockPlan, tree: ModelTree) -> int:
-    """Position of the lowest layer that backward reaches: the block's lowest, or beyond the last for a head."""
-    if tree.embeds_among(block.prefixes):
+def _lowest_layer(prefixes: Sequence[str], tree: ModelTree) -> int:
+    """Position of the lowest layer that backward reaches: the lowest trained one, or beyond the last for a head."""
+    if tree.embeds_among(prefixes):
         return -1
-    inside = {tree.layer_of(path) for path in block.prefixes}
+    inside = {tree.layer_of(path) for path in prefixes}
     return next((position for position, layer in enumerate(tree.layers) if layer in inside), len(tree.layers))

@@ -13,6 +13,7 @@ from badam.plan import ModelSpec, config_digest
 from badam_planner.probe import catalogue
 
 Source = Literal["catalogue", "hub", "directory", "config"]
+Task = Literal["causal-lm", "sequence-classification"]
 
 CONFIG_FILE = "config.json"
 
@@ -40,27 +41,47 @@ def find_config(name: str) -> tuple[str, Source, dict[str, Any]]:
     return record.id, "catalogue", dict(record.config)
 
 
-def describe_model(name: str) -> ModelSpec:
+def describe_model(name: str, **changes: Any) -> ModelSpec:
     """The specification of the model that ``name`` means; its parameters are counted on its module tree.
+
+    Args:
+        name: what to look up.
+        changes: ``task`` and ``labels``, see :func:`specify`.
 
     Raises:
         InputError: as :func:`find_config`, and if transformers cannot build the model.
     """
-    return specify(*find_config(name))
+    return specify(*find_config(name), **changes)
 
 
-def specify(model_id: str, source: Source, config: dict[str, Any]) -> ModelSpec:
+def specify(
+    model_id: str, source: Source, config: dict[str, Any], *, task: Task | None = None, labels: int | None = None
+) -> ModelSpec:
     """The specification of a model whose configuration was found; loads torch to count its parameters.
 
+    Args:
+        model_id, source, config: as :func:`find_config` returns them.
+        task: what to train the model for; None is what its configuration says.
+        labels: classes to tell apart; None leaves the configuration's, which are two if it names none.
+
     Raises:
-        InputError: if transformers cannot build the model.
+        InputError: if transformers cannot build the model, or classes are given for a language model.
     """
+    task = task or _task(config)
+    if labels is not None:
+        if task != "sequence-classification":
+            raise InputError(
+                f"{model_id} is planned as a language model, which has no {labels} classes.",
+                advice="Add --task sequence-classification.",
+            )
+        named = ("id2label", "label2id")
+        config = {**{key: value for key, value in config.items() if key not in named}, "num_labels": labels}
     spec = ModelSpec(
         id=model_id,
         source=source,
         config=config,
         config_digest=config_digest(config),
-        task=_task(config),
+        task=task,
         parameters=1,
     )
     with explaining(model_id):
@@ -96,9 +117,21 @@ def count_parameters(spec: ModelSpec) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _task(config: dict[str, Any]) -> Literal["causal-lm", "sequence-classification"]:
-    """Encoders are fine-tuned for classification, everything that generates is a language model."""
+def _task(config: dict[str, Any]) -> Task:
+    """Encoders are fine-tuned for classification, everything that generates is a language model.
+
+    A configuration that names no architecture means whichever of the two transformers has for its model type.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+
     architectures = config.get("architectures") or []
+    model_type = config.get("model_type")
+    if not architectures and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        known = model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        return "sequence-classification" if known else "causal-lm"
     encoders = ("ForMaskedLM", "ForPreTraining", "SequenceClassification")
     encoder = any(str(name).endswith(encoders) for name in architectures)
     return "sequence-classification" if encoder else "causal-lm"

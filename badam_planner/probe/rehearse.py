@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from badam import phases
-from badam.plan import ModelSpec, Plan, Schedule, Training
+from badam.plan import ModelSpec, Plan, Schedule, Target, Training
 from badam.profiling.states import base_of, masters, state_tensors
 from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing, prepare_model
 from badam.training.methods import method_of
@@ -64,6 +64,21 @@ def fake_world() -> Iterator[FakeTensorMode]:
         stack.enter_context(patch.object(torch, "set_rng_state", lambda _state: None))
         stack.enter_context(patch.object(torch.utils, "swap_tensors", _become))
         yield mode
+
+
+@contextmanager
+def _attention_of(target: Target) -> Iterator[None]:
+    """On a card, attention with dropout stays fused; on the CPU it takes the path that writes all weights out."""
+    if target.gpu == "cpu":
+        yield
+        return
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def without_dropout(*args: Any, **options: Any) -> Tensor:
+        return attend(*args, **{**options, "dropout_p": 0.0})
+
+    with patch.object(torch.nn.functional, "scaled_dot_product_attention", without_dropout):
+        yield
 
 
 def fake_model(spec: ModelSpec, training: Training) -> PreTrainedModel:
@@ -110,7 +125,7 @@ def rehearse(
     method = method_of(plan.method)
     staged, start = method.rehearsed_plan(_of_one_visit(plan, without), block)
     phases.enter(Phase.SETUP)
-    with fake_world() as mode, _without_garbage_collection():
+    with fake_world() as mode, _attention_of(plan.target), _without_garbage_collection():
         model = build_without(lambda: fake_model(plan.model, plan.training), layers, classes, without)
         prepare_model(model, plan)
         tracker = StorageTracker(model, layers, mode=mode)

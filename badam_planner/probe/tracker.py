@@ -23,6 +23,9 @@ from badam_planner.probe.shapes import answer
 from badam_planner.scratch import FLASH_BACKWARD, flash_backward_bytes
 from badam_planner.timeline import LOSS_MODULE
 
+INTERRUPTING = (Phase.RECOMPUTE, Phase.STEP)
+"""Phases from which backward is resumed; it begins after any other."""
+
 
 class StorageTracker(TorchDispatchMode):
     """Records the life of every storage that an operator returns while the mode is active.
@@ -145,7 +148,8 @@ class StorageTracker(TorchDispatchMode):
     @property
     def module(self) -> str:
         """Path of the module that runs now."""
-        inside = self._stack[-1] if self._stack else self._backward_module
+        in_backward = self._phase in (Phase.BACKWARD, Phase.RECOMPUTE)
+        inside = self._stack[-1] if self._stack else (self._backward_module if in_backward else "")
         return LOSS_MODULE if inside == "" and self._phase is Phase.LOSS else inside
 
     @contextmanager
@@ -160,10 +164,10 @@ class StorageTracker(TorchDispatchMode):
             yield self
 
     def _change_phase(self, _previous: Phase, phase: Phase) -> None:
+        # Recomputation and updates inside backward interrupt it, and it goes on in the module where it was.
+        if phase is Phase.BACKWARD and self._phase not in INTERRUPTING:
+            self._backward_module = LOSS_MODULE
         self._phase = phase
-        resumed = phase is Phase.BACKWARD and self.recording.phase_starts[-1][1] is Phase.RECOMPUTE
-        if phase is not Phase.RECOMPUTE and not resumed:  # recomputation interrupts backward and returns to it
-            self._backward_module = LOSS_MODULE if phase is Phase.BACKWARD else ""
         self.recording.phase_starts.append((self._tick(), phase))
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:

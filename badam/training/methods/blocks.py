@@ -26,6 +26,7 @@ def block_optimizer(
     settings: dict[str, Any] = {
         "block_prefix_list": [list(block.prefixes) for block in plan.partition.blocks],
         "switch_block_every": plan.schedule.switch_every,
+        "active_modules": plan.partition.active_modules,
         "start_block": start_block,
         "switch_mode": plan.schedule.switch_mode,
         "verbose": 0,

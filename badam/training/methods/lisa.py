@@ -62,7 +62,7 @@ class Lisa(BlockCoordinate):
             model,
             plan,
             start_block,
-            active_modules=_ends(cast("PreTrainedModel", model)),
+            active_modules=[*_ends(cast("PreTrainedModel", model)), *plan.partition.active_modules],
             sampled_layers=plan.training.options.sampled_layers,
         )
 

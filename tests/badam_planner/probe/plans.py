@@ -32,6 +32,13 @@ BERT: dict[str, Any] = {
     "intermediate_size": 48, "num_attention_heads": 4, "max_position_embeddings": 64,
 }  # fmt: skip
 
+ROBERTA: dict[str, Any] = {**BERT, "model_type": "roberta", "architectures": ["RobertaForSequenceClassification"]}
+DEBERTA: dict[str, Any] = {
+    "model_type": "deberta-v2", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "type_vocab_size": 0, "relative_attention": True, "position_buckets": 16,
+    "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False,
+}  # fmt: skip
+
 DEPTH_FIELD = {"gpt2": "n_layer"}
 CPU = Target(gpu="cpu", total_bytes=2**40, usable_bytes=2**40)
 
@@ -39,7 +46,7 @@ CPU = Target(gpu="cpu", total_bytes=2**40, usable_bytes=2**40)
 def spec_of(config: dict[str, Any], depth: int) -> ModelSpec:
     """``config`` with ``depth`` layers."""
     facts = {**config, DEPTH_FIELD.get(config["model_type"], "num_hidden_layers"): depth}
-    encoder = config["model_type"] == "bert"
+    encoder = config["model_type"] in ("bert", "roberta", "deberta-v2")
     return ModelSpec(
         id=config["model_type"],
         source="config",
@@ -64,6 +71,7 @@ def plan_of(
     target: Target = CPU,
     include_embedding: bool = False,
     include_lm_head: bool = False,
+    active_modules: tuple[str, ...] = (),
     method: Method = "badam",
     options: MethodOptions | None = None,
     learning_rate: float = 1e-5,
@@ -82,6 +90,7 @@ def plan_of(
         attention=attention,
         include_embedding=include_embedding,
         include_lm_head=include_lm_head,
+        active_modules=active_modules,
         method=method,
         options=options or MethodOptions(),
         learning_rate=learning_rate,
