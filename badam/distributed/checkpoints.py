@@ -14,9 +14,11 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from badam._shards import is_sharded
 from badam.block_optimizer import BlockOptimizer
@@ -47,7 +49,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: B
     rest = _without_tensors(optimizer.state_dict(), "", tensors)
     layouts = {key: (_is_like_a_parameter(value), tuple(value.shape), value.dtype) for key, value in tensors.items()}
     packed = _packed({"rest": rest, "layouts": layouts})
-    dcp.save({"model": get_model_state_dict(model), "optimizer": tensors, "badam": packed}, checkpoint_id=partial)
+    save({"model": get_model_state_dict(model), "optimizer": tensors, "badam": packed}, checkpoint_id=partial)
     if _rank() == 0:
         partial.rename(target)
     _wait_for_all()
@@ -110,7 +112,7 @@ def save_whole_model(path: str | os.PathLike[str], model: nn.Module) -> Path:
     if _rank() == 0:
         partial = target.with_name(f".{target.name}{_PARTIAL}")
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial, state_dict=weights, safe_serialization=True)
+        cast(Any, model).save_pretrained(partial, state_dict=weights, safe_serialization=True)
         partial.rename(target)
     _wait_for_all()
     return target
@@ -125,8 +127,8 @@ def _packed(value: Any) -> bytes:
 
 def _load(state: dict[str, Any], target: Path) -> None:
     try:
-        dcp.load(state, checkpoint_id=target)
-    except (RuntimeError, dcp.CheckpointException) as error:
+        load(state, checkpoint_id=target)
+    except (RuntimeError, CheckpointException) as error:
         raise StateError(
             f"The checkpoint at {target} does not fit this model: {in_one_line(error)}",
             advice="Load it into the model it was saved with.",
