@@ -303,9 +303,7 @@ class BlockOptimizer(BlockVisits):
         if "badam" not in state_dict:
             self._load_state_of_1_4(state_dict)
             return
-        saved = Progress.unpack(state_dict["badam"])
-        saved.check_against(self._progress())
-        check_groups(state_dict["param_groups"], self.param_groups)
+        saved = self.check_state(state_dict)
         self.schedule, self.global_step, self.non_finite_steps = saved.schedule, saved.step, saved.non_finite_steps
         self._restart_visit(saved.visit, saved.steps_in_visit)
         for member in self._active:
@@ -316,6 +314,17 @@ class BlockOptimizer(BlockVisits):
         self._share_with_base()
         self._ranks.check_same(self._facts())
         self._announce_switch()
+
+    def check_state(self, state_dict: dict[str, Any]) -> Progress:
+        """What ``state_dict``, whose tensors are not looked at, says of the position.
+
+        Raises:
+            StateError: if it belongs to another model or partition.
+        """
+        saved = Progress.unpack(state_dict["badam"])
+        saved.check_against(self._progress())
+        check_groups(state_dict["param_groups"], self.param_groups)
+        return saved
 
     def _load_state_of_1_4(self, state_dict: dict[str, Any]) -> None:
         index, old = read_state_of_1_4(state_dict, self.blocks, self.active_modules, self._model.trainable)

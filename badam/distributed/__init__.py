@@ -11,16 +11,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from badam.distributed.checkpoints import load_checkpoint as load_checkpoint
+    from badam.distributed.checkpoints import save_checkpoint as save_checkpoint
+    from badam.distributed.checkpoints import save_whole_model as save_whole_model
     from badam.distributed.copies import average_instead_of_ddp as average_instead_of_ddp
     from badam.distributed.fsdp2 import shard_blocks as shard_blocks
     from badam.distributed.fsdp2 import sharded_block_optimizer as sharded_block_optimizer
 
 _HOMES = {
+    "load_checkpoint": "badam.distributed.checkpoints",
+    "save_checkpoint": "badam.distributed.checkpoints",
+    "save_whole_model": "badam.distributed.checkpoints",
     "average_instead_of_ddp": "badam.distributed.copies",
     "shard_blocks": "badam.distributed.fsdp2",
     "sharded_block_optimizer": "badam.distributed.fsdp2",
 }
-__all__ = ["average_instead_of_ddp", "shard_blocks", "sharded_block_optimizer"]
+__all__ = [
+    "average_instead_of_ddp",
+    "load_checkpoint",
+    "save_checkpoint",
+    "save_whole_model",
+    "shard_blocks",
+    "sharded_block_optimizer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +22,15 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from badam import BlockOptimizer, _ranks
 from badam.checkpointing import checkpoint_layers
-from badam.distributed import average_instead_of_ddp, shard_blocks, sharded_block_optimizer
-from badam.errors import InputError, RanksDisagree
+from badam.distributed import (
+    average_instead_of_ddp,
+    load_checkpoint,
+    save_checkpoint,
+    save_whole_model,
+    shard_blocks,
+    sharded_block_optimizer,
+)
+from badam.errors import InputError, RanksDisagree, StateError
 
 WIDTH, LAYERS, VOCABULARY = 18, 3, 24  # 18 rows do not divide among 4 processes
 GLOBAL_BATCH, LENGTH = 8, 5
@@ -293,3 +302,64 @@ def all_of(requests: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
         except Exception:
             results[name] = AssertionError(traceback.format_exc())
     return results
+
+
+SAVED_AT = SWITCH_EVERY + 2  # in the middle of the second visit
+
+
+def save(path: str, how: str = "fsdp", dtype: str = "float32") -> tuple[list[float], dict[str, Tensor]]:
+    """Train, save in the middle of a visit, train on: the losses and weights that a resumed run must have."""
+    model, optimizer = make(how, dtype)
+    train(model, optimizer, SAVED_AT)
+    save_checkpoint(path, model, optimizer)
+    losses = train(model, optimizer, THREE_EPOCHS)
+    return losses, weights(model)
+
+
+def resume(path: str, how: str = "fsdp", dtype: str = "float32") -> tuple[list[float], dict[str, Tensor]]:
+    model, optimizer = make(how, dtype)
+    train(model, optimizer, 1)  # not where it was saved
+    load_checkpoint(path, model, optimizer)
+    assert (optimizer.global_step, optimizer.steps_in_visit) == (SAVED_AT, 2)
+    return train(model, optimizer, THREE_EPOCHS), weights(model)
+
+
+def checkpoint_refusals(path: str) -> dict[str, str]:
+    """Messages for a checkpoint that is there, is not, is not whole, or is of another partition."""
+    model, optimizer = make("fsdp")
+    other = make("fsdp", block_prefix_list=[["layers.0"], ["layers.1", "layers.2"]])
+    partial = Path(path).with_name("partial")
+    partial.mkdir(exist_ok=True)
+    attempts: dict[str, Callable[[], Any]] = {
+        "there": lambda: save_checkpoint(path, model, optimizer),
+        "missing": lambda: load_checkpoint(path + "-none", model, optimizer),
+        "partial": lambda: load_checkpoint(partial, model, optimizer),
+        "partition": lambda: load_checkpoint(path, *other),
+        "not transformers": lambda: save_whole_model(path + "-model", model),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except (InputError, StateError) as error:
+            messages[name] = str(error)
+    return messages
+
+
+def whole_model(path: str) -> dict[str, Tensor]:
+    """A sharded Llama written for from_pretrained; returns its weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).to(torch.bfloat16)
+    shard_blocks(model)
+    save_whole_model(path, model)
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+def steps_in(path: str) -> int:
+    """The step at which a checkpoint was taken, once it is loaded."""
+    model, optimizer = make("fsdp")
+    load_checkpoint(path, model, optimizer)
+    return optimizer.global_step
