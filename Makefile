@@ -29,8 +29,8 @@ format: $(INSTALLED) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## measure what the documentation claims
-	$(BIN)/python -m benchmarks
+bench: $(INSTALLED) ## measure what the documentation claims, for most of an hour; one of it with BENCH=name
+	$(BIN)/python -m benchmarks $(or $(BENCH),--all)
 
 clean: ## remove the virtual environment and build output
 	rm -rf $(VENV) build dist *.egg-info

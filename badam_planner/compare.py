@@ -17,6 +17,9 @@ from badam.vocabulary import STEP_PHASES, Category, Phase
 EXACT_CATEGORIES = (Category.PARAMETER, Category.MASTER, Category.GRADIENT, Category.OPTIMIZER_STATE)
 """What a measurement can tell apart, because the run holds these tensors; the rest is one sum under ACTIVATION."""
 
+NOT_ATTRIBUTED = "not attributed"
+"""The part of a peak that its record puts in no category."""
+
 PHASE_ORDER = (Phase.SETUP, *STEP_PHASES)
 
 
@@ -75,7 +78,7 @@ class CategoryRow:
     def name(self) -> str:
         if self.category is Category.ACTIVATION:
             return "activation and rest"
-        return "not attributed" if self.category is None else self.category.value
+        return NOT_ATTRIBUTED if self.category is None else self.category.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +231,13 @@ def fold_categories(by_category: Mapping[Category, int]) -> dict[Category, int]:
         kept = category if category in EXACT_CATEGORIES else Category.ACTIVATION
         folded[kept] = folded.get(kept, 0) + size
     return folded
+
+
+def predicted_parts(prediction: Prediction) -> dict[str, int]:
+    """The predicted peak by category, in the order of the vocabulary; what no category holds is ``not attributed``."""
+    parts = {name.value: prediction.by_category[name] for name in Category if name in prediction.by_category}
+    rest = prediction.peak_allocated_bytes - sum(parts.values())
+    return {**parts, NOT_ATTRIBUTED: rest} if rest else parts
 
 
 def block_rows(planned: Sequence[BlockPlan], seen: Sequence[BlockMeasurement] = ()) -> tuple[BlockRow, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import inf
 
-from badam.errors import DoesNotFit, InputError
+from badam.errors import BadamError, DoesNotFit, InputError
 from badam.partition import partition_parameters
 from badam.plan import (
     Attention,
@@ -97,7 +97,7 @@ def _made(request: Request, progress: Progress) -> Answer:
     tried = [_first_that_fits(request, strategy, evaluator, progress) for strategy in asked_for]
     fits = [_headroom(request, forecast) >= 0 for _, forecast in tried]
     best = recommended_index(fits)
-    compared = _other_methods(request, evaluator, progress) if request.compare_methods else []
+    compared, left_out = _other_methods(request, evaluator, progress) if request.compare_methods else ([], [])
     candidates = tuple(
         _candidate(request, plan, forecast, recommended=index == best and fits[best])
         for index, (plan, forecast) in enumerate([*tried, *compared])
@@ -109,6 +109,7 @@ def _made(request: Request, progress: Progress) -> Answer:
         batch_size=request.batch_size,
         seq_len=request.seq_len,
         candidates=candidates,
+        left_out=tuple(left_out),
     )
     if not fits[best]:
         return Answer(result, None, _refusal(request, tried, evaluator, progress))
@@ -202,23 +203,26 @@ def formula_bytes(plan: Plan, trained: int) -> int:
     return method_of(plan.method).state_bytes(plan.model.parameters, trained, len(plan.partition.blocks))
 
 
-def _other_methods(request: Request, evaluator: Evaluator, progress: Progress) -> list[tuple[Plan, PlanForecast]]:
-    """Of every other method the first partition that fits, or its last; those that cannot be planned are left out."""
-    found = []
+def _other_methods(
+    request: Request, evaluator: Evaluator, progress: Progress
+) -> tuple[list[tuple[Plan, PlanForecast]], list[tuple[str, str]]]:
+    """Of every other method the first partition that fits, or its last; and those that cannot be planned, with why."""
+    found, left_out = [], []
     for method in METHODS:
         if method == request.method:
             continue
         other = replace(request, method=method)
         try:
-            for strategy in strategies(method, "auto"):
-                progress(f"comparing with {method}")
-                candidate = _first_that_fits(other, strategy, evaluator, progress)
-                if _headroom(other, candidate[1]) >= 0:
-                    break
+            with explaining(f"{request.spec.id} under {method}"):
+                for strategy in strategies(method, "auto"):
+                    progress(f"comparing with {method}")
+                    candidate = _first_that_fits(other, strategy, evaluator, progress)
+                    if _headroom(other, candidate[1]) >= 0:
+                        break
             found.append(candidate)
-        except InputError as error:
-            progress(f"{method} is left out: {error.message}")
-    return found
+        except BadamError as error:  # the others can still be compared
+            left_out.append((str(method), error.message))
+    return found, left_out
 
 
 def _first_that_fits(

@@ -45,6 +45,32 @@ class SearchResult:
     batch_size: int
     seq_len: int
     candidates: tuple[Candidate, ...]
+    left_out: tuple[tuple[str, str], ...] = ()  # methods that were to be compared and cannot be planned, and why
+
+
+@dataclass(frozen=True, slots=True)
+class SizeCell:
+    """One batch size and length. ``checkpointing`` is "" where no setting of the levers fits."""
+
+    batch_size: int
+    seq_len: int
+    checkpointing: str
+    loss: str
+    peak_device_bytes: int | None  # with these settings; None where nothing fits
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_device_bytes is not None
+
+
+@dataclass(frozen=True, slots=True)
+class SizeMap:
+    """What fits at which batch size and length, everything else as in one plan: each cell with its fastest levers."""
+
+    usable_bytes: int
+    batch_size: int  # of the plan
+    seq_len: int
+    cells: tuple[SizeCell, ...]  # by batch size, then by length
 
 
 @dataclass(frozen=True, slots=True)

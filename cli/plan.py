@@ -239,11 +239,21 @@ def _present(answer: Answer, output: Path, html: Path | None, *, as_json: bool) 
         save_record(answer.plan, output)
         say(f"plan written to {output}")
     if html is not None:
-        from badam_planner.report.gather import rehearse_step
-        from badam_planner.report.html import write_plan_html
-
-        write_plan_html(answer.plan, html, result=answer.result, timeline=rehearse_step(answer.plan))
+        _write_html(answer, html)
         say(f"report written to {html}")
+
+
+def _write_html(answer: Answer, html: Path) -> None:
+    from badam_planner.report.gather import rehearse_step, sizes_that_fit
+    from badam_planner.report.html import write_plan_html
+
+    plan = answer.plan
+    assert plan is not None  # a refusal has no page
+    with _progress() as progress:
+        progress("rehearsing one step to draw it")
+        timeline = rehearse_step(plan)
+        sizes = sizes_that_fit(plan, progress)
+    write_plan_html(plan, html, result=answer.result, timeline=timeline, sizes=sizes)
 
 
 def main() -> None:

@@ -41,7 +41,8 @@ class Recorder:
     """Follows the phases that the training code announces, and measures each optimizer step.
 
     Life: :meth:`start`, :meth:`attach` once model and optimizer exist, :meth:`stop`. A step ends when the phase STEP
-    is left for anything but SWITCH. Its block is the one that was active before it; a switch at its end is part of it.
+    is left for anything but SWITCH, which is part of it, or BACKWARD, which an update inside it interrupted. Its block
+    is the one that was active before it.
 
     Args:
         device: where the model trains.
@@ -145,7 +146,7 @@ class Recorder:
         self._clock.phase_begins(phase)
         if self._measuring:
             self._memory.phase_begins(phase)
-        if previous is Phase.STEP and phase is not Phase.SWITCH:
+        if previous is Phase.STEP and phase not in (Phase.SWITCH, Phase.BACKWARD):
             self._end_step()
             self._clock.resume()  # reading the allocator's reports is no part of training
 

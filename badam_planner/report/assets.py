@@ -78,13 +78,15 @@ SCRIPT = """
     const layout = Object.assign({
       height: figure.height, autosize: true, margin: {l: 56, r: 12, t: 36, b: 48},
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      legend: {orientation: "h", x: 0, y: -0.22, yanchor: "top"},
+      // As many pixels below the axis as its ticks and title take, whatever the height of the chart.
+      legend: {orientation: "h", x: 0, y: -66 / (figure.height - 130), yanchor: "top", traceorder: "normal"},
       modebar: {bgcolor: "rgba(0,0,0,0)", color: colour.dim, activecolor: colour.ink},
       hoverlabel: {align: "left", bgcolor: colour.raised, bordercolor: colour.dim, font: {color: colour.ink}},
     }, copy.layout);
     layout.font = {color: colour.ink, size: 13, family: "system-ui, sans-serif"};
     layout.xaxis = Object.assign({}, axis, layout.xaxis);
     layout.yaxis = Object.assign({}, axis, layout.yaxis);
+    for (const one of [layout.xaxis, layout.yaxis]) if (one.title) one.title.standoff = 8;
     for (const shape of layout.shapes || []) {
       if (shape.type === "line") shape.line.color = colour.ink;
     }

@@ -69,6 +69,13 @@ def category_style(category: Category) -> tuple[str, str]:
     return FILLS[category].colour, PATTERNS[list(Category).index(category) % len(PATTERNS)]
 
 
+def filled(colour: str | Sequence[str], shape: str | Sequence[str]) -> dict[str, Any]:
+    """The marker of bars with a hatching over their colour; one of each for all bars, or for each bar its own."""
+    # plotly's own way to hatch over a colour warns on the console where colours come as a list.
+    over = {"shape": shape, "bgcolor": colour, "fgcolor": "#1b1f24", "fgopacity": 0.5, "size": 6, "solidity": 0.25}
+    return {"color": colour, "pattern": over}
+
+
 def block_axis(names: Sequence[str], most_ticks: int = 16) -> dict[str, Any]:
     """A horizontal axis with one place per block; what all names begin with is said once, in its title."""
     shared = _shared_path(names) if len(names) > 1 else ""
@@ -104,7 +111,8 @@ def limit_line(limit_bytes: int, scale: Scale, *, vertical: bool = False) -> dic
         "label": {
             "text": f"limit {format_bytes(limit_bytes)}",
             "textposition": "end",
-            **({"textangle": 0, "xanchor": "left", "yanchor": "top"} if vertical else {"yanchor": "bottom"}),
+            "yanchor": "bottom",
+            **({"xanchor": "right"} if vertical else {}),  # else it would stand half outside
         },
     }
 

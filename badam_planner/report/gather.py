@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from badam.plan import Plan
 from badam.vocabulary import Phase
 from badam_planner.report.model import CurvePoint, StepTimeline, TrainingCurve, sample_timeline
+from badam_planner.result import SizeMap
 
 METRICS_FILE = "metrics.jsonl"
 """Beside a measured run: one JSON object per optimizer step, with its step, loss and active block."""
@@ -39,6 +41,20 @@ def rehearse_step(plan: Plan) -> StepTimeline:
         limit_bytes=plan.target.usable_bytes - plan.target.context_bytes - plan.target.workspace_bytes,
         start=start,
     )
+
+
+def sizes_that_fit(plan: Plan, progress: Callable[[str], None] = lambda _text: None) -> SizeMap:
+    """What fits at batch sizes and lengths around those of the plan.
+
+    Imports torch; takes a rehearsal of a second or less for each of some thirty sizes.
+
+    Raises:
+        BadamError: if the model of the plan cannot be rehearsed.
+    """
+    from badam_planner.probe.evaluate import Evaluator, inspect_model
+    from badam_planner.probe.sizes import map_sizes
+
+    return map_sizes(plan, Evaluator(inspect_model(plan.model, plan.training.attention)), progress)
 
 
 def read_curve(measured: Path) -> TrainingCurve | None:

@@ -9,30 +9,38 @@ from badam.plan import Plan, Provenance
 from badam.units import format_bytes, format_count, format_seconds
 from badam_planner.compare import Accuracy, Comparison, block_rows, explain
 from badam_planner.report.chart import Chart, TableData
+from badam_planner.report.choice_charts import methods_chart, sizes_chart
+from badam_planner.report.formulas import formula_of
 from badam_planner.report.memory_charts import blocks_chart, parts_chart, phases_chart, timeline_chart
 from badam_planner.report.model import StepTimeline, TrainingCurve
 from badam_planner.report.overview_charts import accuracy_chart, partitions_chart
 from badam_planner.report.page import Page, write_page
 from badam_planner.report.text import bytes_or_nothing, error_in_words, error_percent, percent, signed_bytes
 from badam_planner.report.time_charts import backward_chart, curve_chart
-from badam_planner.result import SearchResult
+from badam_planner.result import SearchResult, SizeMap
 
 
 def write_plan_html(
-    plan: Plan, path: str | Path, *, result: SearchResult | None = None, timeline: StepTimeline | None = None
+    plan: Plan,
+    path: str | Path,
+    *,
+    result: SearchResult | None = None,
+    timeline: StepTimeline | None = None,
+    sizes: SizeMap | None = None,
 ) -> None:
     """Write the report of a plan.
 
     Args:
         plan: with its prediction.
         path: of the HTML file; an existing one is replaced whole.
-        result: all candidates of the search; adds their chart.
+        result: all candidates of the search; adds their charts.
         timeline: one step of the worst block; adds its chart.
+        sizes: what fits at other batch sizes and lengths; adds its chart.
 
     Raises:
         InputError: if the plan has no prediction or the file cannot be written.
     """
-    write_page(plan_page(plan, result=result, timeline=timeline), Path(path))
+    write_page(plan_page(plan, result=result, timeline=timeline, sizes=sizes), Path(path))
 
 
 def write_comparison_html(
@@ -51,7 +59,13 @@ def write_accuracy_html(accuracy: Accuracy, path: str | Path) -> None:
     write_page(accuracy_page(accuracy), Path(path))
 
 
-def plan_page(plan: Plan, *, result: SearchResult | None = None, timeline: StepTimeline | None = None) -> Page:
+def plan_page(
+    plan: Plan,
+    *,
+    result: SearchResult | None = None,
+    timeline: StepTimeline | None = None,
+    sizes: SizeMap | None = None,
+) -> Page:
     """What the report of a plan says."""
     prediction = plan.prediction
     if prediction is None:
@@ -67,11 +81,13 @@ def plan_page(plan: Plan, *, result: SearchResult | None = None, timeline: StepT
         parts_chart(prediction, None),
         blocks_chart(plan, block_rows(plan.partition.blocks)),
         partitions_chart(result) if result else None,
+        methods_chart(result) if result else None,
+        sizes_chart(sizes) if sizes else None,
     ]
     peaks = TableData(
         ("peak", "predicted"),
         (
-            ("model states alone, 2M + 16M/D", format_bytes(prediction.formula_bytes)),
+            (f"model states alone, {formula_of(plan.method)}", format_bytes(prediction.formula_bytes)),
             ("allocated", format_bytes(prediction.peak_allocated_bytes)),
             ("reserved", format_bytes(prediction.peak_reserved_bytes)),
             ("on the device", format_bytes(prediction.peak_device_bytes)),

@@ -8,7 +8,7 @@ from typing import Any
 from badam.plan import Plan, Prediction
 from badam.units import format_bytes
 from badam.vocabulary import Category
-from badam_planner.compare import BlockRow, Comparison, Pair
+from badam_planner.compare import NOT_ATTRIBUTED, BlockRow, Comparison, Pair, predicted_parts
 from badam_planner.report.chart import (
     MEASURED_COLOUR,
     PREDICTED_COLOUR,
@@ -18,6 +18,7 @@ from badam_planner.report.chart import (
     block_axis,
     category_style,
     escaped,
+    filled,
     headroom,
     limit_line,
     scale_for,
@@ -25,6 +26,8 @@ from badam_planner.report.chart import (
 )
 from badam_planner.report.model import Sample, StepTimeline
 from badam_planner.report.text import bytes_or_nothing, clean, error_percent, signed_bytes
+
+UNATTRIBUTED = ("#999999", "")
 
 
 def timeline_chart(timeline: StepTimeline) -> Chart:
@@ -90,19 +93,19 @@ def timeline_chart(timeline: StepTimeline) -> Chart:
 def parts_chart(prediction: Prediction, comparison: Comparison | None) -> Chart:
     """What the peak is made of: predicted in full detail, or beside what a run could tell apart."""
     if comparison is None:
-        sizes = {name.value: prediction.by_category[name] for name in Category if name in prediction.by_category}
+        sizes = predicted_parts(prediction)
         scale = scale_for(max(sizes.values(), default=0))
-        styles = [category_style(Category(name)) for name in sizes]
+        styles = [UNATTRIBUTED if name == NOT_ATTRIBUTED else category_style(Category(name)) for name in sizes]
         bars = _bars("predicted", list(sizes), list(sizes.values()), scale, PREDICTED_COLOUR)
-        bars["marker"] = {"color": [style[0] for style in styles], "pattern": {"shape": [style[1] for style in styles]}}
+        bars["marker"] = filled([style[0] for style in styles], [style[1] for style in styles])
         traces: tuple[dict[str, Any], ...] = (bars,)
         rows = [(name, format_bytes(size)) for name, size in sizes.items()]
-        table = TableData(("part", "predicted"), (*rows, ("sum", format_bytes(sum(sizes.values())))))
+        table = TableData(("part", "predicted"), (*rows, ("sum", format_bytes(prediction.peak_allocated_bytes))))
         largest = max(sizes, key=lambda name: sizes[name], default="")
         summary = f"The largest part of the peak is {largest}, {format_bytes(sizes.get(largest, 0))}."
     else:
         named = [(row.name, row.memory) for row in comparison.categories]
-        scale = scale_for(max(max(pair.predicted or 0, pair.measured or 0) for _, pair in named))
+        scale = scale_for(max((max(pair.predicted or 0, pair.measured or 0) for _, pair in named), default=0))
         traces = _pair_bars([name for name, _ in named], [pair for _, pair in named], scale)
         table = _pair_table("part", [*named, ("sum", comparison.allocated)])
         summary = (
@@ -217,7 +220,7 @@ def _bars(name: str, x: Sequence[Any], sizes: Sequence[int | None], scale: Scale
         "y": [None if size is None else scale(size) for size in sizes],
         "text": [bytes_or_nothing(size) for size in sizes],
         "textposition": "none",
-        "marker": {"color": colour, "pattern": {"shape": "" if colour == PREDICTED_COLOUR else "/"}},
+        "marker": filled(colour, "" if colour == PREDICTED_COLOUR else "/"),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from badam.units import format_bytes
@@ -36,20 +36,30 @@ KINDS = {
 
 
 def partitions_chart(result: SearchResult) -> Chart:
-    """Every candidate by what it needs on the device and what its backward costs."""
-    largest = max(candidate.peak_device_bytes for candidate in result.candidates)
+    """Every candidate of the planned method by what it needs on the device and what its backward costs."""
+    candidates = [one for one in result.candidates if one.method == result.candidates[0].method]
+    largest = max(candidate.peak_device_bytes for candidate in candidates)
     scale = scale_for(largest)
+    # The names of neighbours go to different sides.
+    ranked = sorted({one.peak_device_bytes for one in candidates})
+    sides = {size: ("top center", "bottom center")[rank % 2] for rank, size in enumerate(ranked)}
     traces = []
     for standing in STANDINGS:
-        chosen = [candidate for candidate in result.candidates if _standing(candidate) == standing]
+        chosen = [candidate for candidate in candidates if standing_of(candidate) == standing]
         if chosen:
-            traces.append(_candidates_trace(standing, chosen, scale))
-    costliest = max(candidate.backward_relative for candidate in result.candidates)
-    limit = limit_line(result.usable_bytes, scale, vertical=True)
+            traces.append(_candidates_trace(standing, chosen, scale, sides))
+    costliest = max(candidate.backward_relative for candidate in candidates)
+    shown_limit = within_sight(result.usable_bytes, largest)
+    lowest = min(candidate.peak_device_bytes for candidate in candidates)
+    highest = max(largest, result.usable_bytes) if shown_limit else largest
+    around = max(highest - lowest, highest // 10)
     layout = {
-        "xaxis": {"title": {"text": f"peak on the device ({scale.unit})"}},
-        "yaxis": {"title": {"text": "backward (% of all blocks active)"}, "range": [0, costliest * 125]},
-        "shapes": [limit] if within_sight(result.usable_bytes, largest) else [],
+        "xaxis": {
+            "title": {"text": f"peak on the device ({scale.unit})"},
+            "range": [scale(max(0, lowest - around // 6)), scale(highest + around // 4)],
+        },
+        "yaxis": {"title": {"text": "backward (% of all blocks active)"}, "range": [0, costliest * 125 or 1]},
+        "shapes": [limit_line(result.usable_bytes, scale, vertical=True)] if shown_limit else [],
     }
     table = TableData(
         ("blocks by", "checkpointing", "loss", "D", "device peak", "headroom", "backward", "verdict"),
@@ -62,13 +72,13 @@ def partitions_chart(result: SearchResult) -> Chart:
                 format_bytes(one.peak_device_bytes),
                 format_bytes(one.headroom_bytes),
                 f"{one.backward_relative:.0%}",
-                _standing(one),
+                standing_of(one),
             )
-            for one in result.candidates
+            for one in candidates
         ),
     )
-    fitting = sum(one.fits for one in result.candidates)
-    summary = f"{fitting} of {len(result.candidates)} candidates fit into {format_bytes(result.usable_bytes)}."
+    fitting = sum(one.fits for one in candidates)
+    summary = f"{fitting} of {len(candidates)} candidates fit into {format_bytes(result.usable_bytes)}."
     return Chart("partitions", "Partitions compared", summary, tuple(traces), layout, table)
 
 
@@ -96,13 +106,16 @@ def accuracy_chart(comparisons: Sequence[Comparison]) -> Chart:
     return Chart("accuracy", "Predicted against measured", summary, tuple(traces), layout, table)
 
 
-def _standing(candidate: Candidate) -> str:
+def standing_of(candidate: Candidate) -> str:
+    """Whether a candidate fits and is the one to take, in the words of :data:`STANDINGS`."""
     if candidate.recommended:
         return "recommended"
     return "fits" if candidate.fits else "does not fit"
 
 
-def _candidates_trace(standing: str, chosen: Sequence[Candidate], scale: Scale) -> dict[str, Any]:
+def _candidates_trace(
+    standing: str, chosen: Sequence[Candidate], scale: Scale, sides: Mapping[int, str]
+) -> dict[str, Any]:
     symbol, colour = STANDINGS[standing]
     return {
         "type": "scatter",
@@ -111,7 +124,7 @@ def _candidates_trace(standing: str, chosen: Sequence[Candidate], scale: Scale) 
         "x": [scale(one.peak_device_bytes) for one in chosen],
         "y": [round(one.backward_relative * 100, 1) for one in chosen],
         "text": [escaped(one.strategy) for one in chosen],
-        "textposition": "top center",
+        "textposition": [sides[one.peak_device_bytes] for one in chosen],
         "customdata": [
             f"{escaped(one.strategy)}, checkpointing {one.checkpointing}, {one.loss} loss<br>"
             f"{format_bytes(one.peak_device_bytes)}, backward {one.backward_relative:.0%}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
@@ -10,13 +12,14 @@ from rich.text import Text
 from badam.units import format_bytes, format_count
 from badam.vocabulary import Category
 from badam_planner.report.bars import Bar, StackedBars
+from badam_planner.report.formulas import LETTERS, formula_of, formulas_in_words
 from badam_planner.report.text import SizeUnit, clean, shorten, unit_for
 from badam_planner.result import Candidate, SearchResult
 
 ONE_LINE_WIDTH = 100
 """From this width on every figure has a column; below it two share one, and none is dropped."""
 
-EXPLANATION = "2M+16M/D: model states only. Backward: mean over blocks; all blocks active is 100%."
+EXPLANATION = "Backward: mean over blocks; all blocks active is 100%."
 
 
 def render_candidates(result: SearchResult) -> RenderableType:
@@ -26,8 +29,13 @@ def render_candidates(result: SearchResult) -> RenderableType:
         f", {format_bytes(result.usable_bytes)} usable, batch {result.batch_size} x {result.seq_len} tokens", "not bold"
     )
     unit = unit_for(max(candidate.peak_device_bytes for candidate in result.candidates))
-    explanation = Text(f"Sizes in {unit.name}. {EXPLANATION}")
-    return Group(heading, Text(), _Candidates(result.candidates, unit), explanation)
+    states = _states_title(result.candidates)
+    words = f"{states}: model states only"
+    if states == SEVERAL_FORMULAS:
+        words = f"States only: {formulas_in_words(one.method for one in result.candidates)}; {LETTERS}"
+    explanation = Text(f"Sizes in {unit.name}. {words}. {EXPLANATION}")
+    left_out = [Text(f"left out: {method}. {clean(reason)}") for method, reason in result.left_out]
+    return Group(heading, Text(), _Candidates(result.candidates, unit), explanation, *left_out)
 
 
 def render_peak(candidate: Candidate, usable_bytes: int) -> RenderableType:
@@ -58,7 +66,8 @@ class _Candidates:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wide = options.max_width >= ONE_LINE_WIDTH
         recommended, too_big = (">", "x") if options.ascii_only else ("▶", "✗")
-        columns, padding = (WIDE_COLUMNS, 0) if wide else (NARROW_COLUMNS, 1)
+        titles, padding = (WIDE_COLUMNS, 0) if wide else (NARROW_COLUMNS, 1)
+        columns = tuple(title.format(states=_states_title(self._candidates)) for title in titles)
         rows = []
         for candidate in self._candidates:
             mark = recommended if candidate.recommended else (" " if candidate.fits else too_big)
@@ -79,9 +88,34 @@ class _Candidates:
         yield Text("   ".join(meanings))
 
 
+SEVERAL_FORMULAS = "states"
+
+
+def _states_title(candidates: Sequence[Candidate]) -> str:
+    """The closed form that the candidates share, or a word where they have several."""
+    formulas = {formula_of(one.method) for one in candidates}
+    return formulas.pop() if len(formulas) == 1 else SEVERAL_FORMULAS
+
+
 CANDIDATE = "  blocks by\n  ckpt, loss"
-WIDE_COLUMNS = (CANDIDATE, "D", "largest", "2M+16M/D", "alloc.", "reserved", "device", "headroom", "backw.")
-NARROW_COLUMNS = (CANDIDATE, "D\nlargest", "2M+16M/D\nbackward", "alloc.\nreserved", "device\nheadroom")
+WIDE_COLUMNS: tuple[str, ...] = (
+    CANDIDATE,
+    "D",
+    "largest",
+    "{states}",
+    "alloc.",
+    "reserved",
+    "device",
+    "headroom",
+    "backw.",
+)
+NARROW_COLUMNS: tuple[str, ...] = (
+    CANDIDATE,
+    "D\nlargest",
+    "{states}\nbackward",
+    "alloc.\nreserved",
+    "device\nheadroom",
+)
 PEAK = "peak in\nmodule"
 
 

@@ -38,7 +38,7 @@ def render_comparison(comparison: Comparison) -> RenderableType:
         Text(),
         _memory_table("peak", [(row.name, row.memory) for row in comparison.totals]),
         Text(),
-        _memory_table("part of the peak", _with_sum(comparison)),
+        _memory_table("part of the peak", memory_rows(comparison)),
         Text(),
         _phase_table(comparison),
         Text(),
@@ -111,9 +111,14 @@ def _heading(comparison: Comparison) -> list[Text]:
 
 
 def _bars(comparison: Comparison) -> StackedBars:
-    prediction, measurement = comparison.prediction, comparison.measurement
     target = comparison.plan.target
-    resident = target.engine == "single"
+    return StackedBars(phase_bars(comparison), target.usable_bytes - target.context_bytes)
+
+
+def phase_bars(comparison: Comparison) -> list[Bar]:
+    """A bar for each phase and side that has a figure; the peak's own phase is split into its parts."""
+    prediction, measurement = comparison.prediction, comparison.measurement
+    resident = comparison.plan.target.engine == "single"
     bars = []
     for row in comparison.phases:
         if row.memory.predicted is not None:
@@ -125,7 +130,7 @@ def _bars(comparison: Comparison) -> StackedBars:
             parts = _parts(row.memory.measured, measurement.by_category, split, resident=resident)
             label = "" if row.memory.predicted is not None else row.name
             bars.append(Bar(label, "run", parts, "peak" if split else ""))
-    return StackedBars(bars, target.usable_bytes - target.context_bytes)
+    return bars
 
 
 def _parts(
@@ -169,7 +174,8 @@ def _memory_cells(pair: Pair) -> tuple[str, str, str, str]:
     )
 
 
-def _with_sum(comparison: Comparison) -> list[tuple[str, Pair]]:
+def memory_rows(comparison: Comparison) -> list[tuple[str, Pair]]:
+    """The parts of the peak, and their sum."""
     return [*((row.name, row.memory) for row in comparison.categories), ("sum", comparison.allocated)]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import badam.profiling
-from badam import BlockOptimizer, phases
+from badam import BlockOptimizer, BlockOptimizerRatio, phases
 from badam.errors import BadamError
 from badam.plan import Plan
 from badam.profiling.record import load_measured
@@ -107,6 +107,19 @@ def test_a_plain_optimizer_is_recorded_as_one_block() -> None:
             optimizer.zero_grad()
     assert [step.block for step in run.steps] == [0, 0]
     assert set(run.steps[1].seconds) == {Phase.SETUP, Phase.FORWARD, Phase.BACKWARD, Phase.STEP}
+
+
+def test_updates_inside_backward_end_no_step() -> None:
+    plan = tiny_plan()
+    model = build_model(plan.model, plan.training, weights=None)
+    optimizer = BlockOptimizerRatio(
+        [{"params": list(model.parameters())}], list(model.named_parameters()), update_ratio=0.5, gradient_release=True
+    )
+    with badam.profiling.record(optimizer, model) as run:
+        for _ in range(2):
+            forward_loss(model, batch(plan), "full").backward()
+            optimizer.step()
+    assert len(run.steps) == 2
 
 
 def test_a_run_without_a_loss_leaves_no_record(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from badam_planner.compare import Comparison, compare
 from badam_planner.report.html import comparison_page, plan_page
 from badam_planner.report.model import CurvePoint, PhaseSpan, Sample, StepTimeline, TrainingCurve
 from badam_planner.report.page import Page
+from badam_planner.result import SearchResult, SizeCell, SizeMap
 from tests.badam_planner import factories
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\"'&amp;{{x}}"
@@ -38,8 +39,36 @@ def comparison(name: str = "acme/tiny-7b", **changes: Any) -> Comparison:
     return compare(plan, factories.measured_run(plan, **changes))
 
 
+def several_methods(**changes: object) -> SearchResult:
+    """badam fits twice, lora fits with less, adam needs 100 GiB of 23; qlora could not be planned."""
+    result = factories.search_result(
+        factories.candidate(recommended=True),
+        factories.candidate(strategy="matrix", peak_device_bytes=22 * GIB),
+        factories.candidate(
+            method="adam", strategy="full", fits=False, peak_reserved_bytes=99 * GIB, peak_device_bytes=100 * GIB
+        ),
+        factories.candidate(method="lora", strategy="full", peak_reserved_bytes=20 * GIB, peak_device_bytes=21 * GIB),
+    )
+    return SearchResult(**{**{name: getattr(result, name) for name in result.__slots__}, **changes})
+
+
+def sizes() -> SizeMap:
+    """Two batches by two lengths: all fit but the largest, and one only with checkpointing."""
+    return SizeMap(
+        23 * GIB,
+        1,
+        512,
+        (
+            SizeCell(1, 512, "none", "full", 12 * GIB),
+            SizeCell(1, 1024, "none", "full", 20 * GIB),
+            SizeCell(2, 512, "all", "chunked", 15 * GIB),
+            SizeCell(2, 1024, "", "", None),
+        ),
+    )
+
+
 def full_plan_page() -> Page:
-    return plan_page(factories.plan(), result=factories.search_result(), timeline=step_timeline())
+    return plan_page(factories.plan(), result=several_methods(), timeline=step_timeline(), sizes=sizes())
 
 
 def full_comparison_page(name: str = "acme/tiny-7b") -> Page:

@@ -53,26 +53,46 @@ def test_no_button_sends_a_chart_anywhere(report: Path) -> None:
 def test_plan_page_is_drawn(tmp_path: Path) -> None:
     write_page(full_plan_page(), tmp_path / "plan.html")
     seen = visit(tmp_path / "plan.html", STATE)
-    assert (seen.answer["charts"], seen.console) == ("4", ())
+    assert (seen.answer["charts"], seen.console) == ("6", ())
+    assert all(seen.answer["drawn"])
+    assert seen.answer["wide"] <= 0
+
+
+# Moves the mouse over a point of a chart, as a person would, and reads what appears beside it.
+HOVER = """
+const place = document.getElementById("plot-%s");
+const {xaxis, yaxis} = place._fullLayout;
+const area = place.querySelector(".nsewdrag").getBoundingClientRect();
+const at = {
+  clientX: area.left + xaxis.l2p(%s), clientY: area.top + yaxis.l2p(%s), bubbles: true,
+};
+for (const kind of ["mouseover", "mousemove"]) {
+  place.querySelector(".nsewdrag").dispatchEvent(new MouseEvent(kind, at));
+  await pause(300);
+}
+return place.querySelector(".hoverlayer").textContent;
+"""
 
 
 def test_hovering_over_the_timeline_names_phase_module_and_tensor(report: Path) -> None:
-    script = """
-    const place = document.getElementById("plot-timeline");
-    Plotly.Fx.hover(place, [{curveNumber: place.data.length - 1, pointNumber: 2}]);
-    await pause(300);
-    return place.querySelector(".hoverlayer").textContent;
-    """
-    text = visit(report, script).answer
+    text = visit(report, HOVER % ("timeline", 2, 14)).answer
     assert "14.00 GiB in backward" in text
-    assert "model.layers.0.mlp: mm" in text or "acme/tiny-7b: mm" in text
+    assert "acme/tiny-7b: mm" in text  # the name that the page under test gives its module
+
+
+def test_hovering_over_a_method_and_a_size_says_what_is_there(tmp_path: Path) -> None:
+    write_page(full_plan_page(), tmp_path / "plan.html")
+    assert "parameter" in visit(tmp_path / "plan.html", HOVER % ("methods", 3, 0)).answer
+    assert "15.00 GiB on the device" in visit(tmp_path / "plan.html", HOVER % ("sizes", 0, 1)).answer
 
 
 def test_clicking_the_legend_hides_a_trace(report: Path) -> None:
     script = """
     const place = document.getElementById("plot-parts");
     const toggle = place.querySelector(".legendtoggle");
-    for (const kind of ["mousedown", "mouseup"]) toggle.dispatchEvent(new MouseEvent(kind, {bubbles: true}));
+    const box = toggle.getBoundingClientRect();
+    const at = {clientX: box.left + 5, clientY: box.top + 5, bubbles: true};
+    for (const kind of ["mousedown", "mouseup"]) toggle.dispatchEvent(new MouseEvent(kind, at));
     await pause(1000);
     return place.data.map((trace) => trace.visible ?? true);
     """

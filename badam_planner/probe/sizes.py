@@ -1,0 +1,90 @@
+"""What fits at other batch sizes and lengths, everything else as in a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from badam.plan import Plan
+from badam.training.methods import method_of
+from badam_planner.probe.evaluate import Evaluator, ModelTree
+from badam_planner.result import SizeCell, SizeMap
+from badam_planner.search import Setting, ladder
+
+FACTORS = (0.25, 0.5, 1, 2, 4, 8)
+"""Batch sizes and lengths to look at, relative to those of the plan."""
+
+FEW_FACTORS = (0.5, 1, 2)
+"""For methods whose rehearsal is made at full depth, which takes seconds."""
+
+SHORTEST = 32
+
+
+def map_sizes(plan: Plan, evaluator: Evaluator, progress: Callable[[str], None] = lambda _text: None) -> SizeMap:
+    """For each size the fastest setting of checkpointing and loss that fits, and what the worst block then needs.
+
+    More sequences or longer ones never need less, so a size is asked only with the settings that all smaller sizes
+    leave open, and not at all once a smaller one did not fit.
+    """
+    training = plan.training
+    factors = FACTORS if method_of(plan.method).composes else FEW_FACTORS
+    batches = sizes_around(training.batch_size, 1, factors)
+    lengths = sizes_around(training.seq_len, SHORTEST, factors)
+    lengths = [length for length in lengths if length <= max(_longest(plan), training.seq_len)]
+    settings = ladder("auto", "auto", evaluator.tree.can_chunk)
+    first_open: dict[tuple[int, int], int] = {}  # index of the first setting that fits; len(settings) where none does
+    cells = []
+    for row, batch in enumerate(batches):
+        for column, length in enumerate(lengths):
+            begin = max(first_open.get((row - 1, column), 0), first_open.get((row, column - 1), 0))
+            progress(f"batch {batch} of {length} tokens")
+            index, peak = _first_that_fits(plan, batch, length, settings[begin:], evaluator)
+            first_open[row, column] = begin + index
+            cells.append(_cell(batch, length, settings, begin + index, peak))
+    return SizeMap(plan.target.usable_bytes, training.batch_size, training.seq_len, tuple(cells))
+
+
+def sizes_around(size: int, smallest: int, factors: Sequence[float] = FACTORS) -> list[int]:
+    """``size`` with smaller and larger ones, in order."""
+    return sorted({max(int(size * factor), min(size, smallest)) for factor in factors})
+
+
+def resized(plan: Plan, batch_size: int, seq_len: int, setting: Setting, tree: ModelTree) -> Plan:
+    """The plan at another size, with other levers and without its prediction."""
+    layers = tree.layers if setting.checkpointing == "all" else ()
+    blocks = tuple(
+        block.model_copy(update={"checkpointed_layers": layers, "peak_allocated_bytes": None})
+        for block in plan.partition.blocks
+    )
+    levers = {"checkpointing": setting.checkpointing, "loss": setting.loss}
+    return plan.model_copy(
+        update={
+            "partition": plan.partition.model_copy(update={"blocks": blocks}),
+            "training": plan.training.model_copy(update={"batch_size": batch_size, "seq_len": seq_len, **levers}),
+            "prediction": None,
+        }
+    )
+
+
+def _first_that_fits(
+    plan: Plan, batch: int, length: int, settings: Sequence[Setting], evaluator: Evaluator
+) -> tuple[int, int | None]:
+    """The index of the first setting that fits and its device peak; their number and None where none does."""
+    for index, setting in enumerate(settings):
+        other = resized(plan, batch, length, setting, evaluator.tree)
+        found = evaluator.worst_block(other, give_up_above=plan.target.usable_bytes)
+        if found is not None:
+            return index, found.worst.peak_device_bytes
+    return len(settings), None
+
+
+def _cell(batch: int, length: int, settings: Sequence[Setting], index: int, peak: int | None) -> SizeCell:
+    if index == len(settings):
+        return SizeCell(batch, length, "", "", None)
+    return SizeCell(batch, length, settings[index].checkpointing, settings[index].loss, peak)
+
+
+def _longest(plan: Plan) -> int:
+    """Positions that the model has; without a word on it, any."""
+    config = plan.model.config
+    known = [config[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len") if config.get(name)]
+    return int(min(known)) if known else 2**30

@@ -1,0 +1,37 @@
+"""The closed form of each method's model states in words, as methods compute it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from badam.plan import Method
+
+FORMULAS: Mapping[Method, str] = {
+    "badam": "2M+16M/D",
+    "hift": "2M+16M/D",
+    "badam-ratio": "2M+16T",
+    "lisa": "2M+16T",
+    "lora": "2M+16T",
+    "qlora": "2M+16T",
+    "adam": "18M",
+    "galore": "4M",
+    "lomo": "2M",
+    "adalomo": "2M",
+    "mezo": "2M",
+}
+"""M: parameters of the model, D: blocks, T: entries trained at a time. Bytes; see ``state_bytes`` of each method."""
+
+LETTERS = "M parameters, D blocks, T entries trained at a time"
+
+
+def formula_of(method: str) -> str:
+    """The closed form of one method; "states" of one that has none here."""
+    return next((formula for known, formula in FORMULAS.items() if known == method), "states")
+
+
+def formulas_in_words(methods: Iterable[str]) -> str:
+    """Which closed form belongs to which of ``methods``: ``2M+16M/D (badam, hift), 2M (lomo)``."""
+    groups: dict[str, list[str]] = {}
+    for method in dict.fromkeys(methods):
+        groups.setdefault(formula_of(method), []).append(method)
+    return ", ".join(f"{formula} ({', '.join(names)})" for formula, names in groups.items())

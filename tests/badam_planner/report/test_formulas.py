@@ -1,0 +1,43 @@
+"""The closed forms as the report words them."""
+
+from __future__ import annotations
+
+import re
+from typing import get_args
+
+import pytest
+
+from badam.plan import Method
+from badam.training.methods import method_of
+from badam_planner.report.formulas import FORMULAS, formulas_in_words
+from badam_planner.report.plan_table import render_candidates
+from badam_planner.result import SearchResult
+from tests.badam_planner import factories
+from tests.badam_planner.report.rendering import render
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_the_words_give_what_the_method_computes(method: Method) -> None:
+    parameters = 6400
+    blocks, trained = (1, parameters) if method == "adam" else (8, 500)  # it trains everything at a time
+    term = re.sub(r"(\d)([MT])", r"\1*\2", FORMULAS[method])
+    value = eval(term, {"M": parameters, "D": blocks, "T": trained})
+    assert value == method_of(method).state_bytes(parameters, trained, blocks)
+
+
+def test_methods_of_one_form_stand_together() -> None:
+    assert formulas_in_words(["badam", "lomo", "hift", "badam"]) == "2M+16M/D (badam, hift), 2M (lomo)"
+
+
+def test_a_table_of_several_methods_names_no_form_for_all() -> None:
+    result = factories.search_result(factories.candidate(), factories.candidate(method="lomo"))
+    result = SearchResult(
+        **{**{name: getattr(result, name) for name in result.__slots__}, "left_out": (("qlora", "No card."),)}
+    )
+    for width in (80, 120):
+        text = " ".join(render(render_candidates(result), width).split())
+        header = text.split("─")[0]
+        assert "states" in header
+        assert "2M" not in header
+        assert "2M+16M/D (badam), 2M (lomo)" in text
+        assert "left out: qlora. No card." in text
