@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from badam.naming import ParameterInfo, belongs
-from badam.plan import Dtype
+from badam.plan import Dtype, Plan
 from badam.vocabulary import Category, Phase
 from badam_planner.events import NEVER, Allocation, Recording
 
@@ -89,6 +89,33 @@ class Traffic:
         """
         whole = self.gathered_bytes + self.reduced_bytes + 2 * self.averaged_bytes
         return round(whole * (cards - 1) / cards)
+
+
+def sharding_of(
+    plan: Plan, parameters: Sequence[ParameterInfo], layers: Sequence[str], head_module: str, trained: frozenset[str]
+) -> Sharding:
+    """How the plan's engine cuts the model while the parameters ``trained`` are active."""
+    shards = plan.target.num_gpus if plan.target.engine == "fsdp2" else 1
+    return Sharding(units_of(parameters, layers, head_module), shards, plan.training.dtype, trained)
+
+
+def per_card(recording: Recording, plan: Plan, sharding: Sharding) -> Recording:
+    """The recording of one of the plan's cards, from that of one card alone."""
+    if plan.target.engine == "fsdp2":
+        return shard(recording, sharding)
+    return replicate(recording) if plan.target.engine == "ddp" else recording
+
+
+def traffic_per_step(recording: Recording, plan: Plan, sharding: Sharding) -> tuple[Traffic, Traffic] | None:
+    """What the plan's cards send in a step, and what they would if everything were trained; None for one card."""
+    if plan.target.engine == "fsdp2":
+        return traffic(recording, sharding), traffic_of_everything(sharding, plan.training.grad_accum)
+    if plan.target.engine == "ddp":
+        every = [info for unit in sharding.units for info in unit.parameters]
+        active = sum(info.numel for info in every if info.name in sharding.trained)
+        whole = sum(info.numel for info in every)
+        return Traffic(0, 0, 0, 0, 4 * active), Traffic(0, 0, 0, 0, 4 * whole)
+    return None
 
 
 def shard_entries(info: ParameterInfo, shards: int) -> int:
@@ -211,6 +238,7 @@ class _Passes:
         self.recording = recording
         self.sharding = sharding
         self.every = list(self._read())
+        self._last_born = self._find_last_born()
 
     def _read(self) -> Iterator[_Pass]:
         starts = [*self.recording.phase_starts, (self.recording.end, Phase.SETUP)]
@@ -253,14 +281,20 @@ class _Passes:
 
     def _left(self, one: _Pass, unit: Unit) -> int:
         """When forward has left a unit: after the last tensor that was made in it."""
-        inside = [
-            allocation.born
-            for allocation in self.recording.allocations
-            if one.begins <= allocation.born < one.turns
-            and allocation.phase is Phase.FORWARD
-            and belongs(allocation.module, (unit.path,))
-        ]
-        return max(inside, default=one.turns) + 2
+        return self._last_born.get((one.begins, unit.path), one.turns) + 2
+
+    def _find_last_born(self) -> dict[tuple[int, str], int]:
+        """By micro-batch and unit, when its last tensor was made."""
+        units = {unit.path for unit in self.sharding.units}
+        found: dict[tuple[int, str], int] = {}
+        for one in self.every:
+            for allocation in self.recording.allocations:
+                if allocation.phase is Phase.FORWARD and one.begins <= allocation.born < one.turns:
+                    path = allocation.module
+                    while path and path not in units:
+                        path = path.rpartition(".")[0]
+                    found[one.begins, path] = allocation.born
+        return found
 
     def _backward(self, one: _Pass) -> Iterator[Allocation]:
         prefetched = one.turns + 1  # the root's backward begins first, and asks for the last unit

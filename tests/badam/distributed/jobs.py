@@ -394,8 +394,9 @@ def llama_peak(plan_json: str, block: int) -> dict[str, Any]:
         switch_block_every=0,
         verbose=0,
     )
-    prepare_checkpointing(model, optimizer, plan.model_copy(update={
-        "partition": plan.partition.model_copy(update={"blocks": (staged,)})}))
+    prepare_checkpointing(
+        model, optimizer, plan.model_copy(update={"partition": plan.partition.model_copy(update={"blocks": (staged,)})})
+    )
     shape = (plan.training.batch_size, plan.training.seq_len)
 
     def step() -> None:
@@ -421,6 +422,26 @@ def llama_peak(plan_json: str, block: int) -> dict[str, Any]:
     with SentBytes() as counter:
         step()
     return {"peak": peak, "counts": counter.counts, "sent": counter.sent}
+
+
+def llama_sent_by_full_training(plan_json: str) -> float:
+    """Bytes that this process sends in a step that trains every parameter."""
+    from badam.plan import Plan
+    from badam.training.assemble import build_model
+    from badam.training.step import forward_loss
+
+    plan = Plan.model_validate_json(plan_json)
+    model = build_model(plan.model, plan.training)
+    shard_blocks(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    shape = (plan.training.batch_size, plan.training.seq_len)
+    for _ in range(2):
+        with SentBytes() as counter:
+            batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+            forward_loss(model, batch, plan.training.loss, num_items=torch.tensor(8)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return counter.sent
 
 
 class SentBytes(TorchDispatchMode):
