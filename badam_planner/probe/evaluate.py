@@ -171,9 +171,9 @@ class Evaluator:
         return self._trained[key]
 
     def every_block(self, plan: Plan, known: PlanForecast) -> PlanForecast:
-        """Forecast all blocks of a plan whose worst block is ``known``."""
+        """Forecast all blocks of a plan whose worst block is ``known``; none if they are not trained one by one."""
         if not method_of(plan.method).composes:
-            return replace(known, blocks=(known.worst,) * len(plan.partition.blocks))
+            return replace(known, blocks=(known.worst,) if len(plan.partition.blocks) == 1 else ())
         forecasts = {known.worst_block: known.worst}
         indices = range(len(plan.partition.blocks))
         middle = len(indices) / 2
