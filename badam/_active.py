@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from badam._shards import is_sharded, local_part, shard_number, version_of
 from badam.functional import copy_nearest_, is_fake, round_stochastically_
 
 HAS_GRAD_DTYPE = hasattr(torch.Tensor, "grad_dtype")
@@ -29,7 +30,7 @@ class ActiveParameter:
 
     Args:
         name: in the model.
-        parameter: the model's parameter, any floating type.
+        parameter: the model's parameter, any floating type; may be sharded over processes (a DTensor).
         rows: train only these rows ``(first, end)``.
     """
 
@@ -51,6 +52,16 @@ class ActiveParameter:
     def is_copied(self) -> bool:
         """Whether training goes through an fp32 copy, because the parameter is too narrow to train itself."""
         return self.parameter.dtype in _NARROW
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process may hold only a part of the parameter; master and gradient are cut alike."""
+        return is_sharded(self.parameter)
+
+    @property
+    def shard_number(self) -> int:
+        """Which part of the parameter this process holds."""
+        return shard_number(self.parameter)
 
     @property
     def weight(self) -> Tensor:
@@ -108,16 +119,16 @@ class ActiveParameter:
         gradient = self.gradient
         if gradient is not None:
             wide = torch.float32 if gradient.dtype == torch.float16 else None
-            self._sum = gradient.detach().sum(dtype=wide).float()
+            self._sum = local_part(gradient).sum(dtype=wide).float()
             self._summed = weakref.ref(gradient)
-            self._summed_version = gradient._version
+            self._summed_version = version_of(gradient)
 
     def finiteness(self) -> Tensor | None:
         """A number (shape (), fp32) that is finite if the gradient is; None if there is no gradient."""
         gradient = self.gradient
         if gradient is None:
             return None
-        if self._summed() is not gradient or (not is_fake(gradient) and gradient._version != self._summed_version):
+        if self._summed() is not gradient or (not is_fake(gradient) and version_of(gradient) != self._summed_version):
             self._inspect()  # someone has scaled or replaced it since, clipping for instance
         return self._sum
 
@@ -125,6 +136,16 @@ class ActiveParameter:
     def gradient(self) -> Tensor | None:
         """The gradient accumulated so far, of the shape of :attr:`weight`; None if there was none."""
         return self._taken if self.hides_gradient else self.parameter.grad
+
+    def zero_gradient(self) -> None:
+        """Have a gradient of zeros where there is none: the batches of this process did not use the parameter."""
+        if self.gradient is not None:
+            return
+        zeros = torch.zeros_like(self.weight, dtype=torch.promote_types(self.parameter.dtype, torch.float32))
+        if self.hides_gradient:
+            self._taken = zeros
+        else:
+            self.parameter.grad = zeros
 
     def drop_gradient(self) -> None:
         """Release the gradient."""
@@ -161,22 +182,23 @@ class ActiveParameter:
     def _is_near(self, weight: Tensor) -> bool:
         assert self.master is not None
         kind = torch.finfo(weight.dtype)
-        return torch.allclose(weight.float(), self.master.detach(), rtol=kind.eps, atol=kind.smallest_normal * kind.eps)
+        weight, master = local_part(weight), local_part(self.master)
+        return torch.allclose(weight.float(), master, rtol=kind.eps, atol=kind.smallest_normal * kind.eps)
 
     # The way back
 
     def _is_as_written(self) -> bool:
-        return is_fake(self.parameter) or self.parameter._version == self._written_version
+        return is_fake(self.parameter) or version_of(self.parameter) == self._written_version
 
     def mark_written(self) -> None:
         """Remember that the weight is now the rounded master."""
         if not is_fake(self.parameter):
-            self._written_version = self.parameter._version
+            self._written_version = version_of(self.parameter)
 
     def write_stochastically(self, generator: torch.Generator) -> None:
         """Round the master into the model, in expectation without loss; not if someone changed the weights since."""
         if self.master is not None and self.is_copied and self._is_as_written():
-            round_stochastically_(self.weight, self.master.detach(), generator)
+            round_stochastically_(local_part(self.weight), local_part(self.master), generator)
             self.mark_written()
 
     def close(self) -> None:
@@ -198,6 +220,7 @@ def _nothing() -> None:
 def write_nearest(members: Sequence[ActiveParameter]) -> None:
     """Round the masters of ``members`` into the model, to nearest; no temporaries."""
     copied = [(member, member.master) for member in members if member.is_copied and member.master is not None]
-    copy_nearest_([member.weight for member, _ in copied], [master.detach() for _, master in copied])
+    weights = [local_part(member.weight) for member, _ in copied]
+    copy_nearest_(weights, [local_part(master) for _, master in copied])
     for member, _ in copied:
         member.mark_written()

@@ -14,6 +14,8 @@ from badam._active import HAS_GRAD_DTYPE, ActiveParameter
 from badam._blocks_of_model import BlocksOfModel, freeze
 from badam._master_groups import MasterGroups
 from badam._messages import Messages
+from badam._ranks import OneProcess
+from badam._shards import is_sharded, seed_of_shard
 from badam.errors import InputError
 from badam.naming import Block, belongs, rows_of
 from badam.plan import WriteBack
@@ -32,6 +34,7 @@ class BlockVisits(Optimizer):
         hide_gradients: take gradients out of ``parameter.grad``.
         keep_dtype: leave a hidden gradient of one batch in the model's type.
         messages: where to announce blocks.
+        ranks: the processes that train this model together.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class BlockVisits(Optimizer):
         hide_gradients: bool,
         keep_dtype: bool,
         messages: Messages,
+        ranks: OneProcess,
     ) -> None:
         self.named_parameters_list = model.named_parameters
         self.blocks = model.blocks
@@ -58,6 +62,7 @@ class BlockVisits(Optimizer):
         self._hide_gradients = hide_gradients
         self._keep_dtype = keep_dtype
         self._messages = messages
+        self._ranks = ranks
         self._switch_hooks: list[Callable[[Any], None]] = []
         self._active: list[ActiveParameter] = []
         self._is_built = False
@@ -161,6 +166,7 @@ class BlockVisits(Optimizer):
             self._end_visit()
             self.visit += 1
             self.steps_in_visit = 0
+            self._ranks.check_same({"the block to train next": (self.visit, self.current_block.name, self.global_step)})
             self._begin_visit()
         self._announce_switch(verbose)
 
@@ -173,12 +179,13 @@ class BlockVisits(Optimizer):
         """
         if self.write_back == "nearest":  # the weights are that already, after every step
             return
-        generators: dict[torch.device, torch.Generator] = {}
+        generators: dict[tuple[torch.device, int], torch.Generator] = {}
         for member in self._active:
-            device = member.parameter.device
-            if device not in generators:
-                generators[device] = torch.Generator(device).manual_seed(self._rounding_seed())
-            member.write_stochastically(generators[device])
+            device, shard = member.parameter.device, member.shard_number
+            if (device, shard) not in generators:
+                seed = seed_of_shard(self._rounding_seed(), shard)
+                generators[device, shard] = torch.Generator(device).manual_seed(seed)
+            member.write_stochastically(generators[device, shard])
 
     def _rounding_seed(self) -> int:
         """Different in every visit and a function of saved numbers only, so that a resumed run rounds alike."""
@@ -188,16 +195,31 @@ class BlockVisits(Optimizer):
         prefixes = self.active_param_prefixs
         for name, parameter in self._model.trainable:
             if belongs(name, prefixes):
-                self._active.append(ActiveParameter(name, parameter, rows_of(name, prefixes)))
+                self._active.append(ActiveParameter(name, parameter, self._rows(name, parameter)))
         active = {member.name for member in self._active}
         for name, parameter in self.named_parameters_list:
             if name not in active and name not in self._model.frozen:
                 freeze(parameter)
-        hidden = self._hide_gradients or any(
-            member.rows or (member.is_copied and not HAS_GRAD_DTYPE) for member in self._active
+        # FSDP2 rounds what it has summed to the parameter's type; several batches are added up in fp32 here.
+        hidden = (
+            self._hide_gradients
+            or self._ranks.averages
+            or any(
+                member.rows or (member.is_copied and (member.is_sharded or not HAS_GRAD_DTYPE))
+                for member in self._active
+            )
         )
         for member in self._active:
             member.collect(visible=not hidden, keep_dtype=self._keep_dtype, ready=self._on_gradient)
+
+    def _rows(self, name: str, parameter: Tensor) -> tuple[int, int] | None:
+        rows = rows_of(name, self.active_param_prefixs)
+        if rows is not None and is_sharded(parameter):
+            raise InputError(
+                f"Rows {rows[0]} to {rows[1]} of {name} cannot be a block: its rows are spread over several processes.",
+                advice="Leave max_block_parameters off; sharding makes the largest block smaller already.",
+            )
+        return rows
 
     def _end_visit(self) -> None:
         for member in self._active:

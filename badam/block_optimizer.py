@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from badam import phases
 from badam._active import ActiveParameter
 from badam._block_state import Progress, check_groups, model_digest
-from badam._blocks_of_model import BlockSpec, blocks_of_model
+from badam._blocks_of_model import BlocksOfModel, BlockSpec, blocks_of_model
 from badam._master_groups import MasterGroups
 from badam._messages import Messages
+from badam._ranks import OneProcess, ProcessRanks, ranks_of
 from badam._state_of_1_4 import NOT_SAVED, read_state_of_1_4
 from badam._visits import BlockVisits
 from badam.compiled_update import CompiledAdamW
 from badam.errors import InputError
-from badam.functional import all_finite
 from badam.plan import WriteBack
 from badam.schedule import BlockSchedule, SwitchMode
 from badam.vocabulary import Phase
@@ -60,6 +60,13 @@ class BlockOptimizer(BlockVisits):
             the gradient in the model's type (fp32 once there are several batches) and writes weight and master.
         max_block_parameters: a block with more entries than this is split into ranges of rows of its matrices.
         seed: of the random order and of stochastic rounding; no other generator is touched.
+        average_gradients: several processes hold a whole copy of the model each: average the active block's gradients
+            over them, once per step. Nothing else may average them, so do not wrap the model in
+            ``DistributedDataParallel``, or hand it to :func:`badam.distributed.average_instead_of_ddp`.
+
+    Parameters that FSDP2 has sharded (``torch.distributed.fsdp.fully_shard``) are recognised: masters, moments and
+    gradients are cut like them. Several processes build, step and load together, and what they must agree on (blocks,
+    schedule, options, position) is checked: see :class:`badam.errors.RanksDisagree`.
 
     Raises:
         InputError: for options that contradict each other or the model; the message names the block or prefix.
@@ -85,6 +92,7 @@ class BlockOptimizer(BlockVisits):
         update: Update = "base",
         max_block_parameters: int | None = None,
         seed: int = 0,
+        average_gradients: bool = False,
     ) -> None:
         _check_choice("write_back", write_back, ("stochastic", "nearest"))
         _check_choice("update", update, ("base", "compiled"))
@@ -103,6 +111,9 @@ class BlockOptimizer(BlockVisits):
         self.non_finite_steps = 0
         self._released: set[str] = set()
         self._skipped_in_step = False
+        self._is_averaged = False
+        ranks = _ranks_for(model, average_gradients=average_gradients)
+        self._check_ranks_suit(ranks)
         super().__init__(
             CompiledAdamW(base_optimizer) if update == "compiled" else MasterGroups(base_optimizer),
             model,
@@ -111,7 +122,9 @@ class BlockOptimizer(BlockVisits):
             hide_gradients=gradient_release or update == "compiled",
             keep_dtype=update == "compiled",
             messages=Messages(verbose, log_fn),
+            ranks=ranks,
         )
+        ranks.check_same(self._facts())
 
     # The step
 
@@ -143,12 +156,21 @@ class BlockOptimizer(BlockVisits):
         return loss
 
     def _with_gradient(self) -> list[ActiveParameter]:
+        """The members with a gradient, which is that of all processes together."""
         for member in self._active:
             member.settle()
+        if self._ranks.averages and not self._is_averaged:
+            present = self._ranks.any_of([member.gradient is not None for member in self._active])
+            for member, used in zip(self._active, present, strict=True):
+                if used:
+                    member.zero_gradient()
+            self._ranks.average_([member.gradient for member in self._active if member.gradient is not None])
+            self._is_averaged = True
         return [member for member in self._active if member.gradient is not None]
 
     def _step_on(self, members: list[ActiveParameter]) -> bool:
         """One base step on the masters of ``members``; False if a gradient was not finite."""
+        self._is_averaged = False
         if not self._are_finite(members):
             self._skip_non_finite(members)
             return False
@@ -157,7 +179,7 @@ class BlockOptimizer(BlockVisits):
 
     def _are_finite(self, members: list[ActiveParameter]) -> bool:
         sums = [total for member in members if (total := member.finiteness()) is not None]
-        return all_finite(sums)
+        return self._ranks.all_finite(sums, self.global_step)
 
     def _skip_non_finite(self, members: list[ActiveParameter]) -> None:
         self._base.unclip()
@@ -176,6 +198,7 @@ class BlockOptimizer(BlockVisits):
         """Release all gradients (or set those that exist to zero)."""
         super().zero_grad(set_to_none)
         self._base.unclip()
+        self._is_averaged = False
         for member in self._active:
             if set_to_none:
                 member.drop_gradient()
@@ -216,6 +239,46 @@ class BlockOptimizer(BlockVisits):
         with phases.within(Phase.STEP):
             self._step_on([member])
 
+    # Several processes
+
+    def average_over_processes(self) -> None:
+        """Average the active block's gradients from now on, as ``average_gradients`` does. Collective.
+
+        Raises:
+            InputError: with ``gradient_release``, or where the parameters are sharded.
+            RanksDisagree: if the processes would not train the same.
+        """
+        if self._ranks.averages:
+            return
+        ranks = _ranks_for(self._model, average_gradients=True)
+        self._check_ranks_suit(ranks)
+        self._ranks = ranks
+        ranks.check_same(self._facts())
+        self._restart_visit(self.visit, self.steps_in_visit)
+
+    def _check_ranks_suit(self, ranks: OneProcess) -> None:
+        if self.gradient_release and isinstance(ranks, ProcessRanks):
+            raise InputError(
+                "gradient_release steps within backward, where the processes cannot look at a gradient together.",
+                advice="Leave gradient_release off: only one block's gradients exist at once.",
+            )
+
+    def _facts(self) -> dict[str, object]:
+        """What all processes must agree on."""
+        plain = (bool, int, float, str, tuple, type(None))
+        options = [
+            {key: value for key, value in group.items() if key != "params" and isinstance(value, plain)}
+            for group in self.param_groups
+        ]
+        return {
+            "the model": (len(self.named_parameters_list), model_digest(self.named_parameters_list)),
+            "the blocks": (self.block_num, [block.prefixes for block in self.blocks], self.active_modules),
+            "the schedule": self.schedule,
+            "the position": {"step": self.global_step, "visit": self.visit, "steps in it": self.steps_in_visit},
+            "the base optimizer": (type(self.base_optimizer).__name__, options),
+            "the write-back": self.write_back,
+        }
+
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,9 +303,7 @@ class BlockOptimizer(BlockVisits):
         if "badam" not in state_dict:
             self._load_state_of_1_4(state_dict)
             return
-        saved = Progress.unpack(state_dict["badam"])
-        saved.check_against(self._progress())
-        check_groups(state_dict["param_groups"], self.param_groups)
+        saved = self.check_state(state_dict)
         self.schedule, self.global_step, self.non_finite_steps = saved.schedule, saved.step, saved.non_finite_steps
         self._restart_visit(saved.visit, saved.steps_in_visit)
         for member in self._active:
@@ -251,7 +312,19 @@ class BlockOptimizer(BlockVisits):
         self._base.unpack(self._active, state_dict["state"], state_dict["param_groups"])
         self._base.unpack_changes(saved.group_changes)
         self._share_with_base()
+        self._ranks.check_same(self._facts())
         self._announce_switch()
+
+    def check_state(self, state_dict: dict[str, Any]) -> Progress:
+        """What ``state_dict``, whose tensors are not looked at, says of the position.
+
+        Raises:
+            StateError: if it belongs to another model or partition.
+        """
+        saved = Progress.unpack(state_dict["badam"])
+        saved.check_against(self._progress())
+        check_groups(state_dict["param_groups"], self.param_groups)
+        return saved
 
     def _load_state_of_1_4(self, state_dict: dict[str, Any]) -> None:
         index, old = read_state_of_1_4(state_dict, self.blocks, self.active_modules, self._model.trainable)
@@ -292,6 +365,24 @@ class BlockOptimizer(BlockVisits):
             masters=self.masters,
             group_changes=self._base.pack_changes(),
         )
+
+
+def _ranks_for(model: BlocksOfModel, *, average_gradients: bool) -> OneProcess:
+    parameters = [parameter for _, parameter in model.trainable]
+    ranks = ranks_of(parameters)
+    if not average_gradients:
+        return ranks
+    if isinstance(ranks, ProcessRanks):
+        raise InputError(
+            "The parameters are sharded, so FSDP2 averages their gradients already.",
+            advice="Leave average_gradients off.",
+        )
+    if not torch.distributed.is_initialized():
+        raise InputError(
+            "average_gradients needs the processes to know each other.",
+            advice="Call torch.distributed.init_process_group() first.",
+        )
+    return ProcessRanks(parameters[0].device, averages=True)
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 
 from badam._active import ActiveParameter
 from badam._master_groups import MasterGroups
+from badam._shards import local_part
 from badam.errors import InputError
 from badam.functional import clip_factor, gradient_norm, is_fake
 
@@ -117,9 +118,9 @@ class Operands(NamedTuple):
 
 def _operands(member: ActiveParameter, state: dict[str, Any], numbers: tuple[float, ...]) -> Operands:
     assert member.gradient is not None
-    weight = member.weight if member.is_copied else None
-    master = member.ready_master().detach()
-    return Operands(member.gradient, numbers, master, state["exp_avg"], state["exp_avg_sq"], weight)
+    weight = local_part(member.weight) if member.is_copied else None
+    first, second = local_part(state["exp_avg"]), local_part(state["exp_avg_sq"])
+    return Operands(local_part(member.gradient), numbers, local_part(member.ready_master()), first, second, weight)
 
 
 def _update(operands: Sequence[Operands]) -> None:

@@ -40,6 +40,10 @@ class StateError(InputError):
     """A saved optimizer state does not belong to this model or partition."""
 
 
+class RanksDisagree(BadamError):
+    """The processes of one run would train different things, or one of them did not come where all should meet."""
+
+
 class DoesNotFit(BadamError):
     """The answer is no: the configuration needs more memory than the card has."""
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from badam._shards import is_sharded, local_part, norm_over_shards
+
 ROUNDING_CHUNK = 2**20
 """Entries that stochastic rounding handles at a time: its temporaries are 6 MiB (bf16) or 16 MiB (fp16), whatever the
 size of the tensor. The same on every device, so that a rehearsal on fake CPU tensors allocates what a GPU will."""
@@ -100,13 +102,17 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def gradient_norm(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    """The norm of all ``gradients`` as one vector, computed in fp32 whatever their type; shape (), fp32."""
+    """The norm of all ``gradients`` as one vector, computed in fp32 whatever their type; shape (), fp32.
+
+    Sharded gradients count whole: the same number on every process, which all of them must ask for.
+    """
     if not gradients:
         return torch.zeros(())
-    values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+    values = [gradient.coalesce().values() if gradient.is_sparse else local_part(gradient) for gradient in gradients]
+    # A process may hold no entry of a small tensor; the largest of no entries is not defined.
+    values = [value if value.numel() else value.new_zeros(1) for value in values]
     norms = torch._foreach_norm(values, norm_type, dtype=torch.float32)
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(values[0].device) for norm in norms]), norm_type)
-    return total
+    return norm_over_shards(norms, gradients, norm_type)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
@@ -120,5 +126,5 @@ def clip_gradients_(gradients: Sequence[Tensor], max_norm: float, norm_type: flo
     norm = gradient_norm(gradients, norm_type)
     factor = clip_factor(norm, max_norm)
     for gradient in gradients:
-        gradient.mul_(factor.to(gradient.device))
+        (local_part(gradient) if is_sharded(gradient) else gradient).mul_(factor.to(gradient.device))
     return norm

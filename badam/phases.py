@@ -45,6 +45,19 @@ def within(phase: Phase) -> Iterator[None]:
 
 
 @contextmanager
+def unannounced() -> Iterator[None]:
+    """What happens within the block belongs to no step: nobody is told of phases, and afterwards it is as before."""
+    global _current
+    interrupted, listeners = _current, _listeners[:]
+    _listeners.clear()
+    try:
+        yield
+    finally:
+        _listeners[:] = listeners
+        _current = interrupted
+
+
+@contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Call ``listener`` at every change of phase within the ``with`` block."""
     _listeners.append(listener)

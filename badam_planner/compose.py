@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from badam.vocabulary import Phase
-from badam_planner.events import NEVER, LayerMark, Recording
+from badam_planner.events import NEVER, Flops, LayerMark, Recording
 from badam_planner.passages import COMPARED, LAST, REPEATED, NotPeriodic, Ordinal, Passages, Reference, Span
-from badam_planner.renaming import Renamer, renamed
+from badam_planner.renaming import Renamer
 
-__all__ = ["KEPT_CYCLES", "NotPeriodic", "Run", "compose", "find_runs", "renamed"]
+__all__ = ["KEPT_CYCLES", "NotPeriodic", "Run", "compose", "composed_flops", "find_runs"]
 
 KEPT_CYCLES = LAST + 1
 LONGEST_PERIOD = 8
@@ -31,9 +30,13 @@ class Run:
     cycles: tuple[tuple[str, ...], ...]
 
     @property
-    def left_out(self) -> tuple[str, ...]:
-        """The layers that need not be rehearsed."""
-        return tuple(layer for cycle in self.cycles[KEPT_CYCLES - 1 : -1] for layer in cycle)
+    def left_out(self) -> dict[str, str]:
+        """The layers that need not be rehearsed, each with an equal one that is."""
+        return {
+            layer: twin
+            for cycle in self.cycles[KEPT_CYCLES - 1 : -1]
+            for layer, twin in zip(cycle, self.cycles[REPEATED], strict=True)
+        }
 
     def stand_ins(self) -> tuple[tuple[str, ...], ...]:
         """The names of the four cycles of a recording that is to be composed to this run.
@@ -105,7 +108,7 @@ class _Composer:
         self.total = len(run.cycles)
         self.kept = run.stand_ins()
         self.passages = Passages(recording, self.kept)
-        self.output = Recording(flops=self._flops())
+        self.output = Recording(flops=composed_flops(recording.flops, run))
         self.placed: dict[_Place, int] = {}  # index in the output, by place
 
     def composed(self) -> Recording:
@@ -117,13 +120,9 @@ class _Composer:
                 ascending = spans[position - 1].cycle == COMPARED
                 for number in numbers if ascending else reversed(numbers):
                     self._write(span, number)
-            elif not self._is_unused(span.cycle):
+            elif not _is_unused(span.cycle, self.total):
                 self._write(span, self.total - 1 if span.cycle == LAST else span.cycle)
         return self.output
-
-    def _is_unused(self, cycle: int | None) -> bool:
-        """Whether a cycle of the recording has no place in a run this short."""
-        return cycle is not None and self.total - 1 <= cycle < LAST
 
     def _write(self, span: Span, number: int | None) -> None:
         """Write a span as cycle ``number`` of the run, or as what it is if it belongs to no cycle."""
@@ -148,17 +147,33 @@ class _Composer:
             raise NotPeriodic("a release has no allocation to refer to")
         self.output.allocations[self.placed[place]].died = self.output.end
 
-    def _flops(self) -> dict[tuple[Phase, str], int]:
-        """Operations by phase and module: those of the second middle cycle also for the cycles that it stands for."""
-        flops: dict[tuple[Phase, str], int] = {}
-        for (phase, module), count in self.recording.flops.items():
-            cycle = self.passages.cycle_of(module)
-            if not self._is_unused(cycle):
-                flops[phase, module] = count
-            if cycle == REPEATED:
-                for names in self.run.cycles[LAST:-1]:
-                    flops[phase, Renamer(self.kept[cycle], names)(module)] = count
-        return flops
+
+def composed_flops(flops: Flops, run: Run) -> Flops:
+    """Operations by phase and module with every cycle of ``run``: those of the second middle cycle count repeatedly.
+
+    Args:
+        flops: of four cycles, under the names of ``run.stand_ins()``.
+        run: as for :func:`compose`.
+    """
+    kept, total = run.stand_ins(), len(run.cycles)
+    cycle_of_layer = {layer: number for number, cycle in enumerate(kept) for layer in cycle}
+    composed: Flops = {}
+    for (phase, module), count in flops.items():
+        layer = module
+        while layer and layer not in cycle_of_layer:
+            layer = layer.rpartition(".")[0]
+        cycle = cycle_of_layer.get(layer)
+        if not _is_unused(cycle, total):
+            composed[phase, module] = count
+        if cycle == REPEATED:
+            for names in run.cycles[LAST:-1]:
+                composed[phase, Renamer(kept[cycle], names)(module)] = count
+    return composed
+
+
+def _is_unused(cycle: int | None, total: int) -> bool:
+    """Whether a cycle of the recording has no place in a run of ``total``."""
+    return cycle is not None and total - 1 <= cycle < LAST
 
 
 def _place(allocation: int, reference: Reference | None, number: int | None) -> _Place:

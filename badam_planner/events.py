@@ -47,6 +47,10 @@ class LayerMark:
     layer: str  # module path
 
 
+Flops = dict[tuple[Phase, str], int]
+"""Operations of matrix products by phase and module path; 2 m n k each (``torch.utils.flop_counter``)."""
+
+
 @dataclass(slots=True)
 class Recording:
     """A rehearsal's events: allocations in order of birth, and when each phase and each layer began.
@@ -57,5 +61,5 @@ class Recording:
     allocations: list[Allocation] = field(default_factory=list)
     phase_starts: list[tuple[int, Phase]] = field(default_factory=lambda: [(0, Phase.SETUP)])
     layer_marks: list[LayerMark] = field(default_factory=list)
-    flops: dict[tuple[Phase, str], int] = field(default_factory=dict)  # by phase and module, matrix products only
+    flops: Flops = field(default_factory=dict)
     end: int = 1  # the next tick; the first one began the first phase

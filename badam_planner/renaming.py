@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from badam_planner.events import GIVEN, Allocation, Recording
+from badam_planner.events import GIVEN, Allocation, Flops, Recording
 
 
 class Renamer:
@@ -54,5 +54,13 @@ def renamed(recording: Recording, names: Mapping[str, str]) -> Recording:
             one if one.operation == GIVEN else renamer.moved(one, one.born, one.died) for one in recording.allocations
         ],
         layer_marks=[replace(mark, layer=names.get(mark.layer, mark.layer)) for mark in recording.layer_marks],
-        flops={(phase, renamer(module)): count for (phase, module), count in recording.flops.items()},
+        flops=renamed_flops(recording.flops, names),
     )
+
+
+def renamed_flops(flops: Flops, names: Mapping[str, str]) -> Flops:
+    """Operations by phase and module under the names of other layers."""
+    if all(old == new for old, new in names.items()):
+        return flops
+    renamer = Renamer(tuple(names), tuple(names.values()))
+    return {(phase, renamer(module)): count for (phase, module), count in flops.items()}

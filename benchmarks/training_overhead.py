@@ -38,7 +38,7 @@ from badam.plan import Plan, load_plan
 from badam.profiling.recorder import Recorder
 from badam.training.arguments import training_arguments
 from badam.training.assemble import build_model, build_optimizer
-from badam.training.batches import enforce_length
+from badam.training.batches import PlanCollator, enforce_length
 from badam.training.inputs import load_inputs
 from badam.training.options import RunOptions
 from badam.training.step import forward_loss
@@ -106,7 +106,7 @@ def main() -> None:
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 24
     with tempfile.TemporaryDirectory() as directory:
         options = RunOptions(output_dir=Path(directory), max_steps=steps, padding="plan")
-        tokenizer, data = load_inputs(plan, options, None)
+        inputs = load_inputs(plan, options, None)
 
         def trainer(recorder: Recorder | None = None) -> PlanTrainer:
             arguments = training_arguments(plan, options, torch.device("cpu"), assistant_only=False)
@@ -114,8 +114,9 @@ def main() -> None:
                 plan=plan,
                 model=build_model(plan.model, plan.training),
                 args=arguments,
-                dataset=data.dataset.select(range(steps * plan.training.batch_size)),
-                tokenizer=tokenizer,
+                train_dataset=inputs.training.dataset.select(range(steps * plan.training.batch_size)),
+                processing_class=inputs.tokenizer,
+                collator=PlanCollator(plan.training.seq_len, inputs.tokenizer.pad_token_id),
                 padding="plan",
                 before_step=recorder.next_step if recorder else None,
             )

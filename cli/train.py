@@ -24,13 +24,32 @@ def train(
         str,
         typer.Option(
             help="File (json, jsonl, csv, parquet, txt), directory or Hub id, in alpaca, prompt/completion, messages, "
-            "ShareGPT or plain text form. The default needs no file: docstrings of Python's standard library."
+            "ShareGPT or plain text form, or labelled texts for a classification. The default needs no file: "
+            "docstrings of Python's standard library."
         ),
     ] = "stdlib-docstrings",
     column: Annotated[
         list[str] | None, typer.Option(metavar="NAME=YOURS", help="Your name for a column, as in completion=answer.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
+    eval_data: Annotated[str | None, typer.Option(help="Data to evaluate on, as --data.")] = None,
+    eval_split: Annotated[str, typer.Option(help="Its split, if it is a Hub data set.")] = "validation",
+    eval_share: Annotated[
+        float, typer.Option(help="Share of --data to hold out and evaluate on, where there is no --eval-data.")
+    ] = 0.0,
+    eval_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps between evaluations; with every checkpoint, or else every epoch.")
+    ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="End with the weights of the best evaluation, whose checkpoint is kept.")
+    ] = False,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="With --best: stop after so many evaluations without a better one.")
+    ] = None,
+    pack: Annotated[bool, typer.Option("--pack", help="Put several whole examples into one sequence.")] = False,
+    adapt: Annotated[
+        bool, typer.Option("--adapt", help="When memory runs out, halve the micro-batch, accumulate more, go on.")
+    ] = False,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="New or empty directory for all that the run leaves; runs/MODEL by default."),
@@ -44,9 +63,13 @@ def train(
     save_steps: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; none by default.")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep; all by default.")] = None,
     lr_scheduler: Annotated[
-        Literal["cosine", "linear", "constant", "constant_with_warmup"], typer.Option(help="Learning rate over time.")
+        Literal[
+            "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
+        ],
+        typer.Option(help="Learning rate over time."),
     ] = "cosine",
     warmup_steps: Annotated[int, typer.Option(min=0, help="Steps in which the learning rate rises.")] = 0,
+    warmup_share: Annotated[float, typer.Option(help="The same as a share of all steps, such as 0.03.")] = 0.0,
     pad_to: Annotated[
         Literal["auto", "plan", "longest"],
         typer.Option(
@@ -64,8 +87,9 @@ def train(
 ) -> None:
     """Train the plan's model, and measure memory and time beside it.
 
-    The output directory gets model/ (safetensors and tokenizer), checkpoint-N/, measured.json, metrics.jsonl and
-    plan.json. Exit code: 0 done; 2 bad input; 3 out of memory; 130 or 143 stopped by SIGINT or SIGTERM after saving.
+    The output directory gets model/ (safetensors and tokenizer), checkpoint-N/, measured.json, metrics.jsonl,
+    evaluations.jsonl and plan.json. Exit code: 0 done; 2 bad input; 3 out of memory; 130 or 143 stopped by SIGINT or
+    SIGTERM after saving.
     """
     with reporting_errors():
         from badam.plan import load_plan
@@ -94,6 +118,15 @@ def train(
             keep=keep,
             lr_scheduler=lr_scheduler,
             warmup_steps=warmup_steps,
+            warmup_share=warmup_share,
+            eval_data=eval_data,
+            eval_split=eval_split,
+            eval_share=eval_share,
+            eval_steps=eval_steps,
+            keep_best=best,
+            patience=patience,
+            pack=pack,
+            adapt=adapt,
             padding=pad_to,
             on_long=on_long,
             seed=seed,
@@ -106,6 +139,8 @@ def train(
         raise typer.Exit(128 + result.stopped_by)
     measurement = result.measured.measurement
     say(f"loss {measurement.first_loss:.3f} -> {measurement.last_loss:.3f} in {measurement.steps} steps")
+    if result.best is not None:
+        say(f"best evaluation: {result.best.figure:.3f} after step {result.best.step}, whose weights the model has")
     say(f"model: {result.model_path}")
     say(f"compare: badam-report {plan} {result.measured_path}")
 

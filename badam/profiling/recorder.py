@@ -117,6 +117,11 @@ class Recorder:
         """Tell the loss of a step, and how many tokens went through the model since the last call."""
         self.log.note(loss, tokens)
 
+    def leave_out(self, seconds: float) -> None:
+        """Tell that the last seconds were no training, but an evaluation or a checkpoint between two steps."""
+        self._clock.resume()
+        self.log.leave_out(seconds)
+
     def measured_run(self, plan: Plan, *, command: str | None = None) -> MeasuredRun:
         """What was measured, as a record.
 

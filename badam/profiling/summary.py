@@ -49,8 +49,13 @@ class RunLog:
         if loss is not None:
             self.losses.append(loss)
 
+    def leave_out(self, seconds: float) -> None:
+        """Seconds since the last note that were no training."""
+        if self.first_note is not None:
+            self.first_note += seconds
+
     def tokens_per_second(self) -> float:
-        """Tokens per second of wall time, everything included; 0.0 where there were fewer than two notes."""
+        """Tokens per second of wall time, but for what was left out; 0.0 where there were fewer than two notes."""
         elapsed = self.last_note - (self.first_note or self.last_note)
         return self.tokens_after_first / elapsed if elapsed > 0 else 0.0
 

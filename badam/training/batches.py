@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,17 @@ from badam.training.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+class Collator(Protocol):
+    """Makes the batches of a run, and counts what is in them."""
+
+    full_length: bool  # pad to the plan's length, not only to the longest example of the batch
+    tokens: int  # collated so far, padding left out
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The model's inputs with ``labels``."""
+
 
 OnLong = Literal["truncate", "drop", "refuse"]
 Padding = Literal["auto", "plan", "longest"]
@@ -55,9 +66,29 @@ def enforce_length(dataset: Dataset, limit: int, on_long: OnLong) -> tuple[Datas
     Raises:
         DataError: with ``refuse`` and longer examples; or if no example is left.
     """
-    import pyarrow.compute
+    lengths = token_counts(dataset)
 
-    lengths = pyarrow.compute.list_value_length(dataset.with_format("arrow")[:]["input_ids"]).to_numpy()
+    def hopeless(index: int) -> bool:
+        return not _learns(dataset[index]["labels"], limit)
+
+    report, kept = length_report(lengths, limit, on_long, hopeless)
+    return (dataset if len(kept) == len(dataset) else dataset.select(kept)), report
+
+
+def length_report(
+    lengths: Any, limit: int, on_long: OnLong, hopeless: Callable[[int], bool] = lambda _index: False
+) -> tuple[LengthReport, list[int]]:
+    """What is said of the lengths of examples, and which of them are kept.
+
+    Args:
+        lengths: tokens of each example, a numpy array.
+        limit: the plan's sequence length.
+        on_long: what happens to examples beyond it.
+        hopeless: whether the longer example at an index has nothing to learn once it is cut.
+
+    Raises:
+        DataError: with ``refuse`` and longer examples; or if no example is left.
+    """
     longer = [int(index) for index in (lengths > limit).nonzero()[0]]
     if longer and on_long == "refuse":
         raise DataError(
@@ -65,7 +96,7 @@ def enforce_length(dataset: Dataset, limit: int, on_long: OnLong) -> tuple[Datas
             f"the longest has {lengths.max():,}.",
             advice=f"Plan for --seq-len {lengths.max()}, or allow --on-long truncate.",
         )
-    hopeless = set(longer) if on_long == "drop" else {i for i in longer if not _learns(dataset[i]["labels"], limit)}
+    dropped = set(longer) if on_long == "drop" else {index for index in longer if hopeless(index)}
     report = LengthReport(
         examples=len(lengths),
         median=_quantile(lengths, 0.5),
@@ -73,16 +104,33 @@ def enforce_length(dataset: Dataset, limit: int, on_long: OnLong) -> tuple[Datas
         longest=int(lengths.max()),
         limit=limit,
         longer=len(longer),
-        dropped=len(hopeless),
+        dropped=len(dropped),
     )
-    if len(hopeless) == len(lengths):
+    if len(dropped) == len(lengths):
         raise DataError(
             f"No example can be trained on within the plan's {limit} tokens: {report}.",
             advice=f"Plan for a longer --seq-len; the median example has {report.median} tokens.",
         )
-    if hopeless:
-        dataset = dataset.select([index for index in range(len(lengths)) if index not in hopeless])
-    return dataset, report
+    return report, [index for index in range(len(lengths)) if index not in dropped]
+
+
+def pack(dataset: Dataset, limit: int) -> Dataset:
+    """Put as many whole examples as fit into rows of ``limit`` tokens, which have the columns of ``dataset``.
+
+    An example that is longer is cut. TRL's best-fit packing; the examples of a row follow each other in one causal
+    sequence without a mask between them, so that a row takes the memory of any other row of its length.
+    """
+    from trl import pack_dataset
+
+    packed = pack_dataset(dataset.select_columns(["input_ids", "labels"]), limit, "bfd")
+    return packed.select_columns(["input_ids", "labels"])
+
+
+def token_counts(dataset: Dataset) -> Any:
+    """Tokens of each example, as a numpy array."""
+    import pyarrow.compute
+
+    return pyarrow.compute.list_value_length(dataset.with_format("arrow")[:]["input_ids"]).to_numpy()
 
 
 class PlanCollator:
@@ -99,8 +147,8 @@ class PlanCollator:
     def __init__(self, seq_len: int, pad_token_id: int) -> None:
         self.seq_len = seq_len
         self.pad_token_id = pad_token_id
-        self.full_length = True  # pad to seq_len, not only to the longest example of the batch
-        self.tokens = 0  # collated so far, padding left out
+        self.full_length = True
+        self.tokens = 0
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """``input_ids`` and ``labels``, int64 of shape [len(examples), length]."""
@@ -108,14 +156,15 @@ class PlanCollator:
         length = self.seq_len if self.full_length else max(lengths)
         self.tokens += sum(lengths)
         return {
-            "input_ids": self._rows(examples, "input_ids", length, self.pad_token_id),
-            "labels": self._rows(examples, "labels", length, IGNORE_INDEX),
+            "input_ids": padded([example["input_ids"] for example in examples], length, self.pad_token_id),
+            "labels": padded([example["labels"] for example in examples], length, IGNORE_INDEX),
         }
 
-    @staticmethod
-    def _rows(examples: Sequence[Mapping[str, Any]], column: str, length: int, padding: int) -> Tensor:
-        rows = [list(example[column][:length]) for example in examples]
-        return torch.tensor([row + [padding] * (length - len(row)) for row in rows], dtype=torch.int64)
+
+def padded(rows: Sequence[Sequence[int]], length: int, padding: int) -> Tensor:
+    """Rows cut and padded on the right to ``length``; int64 of shape [len(rows), length]."""
+    cut = [list(row[:length]) for row in rows]
+    return torch.tensor([row + [padding] * (length - len(row)) for row in cut], dtype=torch.int64)
 
 
 class EpochSampler(Sampler[int]):

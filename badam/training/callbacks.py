@@ -12,14 +12,14 @@ from badam import phases
 from badam.profiling.memory import StepMemory
 from badam.profiling.recorder import Recorder
 from badam.training.interruption import Interruption
-from badam.training.progress import MetricsFile, ProgressDisplay, StepView
+from badam.training.progress import EvaluationView, MetricsFile, ProgressDisplay, StepView
 from badam.vocabulary import Phase
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from badam.training.trainer import PlanTrainer
+    from badam.training.loop import PlanLoop
 
 
 class RunCallback(TrainerCallback):
@@ -28,17 +28,18 @@ class RunCallback(TrainerCallback):
     Args:
         trainer: for the order of the data.
         recorder: already started.
-        display, metrics: where steps are shown and written.
+        display, metrics, evaluations: where steps and evaluations are shown and written.
         interruption: asked after each step whether to save and stop.
         block_names: by index.
     """
 
     def __init__(
         self,
-        trainer: PlanTrainer,
+        trainer: PlanLoop,
         recorder: Recorder,
         display: ProgressDisplay,
         metrics: MetricsFile,
+        evaluations: MetricsFile,
         interruption: Interruption,
         block_names: Sequence[str],
     ) -> None:
@@ -46,6 +47,7 @@ class RunCallback(TrainerCallback):
         self._recorder = recorder
         self._display = display
         self._metrics = metrics
+        self._evaluations = evaluations
         self._interruption = interruption
         self._block_names = block_names
         self._block = 0
@@ -104,6 +106,31 @@ class RunCallback(TrainerCallback):
         self._since = now
         self._display.show(view)
         self._metrics.append(view)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The loss on the evaluation data is known."""
+        found = metrics or {}
+        view = EvaluationView(step=state.global_step, loss=found["eval_loss"], accuracy=found.get("eval_accuracy"))
+        self._display.show_evaluation(view)
+        self._evaluations.append(view)
+        self._leave_out()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A checkpoint was written."""
+        self._leave_out()
+
+    def _leave_out(self) -> None:
+        """What happened since the step's loss was logged is no part of the next step."""
+        now = time.perf_counter()
+        self._recorder.leave_out(now - self._since)
+        self._since = now
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -130,10 +130,11 @@ def step_of(checkpoint: Path) -> int:
     return int(match.group(1))
 
 
-def keep_newest(directory: Path, count: int) -> None:
-    """Delete all but the ``count`` newest checkpoints."""
+def keep_newest(directory: Path, count: int, *, besides: Path | None = None) -> None:
+    """Delete all but the ``count`` newest checkpoints, and but ``besides``."""
     for _, path in checkpoints(directory)[:-count]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path != besides:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def is_whole(directory: Path) -> bool:

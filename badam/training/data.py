@@ -32,13 +32,14 @@ class TrainingData:
 
 
 def load_data(
-    source: str, *, chat: bool, columns: Mapping[str, str] | None = None, split: str = "train"
+    source: str, *, chat: bool, classes: bool = False, columns: Mapping[str, str] | None = None, split: str = "train"
 ) -> TrainingData:
     """Read and convert training data.
 
     Args:
         source: file, directory or Hub id.
         chat: whether prompts become chat messages, because the tokenizer has a template for them.
+        classes: whether the data is for a classification.
         columns: names that the formats know, and the data's names for them.
         split: of a Hub data set.
 
@@ -49,7 +50,7 @@ def load_data(
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source} has no records.", advice="Give a file with at least one record.")
-    known = detect(first.row.keys(), source=first.place)
+    known = detect(first.row.keys(), source=first.place, classes=classes)
     converted = _Converter(known, chat)
     dataset = to_dataset(converted(chain([first], rows)))
     if dataset is None:

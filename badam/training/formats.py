@@ -2,6 +2,7 @@
 
 TRL knows three: ``prompt`` and ``completion`` (text, or chat messages where the tokenizer has a chat template),
 ``messages`` and ``text``. The loss is taken over completions and, in ``messages``, over what the assistant says.
+A classification has ``text``, possibly ``pair``, and ``label`` as text.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from badam.errors import DataError
 
-Kind = Literal["prompt-completion", "messages", "text"]
+Kind = Literal["prompt-completion", "messages", "text", "classes"]
 Row = Mapping[str, Any]
 SftRow = dict[str, Any]
 
@@ -40,16 +41,17 @@ class Format:
         return self.needed + self.optional
 
 
-def detect(columns: Collection[str], *, source: str) -> Format:
-    """The format of data with these columns.
+def detect(columns: Collection[str], *, source: str, classes: bool = False) -> Format:
+    """The format of data with these columns, for a language model or for a classification.
 
     Raises:
         DataError: if no format can be read from them; names the columns found and those that would do.
     """
-    for known in FORMATS:
+    formats = CLASS_FORMATS if classes else FORMATS
+    for known in formats:
         if set(known.needed) <= set(columns):
             return known
-    choices = "; ".join(f"{' + '.join(known.needed)} ({known.name})" for known in FORMATS)
+    choices = "; ".join(f"{' + '.join(known.needed)} ({known.name})" for known in formats)
     raise DataError(
         f"{source} has the columns {', '.join(sorted(columns)) or '(none)'}; none of the known formats fits.",
         advice=f"These would do: {choices}. Name others with --column, such as --column completion=answer.",
@@ -92,6 +94,49 @@ FORMATS = (
     Format("alpaca", ("instruction", "output"), "prompt-completion", _from_alpaca, optional=("input",)),
     Format("plain text", ("text",), "text", _from_text),
 )
+
+
+def _classes(name: str, text: str, pair: str | None = None, *needed: str, optional: tuple[str, ...] = ()) -> Format:
+    """A format of a classification: templates of its text and of the text that it is to be seen with."""
+    columns = (*needed, "label")
+
+    def convert(row: Row, _chat: bool) -> SftRow | None:
+        values = {column: _text(row, column, default="") if column in optional else _text(row, column)
+                  for column in (*needed, *optional)}  # fmt: skip
+        label = _label(row["label"])
+        if label is None:
+            return None
+        texts = {"text": text, "pair": pair}
+        return {key: shape.format(**values).strip() for key, shape in texts.items() if shape} | {"label": label}
+
+    return Format(name, columns, "classes", convert, optional)
+
+
+def _label(value: Any) -> str | None:
+    """A class as text; None for -1, which stands for an example that nobody has labelled."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return None if value == -1 else str(value)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"label is {_short(value)}, not the number or name of a class")
+    return value
+
+
+CLASS_FORMATS = (
+    _classes("MultiRC", "{paragraph}", "{question} {answer}", "paragraph", "question", "answer"),
+    _classes("COPA", "{premise} {question}?", "{choice1} / {choice2}", "premise", "choice1", "choice2", "question"),
+    _classes("WSC", "{text}", "{span2_text}: {span1_text}", "text", "span1_text", "span2_text"),
+    _classes("WiC", "{word}: {sentence1}", "{sentence2}", "word", "sentence1", "sentence2"),
+    _classes("BoolQ", "{question}", "{passage}", "question", "passage"),
+    _classes("premise and hypothesis", "{premise}", "{hypothesis}", "premise", "hypothesis"),
+    _classes("two sentences", "{sentence1}", "{sentence2}", "sentence1", "sentence2"),
+    _classes("question and sentence", "{question}", "{sentence}", "question", "sentence"),
+    _classes("two texts", "{text}", "{pair}", "text", "pair"),
+    _classes("sentence", "{sentence}", None, "sentence"),
+    _classes("text", "{text}", None, "text"),
+)
+"""The schemas of SuperGLUE and GLUE, each made into one text or two."""
 
 
 def _pair(prompt: str, completion: str, chat: bool) -> SftRow | None:

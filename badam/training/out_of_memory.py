@@ -26,12 +26,15 @@ def explained(plan: Plan) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise _told(plan, str(error)) from error
-    except RuntimeError as error:  # the CPU allocator has no class of its own for it
-        if _CPU_REFUSAL.search(str(error)) is None:
+    except RuntimeError as error:
+        if not is_refusal(error):
             raise
         raise _told(plan, str(error)) from error
+
+
+def is_refusal(error: RuntimeError) -> bool:
+    """Whether an allocator refused; that of the CPU has no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or _CPU_REFUSAL.search(str(error)) is not None
 
 
 def _told(plan: Plan, message: str) -> OutOfMemory:
@@ -44,6 +47,8 @@ def _told(plan: Plan, message: str) -> OutOfMemory:
         )
     smaller = max(1, training.batch_size // 2)
     change = f"--batch-size {smaller}" if smaller < training.batch_size else f"--seq-len {training.seq_len // 2}"
+    if smaller < training.batch_size:
+        change += ", or run with --adapt, which makes smaller micro-batches by itself"
     return OutOfMemory(
         f"Out of memory in {phases.current()}, when {_refused_size(message)} more were asked for; {predicted}.",
         advice=f"Plan again with {change}; another process may also hold memory. The last checkpoint is unchanged.",

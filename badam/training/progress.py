@@ -42,6 +42,20 @@ class StepView:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluationView:
+    """The evaluation data after an optimizer step."""
+
+    step: int
+    loss: float
+    accuracy: float | None  # of a classification
+
+    def sentence(self) -> str:
+        """The evaluation on one line."""
+        accuracy = "" if self.accuracy is None else f"  accuracy {self.accuracy:.1%}"
+        return f"evaluation after step {self.step}  loss {self.loss:.3f}{accuracy}"
+
+
 class ProgressDisplay:
     """A live bar with the latest step under it; on anything but a terminal, a line now and then.
 
@@ -78,6 +92,10 @@ class ProgressDisplay:
                 f"step {view.step}/{self._total}  {sentence}", highlight=False, markup=False, soft_wrap=True
             )
 
+    def show_evaluation(self, view: EvaluationView) -> None:
+        """Write the evaluation above the bar, where it stays."""
+        self._console.print(view.sentence(), highlight=False, markup=False, soft_wrap=True)
+
     def stop(self) -> None:
         """Stop drawing."""
         if self._live is not None:
@@ -86,14 +104,14 @@ class ProgressDisplay:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one object per optimizer step, appended, so that a resumed run goes on in the same file."""
+    """One JSON object per line, such as an optimizer step, appended: a resumed run goes on in the same file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: TextIO | None = None
 
-    def append(self, view: StepView) -> None:
-        """Write one step."""
+    def append(self, view: StepView | EvaluationView) -> None:
+        """Write one line."""
         if self._file is None:
             self._file = self._path.open("a", encoding="utf-8")
         self._file.write(json.dumps(asdict(view)) + "\n")

@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 from transformers import set_seed
-from transformers.trainer_callback import PrinterCallback
 
 from badam.block_optimizer import BlockOptimizer
 from badam.errors import InputError
 from badam.plan import Plan, save_record
 from badam.profiling.record import MeasuredRun
 from badam.profiling.recorder import Recorder
-from badam.training.arguments import marks_assistant, training_arguments
 from badam.training.assemble import build_model, prepare_model
-from badam.training.batches import LengthReport, enforce_length
 from badam.training.callbacks import RunCallback
 from badam.training.checkpoints import (
     MODEL_DIRECTORY,
@@ -33,20 +30,21 @@ from badam.training.checkpoints import (
     written_whole,
 )
 from badam.training.coverage import coverage
-from badam.training.data import TrainingData
 from badam.training.inputs import load_inputs
 from badam.training.interruption import Interruption
+from badam.training.loop import PlanLoop
 from badam.training.methods import method_of
 from badam.training.options import RunOptions
 from badam.training.out_of_memory import explained
+from badam.training.preparing import prepare_trainer
 from badam.training.progress import MetricsFile, ProgressDisplay
-from badam.training.trainer import PlanTrainer
 from badam.training.weights import locate_weights, tokenizer_source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-MEASURED, PLAN, METRICS = "measured.json", "plan.json", "metrics.jsonl"
+MEASURED, PLAN = "measured.json", "plan.json"
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +56,15 @@ class RunResult:
     model_path: Path | None  # None if the run was stopped before its end
     stopped_by: signal.Signals | None
     step: int
+    best: BestEvaluation | None = None  # where the model's weights are those of the best evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class BestEvaluation:
+    """The evaluation that the saved model had the best figure in."""
+
+    step: int
+    figure: float  # loss, or accuracy of a classification
 
 
 def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str | None = None) -> RunResult:
@@ -74,52 +81,84 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
         OutOfMemory: if the device refuses an allocation.
     """
     device = _device(plan)
-    _check_runnable(plan, device)
+    options.check()
+    _check_runnable(plan, options, device)
     prepare_output(options.output_dir, resume=options.resume)
     checkpoint = _checkpoint_to_resume(options)
     weights = None if checkpoint else locate_weights(plan.model, options.init)
     tokenizer_from = str(checkpoint) if checkpoint else tokenizer_source(plan.model, weights)
-    tokenizer, data = load_inputs(plan, options, tokenizer_from)
-    _tell(console, f"data: {data.description}" + (f"; {data.skipped:,} skipped" if data.skipped else ""))
+    inputs = load_inputs(plan, options, tokenizer_from)
+    for data in (inputs.training, inputs.evaluation):
+        if data is not None:
+            _tell(console, f"data: {data.description}" + (f"; {data.skipped:,} skipped" if data.skipped else ""))
     with ExitStack() as stack:
         stack.enter_context(_own_display())
         recorder = Recorder(device, every_step=False)
         recorder.start()
         stack.callback(recorder.stop)
         model = _model(plan, options, weights)
-        trainer, lengths = _trainer(plan, options, model, tokenizer, data, recorder)
-        _tell(console, f"lengths: {lengths}")
-        total_steps = _total_steps(trainer, options)
-        if total_steps == 0:
-            raise InputError("The run has no optimizer step.", advice="Ask for some with --max-steps or --epochs.")
-        if checkpoint is not None and step_of(checkpoint) >= total_steps:
-            raise InputError(
-                f"The run in {options.output_dir} has had {step_of(checkpoint)} of {total_steps} steps already.",
-                advice=f"Its weights are in {checkpoint}. Ask for more steps with --max-steps or --epochs.",
-            )
+        prepared = prepare_trainer(plan, options, model, inputs, recorder, lambda text: _tell(console, text))
+        trainer = prepared.trainer
+        _tell(console, f"lengths: {prepared.sentence}")
+        total_steps = _total_steps(trainer, options, checkpoint)
         check_space(options.output_dir, _bytes_to_write(model, options))
         _warn(plan, device, total_steps, console)
-        display = ProgressDisplay(console, total_steps, _planned_bytes(plan))
-        metrics = MetricsFile(options.output_dir / METRICS)
-        stack.callback(metrics.close)
-        stack.callback(display.stop)
         interruption = stack.enter_context(Interruption())
-        names = [block.name for block in plan.partition.blocks]
-        trainer.add_callback(RunCallback(trainer, recorder, display, metrics, interruption, names))
+        trainer.add_callback(_callback(stack, trainer, options, recorder, interruption, console, total_steps))
         save_record(plan, options.output_dir / PLAN)
         with explained(plan):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         recorder.stop()
-        measured = recorder.measured_run(plan, command=command)
+        measured = _measured(trainer, recorder, command)
         save_record(measured, options.output_dir / MEASURED)
         model_path = None if interruption.signal else _save_model(trainer, options.output_dir)
         _release(trainer)
     return RunResult(
-        measured, options.output_dir / MEASURED, model_path, interruption.signal, int(trainer.state.global_step)
+        measured,
+        options.output_dir / MEASURED,
+        model_path,
+        interruption.signal,
+        int(trainer.state.global_step),
+        _best(trainer),
     )
 
 
-def _check_runnable(plan: Plan, device: torch.device) -> None:
+def _callback(
+    stack: ExitStack,
+    trainer: PlanLoop,
+    options: RunOptions,
+    recorder: Recorder,
+    interruption: Interruption,
+    console: Console,
+    total_steps: int,
+) -> RunCallback:
+    """What follows the run; its display and files are closed with ``stack``."""
+    display = ProgressDisplay(console, total_steps, _planned_bytes(trainer.plan))
+    metrics, evaluations = (MetricsFile(options.output_dir / name) for name in (METRICS, EVALUATIONS))
+    for close in (metrics.close, evaluations.close, display.stop):
+        stack.callback(close)
+    names = [block.name for block in trainer.plan.partition.blocks]
+    return RunCallback(trainer, recorder, display, metrics, evaluations, interruption, names)
+
+
+def _measured(trainer: PlanLoop, recorder: Recorder, command: str | None) -> MeasuredRun:
+    """What was measured, with the micro-batches that memory allowed."""
+    measured = recorder.measured_run(trainer.plan, command=command)
+    micro, training = trainer.micro_batches, trainer.plan.training
+    if micro is None or micro.parts == 1:
+        return measured
+    adapted = {"batch_size": micro.rows, "grad_accum": training.grad_accum * micro.parts}
+    return measured.model_copy(update={"training": training.model_copy(update=adapted)})
+
+
+def _best(trainer: PlanLoop) -> BestEvaluation | None:
+    state = trainer.state
+    if not trainer.has_best_weights or state.best_global_step is None or state.best_metric is None:
+        return None
+    return BestEvaluation(state.best_global_step, state.best_metric)
+
+
+def _check_runnable(plan: Plan, options: RunOptions, device: torch.device) -> None:
     method = method_of(plan.method)
     method.check(plan)
     method.check_device(device)
@@ -128,10 +167,10 @@ def _check_runnable(plan: Plan, device: torch.device) -> None:
             f"badam-train runs on one device; the plan is for {plan.target.num_gpus} under {plan.target.engine}.",
             advice="Plan with --engine single.",
         )
-    if plan.model.task != "causal-lm":
+    if options.adapt and not method.accumulates:
         raise InputError(
-            f"badam-train trains causal language models; the plan is for {plan.model.task}.",
-            advice="Use BlockOptimizer with transformers' Trainer for this task.",
+            f"{plan.method} updates weights inside backward, so a step cannot begin anew with smaller micro-batches.",
+            advice="Leave --adapt out, or plan with a smaller --batch-size.",
         )
 
 
@@ -168,29 +207,6 @@ def _model(plan: Plan, options: RunOptions, weights: str | None) -> PreTrainedMo
     return model
 
 
-def _trainer(
-    plan: Plan,
-    options: RunOptions,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TrainingData,
-    recorder: Recorder,
-) -> tuple[PlanTrainer, LengthReport]:
-    trainer = PlanTrainer(
-        plan=plan,
-        model=model,
-        args=training_arguments(plan, options, recorder.device, assistant_only=marks_assistant(data, tokenizer)),
-        dataset=data.dataset,
-        tokenizer=tokenizer,
-        padding=options.padding,
-        before_step=recorder.next_step,
-        keep=options.keep,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train_dataset, lengths = enforce_length(trainer.train_dataset, plan.training.seq_len, options.on_long)
-    return trainer, lengths
-
-
 @contextmanager
 def _own_display() -> Iterator[None]:
     """No progress bars of libraries between ours."""
@@ -209,17 +225,28 @@ def _own_display() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _total_steps(trainer: PlanTrainer, options: RunOptions) -> int:
-    if options.max_steps:
-        return options.max_steps
+def _total_steps(trainer: PlanLoop, options: RunOptions, checkpoint: Path | None) -> int:
+    """Optimizer steps of the whole run.
+
+    Raises:
+        InputError: if there are none, or the checkpoint to resume from has had them all.
+    """
     training = trainer.plan.training
     batches = -(-len(trainer.train_dataset) // training.batch_size)
-    return int(-(-options.epochs * max(1, -(-batches // training.grad_accum)) // 1))
+    total = options.max_steps or int(-(-options.epochs * max(1, -(-batches // training.grad_accum)) // 1))
+    if total == 0:
+        raise InputError("The run has no optimizer step.", advice="Ask for some with --max-steps or --epochs.")
+    if checkpoint is not None and step_of(checkpoint) >= total:
+        raise InputError(
+            f"The run in {options.output_dir} has had {step_of(checkpoint)} of {total} steps already.",
+            advice=f"Its weights are in {checkpoint}. Ask for more steps with --max-steps or --epochs.",
+        )
+    return total
 
 
 def _bytes_to_write(model: PreTrainedModel, options: RunOptions) -> int:
     """The model at the end, and one checkpoint, whose weights are most of it."""
-    return int(model.get_memory_footprint()) * (2 if options.save_steps else 1)
+    return int(model.get_memory_footprint()) * (2 if options.checkpoint_steps or options.keep_best else 1)
 
 
 def _planned_bytes(plan: Plan) -> int | None:
@@ -241,9 +268,11 @@ def _warn(plan: Plan, device: torch.device, total_steps: int, console: Console) 
         _tell(console, f"warning: {warning}")
 
 
-def _save_model(trainer: PlanTrainer, output_dir: Path) -> Path:
+def _save_model(trainer: PlanLoop, output_dir: Path) -> Path:
     """The trained model with its tokenizer, ready for from_pretrained."""
-    trainer.method.finish(trainer.model, trainer.plan_optimizer)
+    if not trainer.has_best_weights:
+        trainer.method.settle(trainer.plan_optimizer)
+    trainer.method.finish(trainer.model)
     target = output_dir / MODEL_DIRECTORY
     with saving("trained model"), written_whole(target) as partial:
         trainer.model.save_pretrained(partial)
@@ -251,7 +280,7 @@ def _save_model(trainer: PlanTrainer, output_dir: Path) -> Path:
     return target
 
 
-def _release(trainer: PlanTrainer) -> None:
+def _release(trainer: PlanLoop) -> None:
     """Let go of the last block: autograd's hooks on its parameters would keep masters and moments for ever."""
     optimizer = trainer.plan_optimizer
     if isinstance(optimizer, BlockOptimizer):

@@ -8,19 +8,22 @@ ones and are composed to full depth (badam_planner.compose); with ``exact`` each
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import overload
+from itertools import chain
+from typing import Any, overload
 
 from badam.naming import belongs
 from badam.partition import ParameterInfo, layer_stacks
-from badam.plan import Attention, BlockPlan, ModelSpec, Plan, Training
+from badam.plan import Attention, BlockPlan, ModelSpec, Plan, Target, Training
 from badam.training.methods import method_of
 from badam.vocabulary import Phase
-from badam_planner.compose import KEPT_CYCLES, NotPeriodic, Run, compose, find_runs, renamed
-from badam_planner.events import Recording
+from badam_planner.compose import KEPT_CYCLES, NotPeriodic, Run, compose, composed_flops, find_runs
+from badam_planner.events import Flops, Recording
 from badam_planner.forecast import Forecast, forecast
+from badam_planner.outline import BlockPeaks, Outline
+from badam_planner.renaming import renamed, renamed_flops
 
 REPORTED_VERSIONS = ("badam", "torch", "transformers")
 
@@ -32,6 +35,7 @@ class ModelTree:
     parameters: tuple[ParameterInfo, ...]  # distinct parameters, in model order
     layers: tuple[str, ...]  # module paths of the layers, in order of execution
     layer_kinds: dict[str, Hashable]  # equal for layers that may stand for each other
+    layer_classes: tuple[type[Any], ...]  # of the layers
     head_module: str  # path of the output projection; "" if there is none
     can_chunk: bool  # whether the chunked loss knows this model
     versions: dict[str, str]
@@ -70,7 +74,7 @@ class PlanForecast:
     worst: Forecast
     backward_relative: tuple[float, ...]  # by block: backward work over that of training everything
     trained_entries: int = 0  # entries trained at a time, at most
-    blocks: tuple[Forecast, ...] = ()  # by block, or empty if only the worst was asked for
+    blocks: tuple[BlockPeaks, ...] = ()  # by block, or empty if only the worst was asked for
 
 
 def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
@@ -102,10 +106,27 @@ def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
         parameters=parameters,
         layers=tuple(path for stack in stacks for path in stack),
         layer_kinds=kinds,
+        layer_classes=tuple(type(model.get_submodule(path)) for stack in stacks for path in stack),
         head_module=names.get(id(head), ""),
         can_chunk=can_chunk,
         versions={name: version(name) for name in REPORTED_VERSIONS},
     )
+
+
+@dataclass(slots=True)
+class _Rehearsed:
+    """A rehearsal with four cycles of each run of equal layers."""
+
+    recording: Recording
+    names: list[str]  # its layers in order, see _names
+    runs: list[tuple[tuple[str, ...], ...]]  # the four cycles of each run, by these names
+    outlines: dict[Target, Outline] = field(default_factory=dict)
+
+    def outline(self, target: Target) -> Outline:
+        """Its outline for a device, read once."""
+        if target not in self.outlines:
+            self.outlines[target] = Outline(self.recording, self.runs, target)
+        return self.outlines[target]
 
 
 class Evaluator:
@@ -114,8 +135,13 @@ class Evaluator:
     def __init__(self, tree: ModelTree, *, exact: bool = False) -> None:
         self.tree = tree
         self.exact = exact
-        self._rehearsed: dict[Hashable, tuple[Recording, list[str]]] = {}
+        self._rehearsed: dict[Hashable, _Rehearsed] = {}
         self._trained: dict[str, int] = {}
+        self._known_roles: dict[Hashable, tuple[Role, ...]] = {}
+        self._own: dict[str, list[str]] = {layer: [] for layer in tree.layers}  # relative names of its parameters
+        for info in tree.parameters:
+            if layer := tree.layer_of(info.name):
+                self._own[layer].append(info.name.removeprefix(layer))
 
     @overload
     def worst_block(self, plan: Plan) -> PlanForecast: ...
@@ -132,18 +158,25 @@ class Evaluator:
             return self._without_roles(plan, give_up_above)
         shapes = [self._shape(plan, block) for block in plan.partition.blocks]
         lowest = {shape: shapes.index(shape) for shape in shapes}
-        recordings: dict[int, Recording] = {}
-        forecasts: dict[int, Forecast] = {}
+        peaks: dict[int, BlockPeaks] = {}
         for index in sorted(lowest.values(), key=lambda index: -plan.partition.blocks[index].parameters):
-            recordings[index] = self.recording(plan, index)
-            forecasts[index] = forecast(recordings[index], plan.target, head_module=self.tree.head_module)
-            if give_up_above is not None and forecasts[index].peak_device_bytes > give_up_above:
+            peaks[index] = self.peaks(plan, index)
+            if (
+                give_up_above is not None
+                and peaks[index].peak_allocated_bytes + plan.target.context_bytes > give_up_above
+            ):
                 return None
+        forecasts = {index: self._forecast(plan, index) for index in _worth_simulating(peaks)}
         worst = max(forecasts, key=lambda index: (forecasts[index].peak_device_bytes, -index))
-        representatives = [lowest[shape] for shape in shapes]
-        relative = backward_relative(plan, self.tree, recordings, representatives)
+        if give_up_above is not None and forecasts[worst].peak_device_bytes > give_up_above:
+            return None
+        flops = {index: self.flops(plan, index) for index in peaks}
+        relative = backward_relative(plan, self.tree, flops, [lowest[shape] for shape in shapes])
         largest = max(block.parameters + self._besides(plan, block) for block in plan.partition.blocks)
         return PlanForecast(worst, forecasts[worst], relative, largest)
+
+    def _forecast(self, plan: Plan, index: int) -> Forecast:
+        return forecast(self.recording(plan, index), plan.target, head_module=self.tree.head_module)
 
     def _without_roles(self, plan: Plan, give_up_above: int | None) -> PlanForecast | None:
         """Rehearse the first and the last block at full depth, for methods that train more than the block.
@@ -151,15 +184,11 @@ class Evaluator:
         What is trained besides reaches through all layers, so blocks differ only in when their gradients and saved
         inputs come and go: the lowest keeps most activations until last, the highest has its gradients first.
         """
-        recordings = {index: self.recording(plan, index) for index in {0, len(plan.partition.blocks) - 1}}
-        forecasts = {
-            index: forecast(recording, plan.target, head_module=self.tree.head_module)
-            for index, recording in recordings.items()
-        }
+        forecasts = {index: self._forecast(plan, index) for index in {0, len(plan.partition.blocks) - 1}}
         worst = max(forecasts, key=lambda index: (forecasts[index].peak_device_bytes, -index))
         if give_up_above is not None and forecasts[worst].peak_device_bytes > give_up_above:
             return None
-        relative = (backward_of_all(recordings[worst]),) * len(plan.partition.blocks)
+        relative = (backward_of_all(self.flops(plan, worst)),) * len(plan.partition.blocks)
         return PlanForecast(worst, forecasts[worst], relative, self._trained_entries(plan))
 
     def _trained_entries(self, plan: Plan) -> int:
@@ -171,25 +200,75 @@ class Evaluator:
         return self._trained[key]
 
     def every_block(self, plan: Plan, known: PlanForecast) -> PlanForecast:
-        """Forecast all blocks of a plan whose worst block is ``known``; none if they are not trained one by one."""
+        """The peaks of all blocks of a plan whose worst block is ``known``; none if they are not trained one by one.
+
+        On a card the worst block's figure is that of the simulated allocator; those of the others leave out the ends
+        of the allocator's blocks that are too small to be split off, some thousandths.
+        """
+        worst = BlockPeaks(known.worst.peak_allocated_bytes, known.worst.peak_phase, known.worst.by_phase)
         if not method_of(plan.method).composes:
-            return replace(known, blocks=(known.worst,) if len(plan.partition.blocks) == 1 else ())
-        forecasts = {known.worst_block: known.worst}
+            return replace(known, blocks=(worst,) if len(plan.partition.blocks) == 1 else ())
+        peaks = {known.worst_block: worst}
         indices = range(len(plan.partition.blocks))
         middle = len(indices) / 2
         for index in sorted(indices, key=lambda index: abs(index - middle)):  # those in the middle answer for others
-            if index not in forecasts:
-                recording = self.recording(plan, index)
-                forecasts[index] = forecast(recording, plan.target, head_module=self.tree.head_module, largest=0)
-        return replace(known, blocks=tuple(forecasts[index] for index in indices))
+            if index not in peaks:
+                peaks[index] = self.peaks(plan, index)
+        return replace(known, blocks=tuple(peaks[index] for index in indices))
+
+    def peaks(self, plan: Plan, index: int) -> BlockPeaks:
+        """The highest allocated bytes with one block active: every tensor's bytes, rounded as the device does."""
+        if not self.exact and method_of(plan.method).composes:
+            rehearsed, runs = self._rehearsal(plan, index)
+            try:
+                return rehearsed.outline(plan.target).peaks([len(run.cycles) for run in runs])
+            except NotPeriodic:
+                pass
+        return Outline(self.recording(plan, index), (), plan.target).peaks(())
+
+    def flops(self, plan: Plan, index: int) -> Flops:
+        """Operations of matrix products at full depth, by phase and module."""
+        if not self.exact and method_of(plan.method).composes:
+            rehearsed, runs = self._rehearsal(plan, index)
+            flops = renamed_flops(rehearsed.recording.flops, self._new_names(rehearsed, runs))
+            for run in runs:
+                flops = composed_flops(flops, run)
+            return flops
+        return self.recording(plan, index).flops
 
     def recording(self, plan: Plan, index: int) -> Recording:
         """The rehearsal of one block at full depth, composed where that is possible and not forbidden."""
+        if not self.exact and method_of(plan.method).composes:
+            rehearsed, runs = self._rehearsal(plan, index)
+            try:
+                recording = renamed(rehearsed.recording, self._new_names(rehearsed, runs))
+                for run in runs:
+                    recording = compose(recording, run)
+                return recording
+            except NotPeriodic:
+                pass
+        return self._at_full_depth(plan, index)
+
+    def _at_full_depth(self, plan: Plan, index: int) -> Recording:
+        from badam_planner.probe.rehearse import rehearse
+
+        key = (
+            "full depth",
+            plan.partition.blocks[index].model_dump_json(),
+            plan.training.model_dump_json(),
+            plan.method,
+            plan.target.gpu == "cpu",
+        )
+        if key not in self._rehearsed:
+            recording = rehearse(plan, index, layers=self.tree.layers)
+            self._rehearsed[key] = _Rehearsed(recording, [], [])
+        return self._rehearsed[key].recording
+
+    def _rehearsal(self, plan: Plan, index: int) -> tuple[_Rehearsed, list[Run]]:
+        """A rehearsal with four cycles of each run of equal layers, and the runs that it is to be composed to."""
         from badam_planner.probe.rehearse import rehearse
 
         layers = self.tree.layers
-        if self.exact or not method_of(plan.method).composes:
-            return rehearse(plan, index, layers=layers)
         roles = self._roles(plan, plan.partition.blocks[index])
         runs = find_runs(layers, [None if role.active else role for role in roles])
         key = self._question(plan, index, roles, runs)
@@ -197,18 +276,14 @@ class Evaluator:
         if key not in self._rehearsed and not complete:
             runs = [run for run in runs if len(run.cycles) > KEPT_CYCLES]  # the short ones are rehearsed as they are
             key = self._question(plan, index, roles, runs)
-        names = _names(layers, runs)
         if key not in self._rehearsed:
-            left_out = frozenset(layer for run in runs for layer in run.left_out)
-            self._rehearsed[key] = rehearse(plan, index, layers=layers, without=left_out), names
-        recording, recorded_names = self._rehearsed[key]
-        try:
-            recording = renamed(recording, dict(zip(recorded_names, names, strict=True)))
-            for run in runs:
-                recording = compose(recording, run)
-        except NotPeriodic:
-            return rehearse(plan, index, layers=layers)
-        return recording
+            without = dict(chain.from_iterable(run.left_out.items() for run in runs))
+            recording = rehearse(plan, index, layers=layers, classes=self.tree.layer_classes, without=without)
+            self._rehearsed[key] = _Rehearsed(recording, _names(layers, runs), [run.stand_ins() for run in runs])
+        return self._rehearsed[key], runs
+
+    def _new_names(self, rehearsed: _Rehearsed, runs: Sequence[Run]) -> dict[str, str]:
+        return dict(zip(rehearsed.names, _names(self.tree.layers, runs), strict=True))
 
     def _question(self, plan: Plan, index: int, roles: Sequence[Role], runs: Sequence[Run]) -> Hashable:
         """Equal for blocks that one rehearsal answers for: the same roles, runs of any length, the same training."""
@@ -223,22 +298,24 @@ class Evaluator:
                 shape.append(role_of[layer])
         prefixes = trained_prefixes(plan, plan.partition.blocks[index])
         elsewhere = tuple(path for path in prefixes if not self._layer_of(path))
-        return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method
+        return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method, plan.target.gpu == "cpu"
 
-    def _roles(self, plan: Plan, block: BlockPlan) -> list[Role]:
+    def _roles(self, plan: Plan, block: BlockPlan) -> tuple[Role, ...]:
         """What each layer is and does while ``block`` is active."""
         prefixes = trained_prefixes(plan, block)
-        active: dict[str, list[str]] = {}
-        for info in self.tree.parameters:
-            if belongs(info.name, prefixes):
-                layer = self._layer_of(info.name)
-                active.setdefault(layer, []).append(info.name.removeprefix(layer))
+        key = (prefixes, block.checkpointed_layers)
+        if key not in self._known_roles:
+            self._known_roles[key] = self._found_roles(prefixes, block.checkpointed_layers)
+        return self._known_roles[key]
+
+    def _found_roles(self, prefixes: Sequence[str], checkpointed_layers: Sequence[str]) -> tuple[Role, ...]:
+        active = self._active_in_layers(prefixes)
         in_layers = [position for position, layer in enumerate(self.tree.layers) if layer in active]
         lowest = min(in_layers, default=len(self.tree.layers))
         if self.tree.embeds_among(prefixes):
             lowest = -1
-        checkpointed = frozenset(block.checkpointed_layers)
-        return [
+        checkpointed = frozenset(checkpointed_layers)
+        return tuple(
             Role(
                 kind=self.tree.layer_kinds[layer],
                 below=position < lowest,
@@ -246,7 +323,17 @@ class Evaluator:
                 checkpointed=layer in checkpointed,
             )
             for position, layer in enumerate(self.tree.layers)
-        ]
+        )
+
+    def _active_in_layers(self, prefixes: Sequence[str]) -> dict[str, list[str]]:
+        """By layer its parameters under ``prefixes``, relative names. Few layers are looked into: there may be many."""
+        homes = {self._layer_of(prefix) for prefix in prefixes}
+        active: dict[str, list[str]] = {}
+        for layer in self._own if "" in homes else homes:
+            names = [name for name in self._own[layer] if belongs(layer + name, prefixes)]
+            if names:
+                active[layer] = names
+        return active
 
     def _shape(self, plan: Plan, block: BlockPlan) -> Hashable:
         """Equal for blocks that hold the same parameters of equal layers."""
@@ -265,6 +352,17 @@ class Evaluator:
 
     def _layer_of(self, path: str) -> str:
         return self.tree.layer_of(path)
+
+
+def _worth_simulating(peaks: Mapping[int, BlockPeaks]) -> list[int]:
+    """The blocks whose tensors come near the highest peak, so that the allocator's share may decide between them.
+
+    Near is a tenth of what a step adds to what is there before it: only that can be fragmented.
+    """
+    highest = max(peaks.values(), key=lambda block: block.peak_allocated_bytes)
+    resident = highest.by_phase.get(Phase.SETUP, 0)
+    bar = highest.peak_allocated_bytes - 0.1 * (highest.peak_allocated_bytes - resident)
+    return [index for index, block in peaks.items() if block.peak_allocated_bytes >= bar]
 
 
 def trained_prefixes(plan: Plan, block: BlockPlan) -> tuple[str, ...]:
@@ -286,7 +384,7 @@ def _names(layers: Sequence[str], runs: Sequence[Run]) -> list[str]:
 
 
 def backward_relative(
-    plan: Plan, tree: ModelTree, recordings: dict[int, Recording], representatives: Sequence[int]
+    plan: Plan, tree: ModelTree, flops: Mapping[int, Flops], representatives: Sequence[int]
 ) -> tuple[float, ...]:
     """Matrix-product operations of backward with each block active, over those with everything active.
 
@@ -299,17 +397,17 @@ def backward_relative(
     Args:
         plan: the partition.
         tree: the layers.
-        recordings: rehearsals at full depth, by index of the active block.
+        flops: those of rehearsals at full depth, by index of the active block.
         representatives: for each block of the plan the index of the one that was rehearsed in its place.
     """
     if [block.parameters for block in plan.partition.blocks] == [sum(info.numel for info in tree.parameters)]:
         return (1.0,)  # the one block is everything
-    tallies = {index: _backward_flops(recording, tree) for index, recording in recordings.items()}
+    tallies = {index: _backward_flops(each, tree) for index, each in flops.items()}
     positions = [_lowest_layer(trained_prefixes(plan, block), tree) for block in plan.partition.blocks]
-    reference = min(recordings, key=lambda index: positions[index])
+    reference = min(flops, key=lambda index: positions[index])
     through = _passing_through(tallies[reference], positions[reference], tree)
     outside = tallies[reference].get("", 0)
-    everything = outside + sum(through) + _weight_gradient_flops(recordings[reference], tree)
+    everything = outside + sum(through) + _weight_gradient_flops(flops[reference], tree)
     relative = []
     for index, stand_in in enumerate(representatives):
         between = sum(through[positions[stand_in] + 1 : positions[index] + 1])
@@ -317,24 +415,24 @@ def backward_relative(
     return tuple(relative)
 
 
-def backward_of_all(recording: Recording) -> float:
+def backward_of_all(flops: Flops) -> float:
     """Matrix-product operations of backward, over those of training every weight.
 
     Formula: (backward + recomputation) / (2 (forward + loss) + recomputation), since the gradient of a product is two
     products of its size. Units: none. Not counted: the third product in the backward of fused attention.
     """
     tally: dict[Phase, int] = {}
-    for (phase, _), count in recording.flops.items():
+    for (phase, _), count in flops.items():
         tally[phase] = tally.get(phase, 0) + count
     again = tally.get(Phase.RECOMPUTE, 0)
     ahead = tally.get(Phase.FORWARD, 0) + tally.get(Phase.LOSS, 0)
     return (tally.get(Phase.BACKWARD, 0) + again) / (2 * ahead + again) if ahead else 0.0
 
 
-def _backward_flops(recording: Recording, tree: ModelTree) -> dict[str, int]:
+def _backward_flops(flops: Flops, tree: ModelTree) -> dict[str, int]:
     """Operations of backward and recomputation by layer; those outside of every layer under ""."""
     tally: dict[str, int] = {}
-    for (phase, module), count in recording.flops.items():
+    for (phase, module), count in flops.items():
         if phase in (Phase.BACKWARD, Phase.RECOMPUTE):
             layer = tree.layer_of(module)
             tally[layer] = tally.get(layer, 0) + count
@@ -350,11 +448,11 @@ def _passing_through(tally: dict[str, int], lowest: int, tree: ModelTree) -> lis
     ]
 
 
-def _weight_gradient_flops(recording: Recording, tree: ModelTree) -> int:
+def _weight_gradient_flops(flops: Flops, tree: ModelTree) -> int:
     """Operations that make the gradients of all weights: those of forward in the modules that own weights."""
     owners = {info.name.rpartition(".")[0] for info in tree.parameters}
     forward = (Phase.FORWARD, Phase.LOSS)
-    return sum(count for (phase, module), count in recording.flops.items() if phase in forward and module in owners)
+    return sum(count for (phase, module), count in flops.items() if phase in forward and module in owners)
 
 
 def _lowest_layer(prefixes: Sequence[str], tree: ModelTree) -> int:

@@ -10,15 +10,16 @@ card's record), the data loader, and what the training loop holds for logging (s
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from badam import phases
@@ -28,6 +29,7 @@ from badam.training.assemble import build_model, build_optimizer, prepare_checkp
 from badam.training.methods import method_of
 from badam.vocabulary import Category, Phase
 from badam_planner.events import Recording
+from badam_planner.probe.kept_layers import build_without, with_left_out
 from badam_planner.probe.tracker import StorageTracker
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ VISIT_STEPS = 2
 
 
 @contextmanager
-def fake_world() -> Iterator[None]:
+def fake_world() -> Iterator[FakeTensorMode]:
     """Everything made inside has shape and no data, and runs the same kernels' bookkeeping as real training would.
 
     Two things differ between tracing and running in transformers and torch, and both are set to how they run:
@@ -55,13 +57,13 @@ def fake_world() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_quiet("transformers"))
-        stack.enter_context(FakeTensorMode())
+        mode = stack.enter_context(FakeTensorMode())
         stack.enter_context(no_init_weights())
         stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", _no_packed_sequences))
         stack.enter_context(patch.object(torch, "get_rng_state", lambda: torch.empty(state_bytes, dtype=torch.uint8)))
         stack.enter_context(patch.object(torch, "set_rng_state", lambda _state: None))
         stack.enter_context(patch.object(torch.utils, "swap_tensors", _become))
-        yield
+        yield mode
 
 
 @contextmanager
@@ -91,37 +93,48 @@ def fake_batch(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
     tokens = torch.zeros(shape, dtype=torch.int64)
     if plan.model.task == "causal-lm":
         return {"input_ids": tokens, "labels": torch.zeros(shape, dtype=torch.int64)}
-    return {
+    batch = {
         "input_ids": tokens,
         "attention_mask": torch.ones(shape, dtype=torch.int64),
         "labels": torch.zeros(shape[:1], dtype=torch.int64),
     }
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        batch["token_type_ids"] = torch.zeros(shape, dtype=torch.int64)
+    return batch
 
 
-def rehearse(plan: Plan, block: int, *, layers: Sequence[str] = (), without: Collection[str] = ()) -> Recording:
+def rehearse(
+    plan: Plan,
+    block: int,
+    *,
+    layers: Sequence[str] = (),
+    classes: Sequence[type[nn.Module]] = (),
+    without: Mapping[str, str] | None = None,
+) -> Recording:
     """Rehearse ``plan`` with block number ``block`` active.
 
     Args:
         plan: what to run; its schedule is replaced by one that stays in ``block`` for the rehearsed visit.
         block: index into the plan's blocks.
-        layers: module paths of the layers whose beginnings to mark in the recording.
-        without: layers to leave out of the forward pass; their parameters are still there. Empty is full depth.
+        layers: module paths of the layers, in order of execution, whose beginnings to mark in the recording.
+        classes: the class of each layer; needed with ``without``.
+        without: layers to leave out of the forward pass, each with an equal one that stays. The recording has their
+            parameters all the same. None or empty is full depth.
 
     Returns:
         The events of the visit; see the module's docstring.
     """
+    without = without or {}
     method = method_of(plan.method)
     staged, start = method.rehearsed_plan(_of_one_visit(plan, without), block)
     phases.enter(Phase.SETUP)
-    with fake_world(), _attention_of(plan.target):
-        model = fake_model(plan.model, plan.training)
+    with fake_world() as mode, _attention_of(plan.target), _without_garbage_collection():
+        model = build_without(lambda: fake_model(plan.model, plan.training), layers, classes, without)
         prepare_model(model, plan)
-        tracker = StorageTracker(model, layers)
-        tracker.label(model.named_parameters(), Category.PARAMETER)
-        tracker.label(model.named_buffers(), Category.PARAMETER, "buffer")
+        tracker = StorageTracker(model, layers, mode=mode)
+        _label_weights(model, tracker, layers, without)
         on_host = list(method.resident_states(model, plan, block)) if plan.target.gpu == "cpu" else []
         tracker.label(on_host, Category.OPTIMIZER_STATE)
-        left_out = take_out(model, without)
         with tracker.watching():
             optimizer = build_optimizer(model, staged, start_block=start)
             prepare_checkpointing(model, optimizer, staged)
@@ -130,8 +143,32 @@ def rehearse(plan: Plan, block: int, *, layers: Sequence[str] = (), without: Col
             else:
                 label_states(model, optimizer, tracker)
             _training_step(plan, method, model, optimizer, tracker)
-        del left_out, on_host  # only now: they stay allocated throughout
+        del on_host  # only now: it stays allocated throughout
         return tracker.recording
+
+
+def _label_weights(
+    model: PreTrainedModel, tracker: StorageTracker, layers: Sequence[str], without: Mapping[str, str]
+) -> None:
+    """Tell the tracker of all parameters and buffers, in the order of the whole model."""
+    for named, word in ((model.named_parameters(), ""), (model.named_buffers(), "buffer")):
+        for name, tensor, is_there in with_left_out(named, layers, without):
+            if is_there:
+                tracker.label([(name, tensor)], Category.PARAMETER, word)
+            else:
+                tracker.stand_in(tensor, name, Category.PARAMETER, word)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Reference counts alone say when tensors die; a collection in between would depend on what ran before."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def trained_entries(plan: Plan) -> int:
@@ -156,15 +193,6 @@ def _of_one_visit(plan: Plan, without: Collection[str]) -> Plan:
     return plan.model_copy(
         update={"schedule": visit, "partition": plan.partition.model_copy(update={"blocks": blocks})}
     )
-
-
-def take_out(model: torch.nn.Module, layers: Collection[str]) -> list[torch.nn.Module]:
-    """Remove layers from their containers, so that forward passes them by; the others keep their names."""
-    removed = []
-    for path in layers:
-        container, _, index = path.rpartition(".")
-        removed.append(model.get_submodule(container)._modules.pop(index))
-    return [layer for layer in removed if layer is not None]
 
 
 def _first_update(model: PreTrainedModel, optimizer: Optimizer, tracker: StorageTracker) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +20,7 @@ from badam import phases
 from badam.vocabulary import Category, Phase
 from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, Recording
 from badam_planner.probe.accumulation import accumulates_in_place, holders_of_a_sum
+from badam_planner.probe.shapes import answer
 from badam_planner.scratch import FLASH_BACKWARD, flash_backward_bytes
 from badam_planner.timeline import LOSS_MODULE
 
@@ -36,9 +39,16 @@ class StorageTracker(TorchDispatchMode):
     autograd reaches the node of a module's output when backward enters that module.
     """
 
-    def __init__(self, model: nn.Module, layers: Collection[str] = ()) -> None:
-        """Watch ``model``; the beginnings of its ``layers`` (module paths) are marked in the recording."""
+    def __init__(self, model: nn.Module, layers: Collection[str] = (), *, mode: FakeTensorMode | None = None) -> None:
+        """Watch ``model``; the beginnings of its ``layers`` (module paths) are marked in the recording.
+
+        Args:
+            model: whose modules run.
+            layers: module paths.
+            mode: of the fake tensors, whose operators are then answered from memory where that is possible.
+        """
         super().__init__()
+        self._mode = mode
         self._layers = frozenset(layers)
         self.recording = Recording()
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -49,15 +59,22 @@ class StorageTracker(TorchDispatchMode):
         self._phase = phases.current()
         self.recording.phase_starts = [(0, self._phase)]
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: torch need not put a guard against that around every operator."""
+        return False
+
     # -- what the operators tell
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # every look at ``tensor.device`` comes here: half of all calls
+            return args[0].fake_device
         kwargs = kwargs or {}
         if self._phase is Phase.BACKWARD and accumulates_in_place(func, args, self._unshared):
-            return args[0].add_(args[1])
-        output = func(*args, **kwargs)
+            return args[0]  # there is no data to add
+        output = func(*args, **kwargs) if self._mode is None else answer(self._mode, func, args, kwargs)
         name = str(func)
         for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
             if isinstance(leaf, Tensor):
@@ -122,6 +139,13 @@ class StorageTracker(TorchDispatchMode):
             allocation = self.recording.allocations[self._see(tensor, GIVEN)]
             allocation.category = category
             allocation.label = f"{word} {name}".strip()
+
+    def stand_in(self, like: Tensor, name: str, category: Category, word: str = "") -> None:
+        """Record a tensor that is not there: it is like a live one that was labelled, and outlives the recording."""
+        known = self.recording.allocations[self._see(like, GIVEN)]
+        self.recording.allocations.append(
+            replace(known, born=self._tick(), died=NEVER, category=category, label=f"{word} {name}".strip())
+        )
 
     # -- where the code is
 

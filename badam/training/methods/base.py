@@ -125,8 +125,15 @@ class TrainingMethod(ABC):
         """
         return 2 * parameters + 16 * largest_block
 
-    def finish(self, model: PreTrainedModel, optimizer: Optimizer) -> None:  # noqa: B027
-        """Leave ``model`` as it shall be saved at the end of training."""
+    def discard_gradients(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Forget what the micro-batches of a step have left so far, so that the step can begin anew."""
+        optimizer.zero_grad(set_to_none=True)
+
+    def settle(self, optimizer: Optimizer) -> None:  # noqa: B027
+        """Write what the optimizer holds into the weights, at the end of training."""
+
+    def finish(self, model: PreTrainedModel) -> None:  # noqa: B027
+        """Give ``model`` the modules that it shall be saved with; its weights are final."""
 
 
 def adamw_options(plan: Plan) -> dict[str, Any]:

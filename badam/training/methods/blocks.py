@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -11,9 +11,6 @@ from torch.optim import Optimizer
 from badam.block_optimizer import BlockOptimizer
 from badam.plan import Method, Plan
 from badam.training.methods.base import TrainingMethod, adamw_options, parameter_groups
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 OptimizerT = TypeVar("OptimizerT", bound=BlockOptimizer)
 
@@ -50,7 +47,7 @@ class BlockCoordinate(TrainingMethod):
         """2M + 16M/D, for D equal blocks (arXiv 2404.02827, section 2.2)."""
         return 2 * parameters + 16 * parameters // blocks
 
-    def finish(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
+    def settle(self, optimizer: Optimizer) -> None:
         """The last block is left as every other block was."""
         assert isinstance(optimizer, BlockOptimizer)
         optimizer.write_back_block()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from badam.errors import InputError
 from badam.naming import belongs
 from badam.partition import layer_paths
 from badam.plan import Method, Plan
@@ -21,6 +22,15 @@ class GaLore(TrainingMethod):
 
     name: ClassVar[Method] = "galore"
     libraries = {"galore_torch": "galore-torch", "bitsandbytes": "bitsandbytes"}  # noqa: RUF012 - see the base
+
+    def check(self, plan: Plan) -> None:
+        """Refuse fp16 as well: its gradients stay in the model's type, where they cannot be scaled back."""
+        super().check(plan)
+        if plan.training.dtype == "float16":
+            raise InputError(
+                "galore updates weights of 16 bits without fp32 masters, which in float16 loses what is small.",
+                advice="Plan with --dtype bfloat16.",
+            )
 
     def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
         """galore-torch's AdamW; the matrices inside layers are projected, everything else is trained as by AdamW."""

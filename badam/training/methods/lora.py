@@ -59,7 +59,7 @@ class Lora(TrainingMethod):
         groups = parameter_groups(model, plan.training.optimizer.weight_decay, trained_only=True)
         return torch.optim.AdamW(groups, **adamw_options(plan))
 
-    def finish(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
+    def finish(self, model: PreTrainedModel) -> None:
         """Merge the adapters into the weights that they stand beside, so that any program can load the model."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 

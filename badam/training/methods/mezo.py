@@ -126,6 +126,11 @@ class Mezo(TrainingMethod):
         finally:
             model.train(was_training)
 
+    def discard_gradients(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Forget the slope; the weights stay where they were moved to, and the next estimate begins there."""
+        assert isinstance(optimizer, MezoOptimizer)
+        optimizer.slope = 0.0
+
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         """Nothing: the slope is known."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,9 +11,6 @@ from badam.naming import belongs
 from badam.plan import Method, Plan
 from badam.ratio_optimizer import BlockOptimizerRatio
 from badam.training.methods.base import TrainingMethod, parameter_groups
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Ratio(TrainingMethod):
@@ -48,7 +45,7 @@ class Ratio(TrainingMethod):
         assert isinstance(optimizer, BlockOptimizerRatio)
         return optimizer.active_entries
 
-    def finish(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
+    def settle(self, optimizer: Optimizer) -> None:
         """The last windows are left as all others were."""
         assert isinstance(optimizer, BlockOptimizerRatio)
         optimizer.write_back_block()

@@ -12,9 +12,11 @@ from badam.plan import Target
 from badam.vocabulary import Phase
 from badam_planner import compose as composing
 from badam_planner.events import NEVER, Recording
-from badam_planner.probe import evaluate, rehearse
+from badam_planner.outline import Outline
+from badam_planner.probe import evaluate, rehearse, tracker
 from badam_planner.probe.evaluate import Evaluator
-from tests.badam_planner.probe.plans import BERT, GEMMA2, GPT2, LLAMA, QWEN3_MOE, plan_of
+from badam_planner.timeline import Timeline
+from tests.badam_planner.probe.plans import BERT, CPU, GEMMA2, GPT2, LLAMA, QWEN3_MOE, plan_of
 
 
 def everything_in(recording: Recording) -> list[tuple[Any, ...]]:
@@ -32,6 +34,7 @@ def everything_in(recording: Recording) -> list[tuple[Any, ...]]:
     return sorted(found, key=lambda entry: entry[0])
 
 
+CARD = Target(gpu="card", total_bytes=2**40, usable_bytes=2**40, context_bytes=2**28, workspace_bytes=2**23)
 ARCHITECTURES = {"llama": LLAMA, "gpt2": GPT2, "gemma2": GEMMA2, "qwen3_moe": QWEN3_MOE, "bert": BERT}
 
 
@@ -48,6 +51,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "grad_accum": draw(st.integers(1, 2)),
         "include_embedding": draw(st.booleans()),
         "block": draw(st.floats(0, 1, exclude_max=True)),
+        "target": draw(st.sampled_from([CPU, CARD])),
     }
 
 
@@ -59,16 +63,19 @@ def compare(case: dict[str, Any]) -> None:
         case["loss"] = "full"
     plan, tree = plan_of(config, depth, **case)
     block = int(where * len(plan.partition.blocks))
-    composed = Evaluator(tree).recording(plan, block)
+    evaluator = Evaluator(tree)
+    composed = evaluator.recording(plan, block)
     full = Evaluator(tree, exact=True).recording(plan, block)
     assert everything_in(composed) == everything_in(full)
     assert composed.flops == full.flops
+    assert evaluator.peaks(plan, block) == Outline(full, (), plan.target).peaks(())
+    assert evaluator.flops(plan, block) == full.flops
 
 
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 DEEP = {
     "architecture": "llama", "depth": 12, "strategy": "layer", "checkpointing": True, "loss": "full", "batch_size": 1,
-    "seq_len": 8, "grad_accum": 1, "include_embedding": False, "block": 0.0,
+    "seq_len": 8, "grad_accum": 1, "include_embedding": False, "block": 0.0, "target": CARD,
 }  # fmt: skip
 
 
@@ -129,6 +136,35 @@ def test_layers_that_differ_are_rehearsed_at_full_depth() -> None:
     assert everything_in(Evaluator(tree).recording(plan, 0)) == everything_in(full)
 
 
+@pytest.mark.parametrize("config", [LLAMA, GPT2, QWEN3_MOE, BERT], ids=lambda config: config["model_type"])
+def test_answers_from_memory_change_nothing(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second rehearsal is answered from what the first one saw; a third, with another size, must not be."""
+    plan, tree = plan_of(config, 3, checkpointing=True)
+    other, _ = plan_of(config, 3, checkpointing=True, batch_size=3)
+    remembered = [rehearse.rehearse(each, 0, layers=tree.layers) for each in (plan, plan, other)]
+    monkeypatch.setattr(tracker, "answer", lambda _mode, func, args, kwargs: func(*args, **kwargs))
+    asked = [rehearse.rehearse(each, 0, layers=tree.layers) for each in (plan, plan, other)]
+    for one, two in zip(remembered, asked, strict=True):
+        assert everything_in(one) == everything_in(two)
+        assert one.flops == two.flops
+
+
+def test_layers_that_are_not_rehearsed_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    built: list[None] = []
+    build = LlamaMLP.__init__
+
+    def counting(*args: Any, **kwargs: Any) -> None:
+        built.append(None)
+        build(*args, **kwargs)
+
+    plan, tree = plan_of(LLAMA, 12)
+    monkeypatch.setattr(LlamaMLP, "__init__", counting)
+    Evaluator(tree).recording(plan, 0)
+    assert len(built) == 1 + composing.KEPT_CYCLES
+
+
 def test_a_run_that_turns_out_not_to_repeat_falls_back_to_full_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Recording:
         raise composing.NotPeriodic("for the test")
@@ -145,7 +181,12 @@ def test_the_worst_block_is_the_maximum_over_all_blocks() -> None:
         evaluator = Evaluator(tree)
         known = evaluator.worst_block(plan)
         every = evaluator.every_block(plan, known)
-        assert known.worst.peak_device_bytes == max(block.peak_device_bytes for block in every.blocks)
+        assert known.worst.peak_allocated_bytes == max(block.peak_allocated_bytes for block in every.blocks)
+        exact = Evaluator(tree, exact=True)
+        for index, block in enumerate(every.blocks):
+            timeline = Timeline(exact.recording(plan, index), tree.head_module)
+            assert block.by_phase == {phase: at.nbytes for phase, at in timeline.peak_by_phase().items()}
+            assert block.peak_phase == timeline.peak().phase
 
 
 def test_giving_up_needs_no_more_than_one_block_too_large() -> None:
@@ -175,8 +216,7 @@ def test_relative_backward_equals_what_every_blocks_own_rehearsal_counts() -> No
 
 
 def test_a_card_has_the_context_and_workspace_on_top() -> None:
-    card = Target(gpu="card", total_bytes=2**40, usable_bytes=2**40, context_bytes=2**28, workspace_bytes=2**23)
-    plan, tree = plan_of(LLAMA, 4, target=card)
+    plan, tree = plan_of(LLAMA, 4, target=CARD)
     on_card = Evaluator(tree).worst_block(plan).worst
     assert on_card.peak_device_bytes == on_card.peak_reserved_bytes + 2**28
     assert on_card.peak_reserved_bytes >= on_card.peak_allocated_bytes > 2**23

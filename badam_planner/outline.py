@@ -1,0 +1,158 @@
+"""The peaks of a composed recording without composing it. Pure, no torch.
+
+Where badam_planner.compose writes every repeated cycle out, here a repeated stretch is passed once: of ``n`` equal
+passages, each of which adds ``d`` bytes and rises at most ``m`` above its begin, the highest point is
+``max(0, (n - 1) d) + m`` above the first one's begin. So the peak of a model with 126 layers takes as long as that of
+one with four, and the blocks of one rehearsal differ in ``n`` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from badam.plan import Target
+from badam.vocabulary import Phase
+from badam_planner.allocator import ROUNDING
+from badam_planner.events import Recording
+from badam_planner.passages import LAST, REPEATED, NotPeriodic, Passages
+
+FEWEST_CYCLES = 3
+"""With two cycles the last releases what the first made, whose sizes nothing has compared with the middle ones'."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPeaks:
+    """The highest allocated bytes while one block is active."""
+
+    peak_allocated_bytes: int
+    peak_phase: Phase
+    by_phase: dict[Phase, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A change of the live bytes, or the begin of a phase."""
+
+    change: int
+    phase: Phase | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Steps that follow each other and belong to the same passage of a run's cycle; ``run`` is None outside of runs."""
+
+    run: int | None
+    cycle: int
+    steps: tuple[_Step, ...]
+
+    def times(self, totals: Sequence[int]) -> int:
+        """How often it happens in a model whose runs have so many cycles."""
+        if self.run is None:
+            return 1
+        total = totals[self.run]
+        if self.cycle == REPEATED:
+            return max(0, total - LAST)
+        return int(self.cycle == LAST or self.cycle < total - 1)
+
+
+class Outline:
+    """A recording with four cycles of each run, ready to be asked for the peaks with any number of them."""
+
+    def __init__(self, recording: Recording, runs: Sequence[Sequence[tuple[str, ...]]], target: Target) -> None:
+        """Read a recording.
+
+        Args:
+            recording: of a rehearsal.
+            runs: for each run of equal cycles the layers (module paths) of its four cycles.
+            target: sizes are counted as on this device: rounded on a card, which also takes scratch and a workspace.
+
+        Raises:
+            NotPeriodic: if a run cannot be composed.
+        """
+        on_card = target.gpu != "cpu"
+        granularity = ROUNDING if on_card else 1
+        sizes = [
+            0 if one.card_only and not on_card else -(-one.nbytes // granularity) * granularity
+            for one in recording.allocations
+        ]
+        workspace = -(-target.workspace_bytes // granularity) * granularity if on_card else 0
+        self._first_phase = recording.phase_starts[0][1]
+        self._stretches = _stretches(recording, runs, sizes, workspace)
+
+    def peaks(self, totals: Sequence[int]) -> BlockPeaks:
+        """The peaks with ``totals[i]`` cycles of run ``i``.
+
+        Raises:
+            NotPeriodic: if a run has fewer than three cycles.
+        """
+        if any(total < FEWEST_CYCLES for total in totals):
+            raise NotPeriodic(f"of {min(totals)} cycles an outline says nothing")
+        live, phase = 0, self._first_phase
+        highest = {phase: 0}
+        for stretch in self._stretches:
+            times = stretch.times(totals)
+            if times:
+                live, phase = _passed(stretch.steps, times, live, phase, highest)
+        at = max(highest, key=lambda each: highest[each])
+        return BlockPeaks(highest[at], at, highest)
+
+
+def _passed(
+    steps: tuple[_Step, ...], times: int, live: int, phase: Phase, highest: dict[Phase, int]
+) -> tuple[int, Phase]:
+    """Live bytes and phase after ``times`` passages; ``highest`` by phase is brought up to date."""
+    begin = live
+    risen: dict[Phase, int] = {}
+    for step in steps:
+        phase = step.phase or phase
+        live += step.change
+        if phase not in risen or live > risen[phase]:
+            risen[phase] = live
+    gained = live - begin
+    for each, top in risen.items():
+        top += max(0, (times - 1) * gained)
+        if each not in highest or top > highest[each]:
+            highest[each] = top
+    return begin + times * gained, phase
+
+
+def _stretches(
+    recording: Recording, runs: Sequence[Sequence[tuple[str, ...]]], sizes: Sequence[int], workspace: int
+) -> list[_Stretch]:
+    steps: list[_Step] = []
+    owners: list[tuple[int, int, int] | None] = []  # by step: run, cycle, number of the span
+    for number, cycles in enumerate(runs):
+        passages = Passages(recording, cycles)
+        passages.check_alike()
+        position = 0
+        for order, span in enumerate(passages.spans):
+            for item in span.items:
+                if number == 0:
+                    steps.append(_step(item.what, item.allocation, item.phase, sizes))
+                    owners.append(None)
+                if span.cycle is not None:
+                    owners[position] = (number, span.cycle, order)
+                position += 1
+    if not runs:
+        passages = Passages(recording, ())
+        steps = [_step(item.what, item.allocation, item.phase, sizes) for span in passages.spans for item in span.items]
+        owners = [None] * len(steps)
+    first_forward = next((place for place, step in enumerate(steps) if step.phase is Phase.FORWARD), None)
+    if first_forward is not None:
+        steps.insert(first_forward + 1, _Step(workspace))
+        owners.insert(first_forward + 1, owners[first_forward])
+    stretches = []
+    for owner, members in groupby(zip(owners, steps, strict=True), key=lambda pair: pair[0]):
+        run, cycle = (None, 0) if owner is None else owner[:2]
+        stretches.append(_Stretch(run, cycle, tuple(step for _, step in members)))
+    return stretches
+
+
+def _step(what: str, allocation: int, phase: Phase, sizes: Sequence[int]) -> _Step:
+    if what == "birth":
+        return _Step(sizes[allocation])
+    if what == "death":
+        return _Step(-sizes[allocation])
+    return _Step(0, phase if what == "phase" else None)
