@@ -106,8 +106,9 @@ class Case:
 
 def all_cases() -> Iterator[Case]:
     """Every case, those first that differ most from each other, so that a run that is stopped has seen all kinds."""
-    for (checkpointing, length), method in itertools.product(itertools.product(("all", "none"), LENGTHS), STEPS):
-        for architecture in ARCHITECTURES:
-            yield Case(architecture, method, checkpointing, length)
+    short, long = LENGTHS
+    settings = (("all", short), ("none", long), ("all", long), ("none", short))
+    for (checkpointing, length), method, architecture in itertools.product(settings, STEPS, ARCHITECTURES):
+        yield Case(architecture, method, checkpointing, length)
     for partition, loss in itertools.product(("attn-mlp", "matrix"), ("full", "chunked")):
         yield Case("llama", "badam", "all", LENGTHS[0], partition, loss)
