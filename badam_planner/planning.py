@@ -305,17 +305,19 @@ def _candidate(request: Request, plan: Plan, forecast: PlanForecast, *, recommen
 def _with_prediction(plan: Plan, forecast: PlanForecast) -> Plan:
     """The plan with what is predicted for each block and for the worst one."""
     worst = forecast.worst
-    blocks = tuple(
-        block.model_copy(
-            update={
-                "peak_allocated_bytes": own.peak_allocated_bytes,
-                "peak_phase": own.peak_phase,
-                "peak_by_phase": own.by_phase,
-                "backward_relative": relative,
-            }
+    blocks = plan.partition.blocks
+    if forecast.blocks:  # a method that trains several blocks at a time has no peak of one of them
+        blocks = tuple(
+            block.model_copy(
+                update={
+                    "peak_allocated_bytes": own.peak_allocated_bytes,
+                    "peak_phase": own.peak_phase,
+                    "peak_by_phase": own.by_phase,
+                    "backward_relative": relative,
+                }
+            )
+            for block, own, relative in zip(blocks, forecast.blocks, forecast.backward_relative, strict=True)
         )
-        for block, own, relative in zip(plan.partition.blocks, forecast.blocks, forecast.backward_relative, strict=True)
-    )
     prediction = Prediction(
         peak_allocated_bytes=worst.peak_allocated_bytes,
         peak_reserved_bytes=worst.peak_reserved_bytes,
