@@ -200,14 +200,14 @@ class Evaluator:
         return self._trained[key]
 
     def every_block(self, plan: Plan, known: PlanForecast) -> PlanForecast:
-        """The peaks of all blocks of a plan whose worst block is ``known``.
+        """The peaks of all blocks of a plan whose worst block is ``known``; none if they are not trained one by one.
 
         On a card the worst block's figure is that of the simulated allocator; those of the others leave out the ends
         of the allocator's blocks that are too small to be split off, some thousandths.
         """
         worst = BlockPeaks(known.worst.peak_allocated_bytes, known.worst.peak_phase, known.worst.by_phase)
         if not method_of(plan.method).composes:
-            return replace(known, blocks=(worst,) * len(plan.partition.blocks))
+            return replace(known, blocks=(worst,) if len(plan.partition.blocks) == 1 else ())
         peaks = {known.worst_block: worst}
         indices = range(len(plan.partition.blocks))
         middle = len(indices) / 2

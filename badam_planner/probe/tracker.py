@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from badam import phases
 from badam.vocabulary import Category, Phase
 from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, Recording
+from badam_planner.probe.accumulation import accumulates_in_place, holders_of_a_sum
 from badam_planner.probe.shapes import answer
 from badam_planner.scratch import FLASH_BACKWARD, flash_backward_bytes
 from badam_planner.timeline import LOSS_MODULE
@@ -54,6 +55,7 @@ class StorageTracker(TorchDispatchMode):
         self._living: dict[int, tuple[int, weakref.ref[Any]]] = {}  # storage address -> index of its allocation
         self._stack: list[str] = []
         self._backward_module = ""
+        self._unshared = holders_of_a_sum()
         self._phase = phases.current()
         self.recording.phase_starts = [(0, self._phase)]
 
@@ -70,6 +72,8 @@ class StorageTracker(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # every look at ``tensor.device`` comes here: half of all calls
             return args[0].fake_device
         kwargs = kwargs or {}
+        if self._phase is Phase.BACKWARD and accumulates_in_place(func, args, self._unshared):
+            return args[0]  # there is no data to add
         output = func(*args, **kwargs) if self._mode is None else answer(self._mode, func, args, kwargs)
         name = str(func)
         for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
