@@ -21,7 +21,7 @@ from badam.vocabulary import Category, Phase
 SCHEMA_VERSION: Final = 1
 
 Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
-Engine = Literal["single", "zero3", "fsdp2"]
+Engine = Literal["single", "ddp", "fsdp2", "zero3"]
 Strategy = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
 SwitchMode = Literal["random", "ascending", "descending", "fixed"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -68,6 +68,7 @@ class Target(Record):
 
     gpu: str
     num_gpus: PositiveInt = 1
+    gpus_per_node: PositiveInt = 8
     engine: Engine = "single"
     total_bytes: Bytes  # what the driver reports as the card's memory
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
@@ -169,6 +170,8 @@ class Prediction(Record):
     peak_block: str
     work_by_phase: dict[Phase, PhaseWork] = Field(default_factory=dict)  # of one optimizer step, mean over blocks
     seconds_by_phase: dict[Phase, Seconds] = Field(default_factory=dict)  # the same in time, where rates are known
+    sent_bytes: Bytes | None = None  # by each card in a step, the ring algorithm assumed; None for one card
+    sent_bytes_of_full: Bytes | None = None  # the same if every parameter were trained
     step_seconds: Seconds | None = None  # one optimizer step with its share of the switch, mean over blocks
     epoch_seconds: Seconds | None = None  # one pass over the samples that the plan was made for
 

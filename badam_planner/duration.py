@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from badam.plan import Dtype, Rates
 from badam.vocabulary import Phase
-from badam_planner.events import Recording, Traffic
+from badam_planner.events import MemoryTraffic, Recording
 from badam_planner.passages import times_of_cycle
 
 ONCE_PER_VISIT = (Phase.SWITCH, Phase.SETUP)
 """What happens when a block is left and the next one made ready, and not in every step."""
 
 
-def seconds_of(flops: int, traffic: Traffic, rates: Rates, dtype: Dtype) -> float:
+def seconds_of(flops: int, traffic: MemoryTraffic, rates: Rates, dtype: Dtype) -> float:
     """Time of the work that one module does in one phase.
 
     Formula: max(products' operations / rate, products' bytes / bandwidth) + other bytes / bandwidth, and no less than
@@ -72,7 +72,7 @@ class Pace:
             while layer and layer not in cycle_of:
                 layer = layer.rpartition(".")[0]
             flops = recording.flops.get((phase, module), 0)
-            moved = recording.traffic.get((phase, module), Traffic())
+            moved = recording.traffic.get((phase, module), MemoryTraffic())
             seconds = 0.0 if rates is None else seconds_of(flops, moved, rates, dtype)
             effort = Effort(flops, moved.product_bytes, moved.other_bytes, moved.operators, seconds)
             share = (phase, cycle_of.get(layer))

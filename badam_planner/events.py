@@ -52,15 +52,15 @@ Flops = dict[tuple[Phase, str], int]
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class MemoryTraffic:
     """What operators move: bytes of the tensors that they read and write, and how many operators there were."""
 
     product_bytes: int = 0  # of matrix products, convolutions and attention
     other_bytes: int = 0
     operators: int = 0
 
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
+    def __add__(self, other: MemoryTraffic) -> MemoryTraffic:
+        return MemoryTraffic(
             self.product_bytes + other.product_bytes,
             self.other_bytes + other.other_bytes,
             self.operators + other.operators,
@@ -78,5 +78,5 @@ class Recording:
     phase_starts: list[tuple[int, Phase]] = field(default_factory=lambda: [(0, Phase.SETUP)])
     layer_marks: list[LayerMark] = field(default_factory=list)
     flops: Flops = field(default_factory=dict)
-    traffic: dict[tuple[Phase, str], Traffic] = field(default_factory=dict)  # by phase and module path
+    traffic: dict[tuple[Phase, str], MemoryTraffic] = field(default_factory=dict)  # by phase and module path
     end: int = 1  # the next tick; the first one began the first phase

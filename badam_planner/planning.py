@@ -35,6 +35,7 @@ from badam.training.methods import METHODS, method_of
 from badam.units import format_bytes
 from badam.vocabulary import Phase
 from badam_planner.duration import Effort, mean_efforts, step_seconds
+from badam_planner.probe.cards import CardsEvaluator, smallest_number, with_traffic
 from badam_planner.probe.evaluate import Evaluator, ModelTree, PlanForecast, inspect_model
 from badam_planner.probe.model_source import explaining
 from badam_planner.result import Answer, Candidate, SearchResult
@@ -72,12 +73,19 @@ class Request:
     options: MethodOptions = field(default_factory=MethodOptions)
     seed: int = 0
     exact: bool = False
+    find_num_gpus: bool = False
     command: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < inf:
             raise InputError(
                 f"{self.learning_rate} is no learning rate.", advice="Give a positive number: --learning-rate 1e-5."
+            )
+        if self.target.engine != "single" and (self.method != "badam" or self.compare_methods):
+            raise InputError(
+                f"Only --method badam can be planned for several cards, not {self.method}"
+                + (" beside other methods." if self.compare_methods else "."),
+                advice="Plan other methods with --engine single.",
             )
 
 
@@ -95,7 +103,8 @@ def make_plan(request: Request, progress: Progress = lambda _text: None) -> Answ
 
 def _made(request: Request, progress: Progress) -> Answer:
     progress(f"building the module tree of {request.spec.id}")
-    evaluator = Evaluator(inspect_model(request.spec, request.attention), exact=request.exact)
+    evaluator = CardsEvaluator(inspect_model(request.spec, request.attention), exact=request.exact)
+    request = _with_enough_cards(request, evaluator, progress)
     asked_for = strategies(request.method, request.partition)
     tried = [_first_that_fits(request, strategy, evaluator, progress) for strategy in asked_for]
     fits = [_headroom(request, forecast) >= 0 for _, forecast in tried]
@@ -118,7 +127,24 @@ def _made(request: Request, progress: Progress) -> Answer:
         return Answer(result, None, _refusal(request, tried, evaluator, progress))
     plan, forecast = tried[best]
     progress("forecasting every block of the recommended partition")
-    return Answer(result, with_prediction(plan, evaluator.every_block(plan, forecast), request.samples), None)
+    planned = with_prediction(plan, evaluator.every_block(plan, forecast), request.samples)
+    return Answer(result, with_traffic(planned, evaluator), None)
+
+
+def _with_enough_cards(request: Request, evaluator: CardsEvaluator, progress: Progress) -> Request:
+    """The request for the smallest number of cards on which it fits at its leanest, if it leaves their number open."""
+    if not request.find_num_gpus:
+        return request
+
+    def on(cards: int) -> Request:
+        return replace(request, target=request.target.model_copy(update={"num_gpus": cards}))
+
+    def fits(cards: int) -> bool:
+        progress(f"trying {cards} cards")
+        kinds = reversed(strategies(request.method, request.partition))
+        return any(_fits_at_its_leanest(on(cards), strategy, evaluator) for strategy in kinds)
+
+    return on(smallest_number(fits) or request.target.num_gpus)
 
 
 def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTree) -> Plan:
@@ -203,7 +229,8 @@ def visit_length(request: Request, blocks: int) -> int:
 
 def formula_bytes(plan: Plan, trained: int) -> int:
     """Closed form of the model states that the plan's method keeps, with ``trained`` entries trained at a time."""
-    return method_of(plan.method).state_bytes(plan.model.parameters, trained, len(plan.partition.blocks))
+    whole = method_of(plan.method).state_bytes(plan.model.parameters, trained, len(plan.partition.blocks))
+    return -(-whole // plan.target.num_gpus) if plan.target.engine == "fsdp2" else whole
 
 
 def _other_methods(
@@ -289,20 +316,22 @@ def with_prediction(plan: Plan, forecast: PlanForecast, samples: int | None = No
     worst = forecast.worst
     means = mean_efforts(forecast.efforts)
     knows_rates = plan.target.rates is not None
-    blocks = tuple(
-        block.model_copy(
-            update={
-                "peak_allocated_bytes": own.peak_allocated_bytes,
-                "peak_phase": own.peak_phase,
-                "peak_by_phase": own.by_phase,
-                "backward_relative": relative,
-                "seconds_by_phase": _seconds(efforts) if knows_rates else {},
-            }
+    blocks = plan.partition.blocks
+    if forecast.blocks:  # a method that trains several blocks at a time has no peak of one of them
+        blocks = tuple(
+            block.model_copy(
+                update={
+                    "peak_allocated_bytes": own.peak_allocated_bytes,
+                    "peak_phase": own.peak_phase,
+                    "peak_by_phase": own.by_phase,
+                    "backward_relative": relative,
+                    "seconds_by_phase": _seconds(efforts) if knows_rates else {},
+                }
+            )
+            for block, own, relative, efforts in zip(
+                blocks, forecast.blocks, forecast.backward_relative, forecast.efforts, strict=True
+            )
         )
-        for block, own, relative, efforts in zip(
-            plan.partition.blocks, forecast.blocks, forecast.backward_relative, forecast.efforts, strict=True
-        )
-    )
     seconds = step_seconds(_seconds(means), plan.schedule.switch_every) if knows_rates else None
     sequences = plan.training.batch_size * plan.training.grad_accum
     prediction = Prediction(

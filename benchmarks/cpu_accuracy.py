@@ -1,104 +1,56 @@
 """Predicted against measured memory on this CPU, through the three commands: writes docs/accuracy-cpu.md.
 
-Every partition of the small catalogued model, with and without checkpointing, with both losses, is planned, trained so
-that every block is visited for two steps, and compared. Plans and measured runs are kept in profiles/measured/cpu.
+Twelve architectures, every method that trains on a CPU, activation checkpointing on and off, two lengths: each is
+planned with badam-plan, trained with badam-train and compared with badam-report. What was measured is kept in
+profiles/measured/cpu after every case, and a call goes on where an earlier one stopped.
 
-    python -m benchmarks.cpu_accuracy
+    python -m benchmarks.cpu_accuracy [--minutes 20] [--fresh] [--only llama]
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import shutil
-import subprocess
+import argparse
+import os
 import sys
-import tempfile
+import time
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "accuracy-cpu.md"
-RECORDS = ROOT / "profiles" / "measured" / "cpu"
-MODEL = "badam/demo-llama-12m"
-BATCH, LENGTH, VISIT = 2, 64, 2
-PARTITIONS = {"layer": 8, "attn-mlp": 16, "matrix": 56}
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-HEAD = """# Accuracy on CPU
+from benchmarks.cpu.cases import all_cases
+from benchmarks.cpu.page import page
+from benchmarks.cpu.record import FOLDER, load_outcomes, save_outcomes
 
-Written by `python -m benchmarks.cpu_accuracy` from the records in `profiles/measured/cpu`: `{model}`, batch
-{batch}×{length}, bf16, {visit} steps per visit, every block visited once; {machine}; torch {torch}, transformers
-{transformers}; {date}. The peak is predicted by `badam-plan` and measured by the CPU allocator's own events under
-`badam-train`. *Worst block* is the largest error of any block's own peak.
-
-| partition | D | checkpointing | loss | predicted B | measured B | error B | error | worst block |
-|---|---|---|---|---|---|---|---|---|
-"""
-
-
-def command(module: str, *arguments: str | Path, folder: Path) -> str:
-    """Standard output of one of the project's commands; a report that is beyond its tolerance is an answer too."""
-    process = subprocess.run(
-        [sys.executable, "-m", f"badam_cli.{module}", *map(str, arguments)], cwd=folder, capture_output=True, text=True
-    )
-    if process.returncode > 1:
-        raise SystemExit(f"badam-{module} ended with {process.returncode}: {process.stderr}")
-    return process.stdout
-
-
-def measure(partition: str, checkpointing: str, loss: str) -> dict[str, Any]:
-    """Plan, train and compare one configuration; the plan and the measured run are kept."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        command(
-            "plan", MODEL, "--gpu", "cpu", "--batch-size", str(BATCH), "--seq-len", str(LENGTH), "--switch-every",
-            str(VISIT), "--partition", partition, "--checkpointing", checkpointing, "--loss", loss, folder=folder,
-        )  # fmt: skip
-        steps = str(VISIT * PARTITIONS[partition])
-        command("train", "--plan", "plan.json", "--init", "random", "--max-steps", steps, "--output-dir", "run",
-                folder=folder)  # fmt: skip
-        compared: dict[str, Any] = json.loads(command("report", "plan.json", "run/measured.json", "--json",
-                                                      folder=folder))  # fmt: skip
-        kept = RECORDS / f"{partition}-{checkpointing}-{loss}"
-        kept.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "plan.json", kept / "plan.json")
-        shutil.copy(folder / "run" / "measured.json", kept / "measured.json")
-        return compared
-
-
-def row(kept: Path) -> str:
-    """One line of the table, from a plan and its measured run."""
-    plan = json.loads((kept / "plan.json").read_text())
-    run = json.loads((kept / "measured.json").read_text())["measurement"]
-    predicted, measured = plan["prediction"]["peak_allocated_bytes"], run["peak_allocated_bytes"]
-    blocks = {block["name"]: block["peak_allocated_bytes"] for block in plan["partition"]["blocks"]}
-    errors = [100 * (blocks[one["name"]] / one["peak_allocated_bytes"] - 1) for one in run["blocks"]]
-    worst = max(errors, key=abs)
-    training = plan["training"]
-    return (
-        f"| {plan['partition']['strategy']} | {len(blocks)} | {training['checkpointing']} | {training['loss']} | "
-        f"{predicted:,} | {measured:,} | {predicted - measured:+,} | {100 * (predicted / measured - 1):+.4f} % | "
-        f"{worst:+.4f} % |\n"
-    )
+PAGE = Path(__file__).parents[1] / "docs" / "accuracy-cpu.md"
 
 
 def main() -> None:
-    """Measure all configurations and write the page."""
-    configurations = list(itertools.product(PARTITIONS, ("none", "all"), ("full", "chunked")))
-    for which in configurations:
-        measure(*which)
-        print(*which, file=sys.stderr, flush=True)
-    folders = [RECORDS / "-".join(which) for which in configurations]
-    record = json.loads((folders[-1] / "measured.json").read_text())
-    versions, machine = record["provenance"]["versions"], record["machine"]
-    head = HEAD.format(
-        model=MODEL, batch=BATCH, length=LENGTH, visit=VISIT, torch=versions["torch"].split("+")[0],
-        transformers=versions["transformers"], date=record["provenance"]["date"][:10],
-        machine=f"{machine['device_name']}, {machine['cpu_count']} CPUs",
-    )  # fmt: skip
-    rows = [row(folder) for folder in folders]
-    PAGE.write_text(head + "".join(rows), encoding="utf-8")
-    print("".join(rows))
+    """Measure what is not measured yet, as long as there is time, and write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=20.0, help="stop beginning new cases after so long")
+    parser.add_argument("--fresh", action="store_true", help="measure again what was measured before")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--page", action="store_true", help="only write the page from what is kept")
+    options = parser.parse_args()
+    outcomes = load_outcomes()
+    wanted = [] if options.page else [case for case in all_cases() if options.only in case.name]
+    missing = [case for case in wanted if options.fresh or case.name not in outcomes or outcomes[case.name].refusal]
+    end = time.monotonic() + 60 * options.minutes
+    if missing:
+        from benchmarks.cpu.run import import_everything, run_case
+
+        import_everything()
+        for number, case in enumerate(missing, start=1):
+            if time.monotonic() > end:
+                print(f"{len(missing) - number + 1} cases are left for another call", file=sys.stderr)
+                break
+            outcome = run_case(case)
+            outcomes[case.name] = outcome
+            save_outcomes([one for one in outcomes.values() if one.architecture == case.architecture], FOLDER)
+            found = outcome.refusal or f"{outcome.worst_error:+.4%} at {outcome.worst_name}"
+            print(f"{number}/{len(missing)} {case.name}: {found} ({outcome.seconds} s)", file=sys.stderr, flush=True)
+    PAGE.write_text(page(list(outcomes.values()), list(all_cases())), encoding="utf-8")
 
 
 if __name__ == "__main__":

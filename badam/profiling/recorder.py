@@ -105,7 +105,9 @@ class Recorder:
         tensors = [tensor for batch in batches for tensor in batch.values()]
         first, last = self._states.position()
         size = max((tensor.numel() for tensor in tensors), default=0)
-        self._measuring = self._every_step or self._selection.pick(self._block, first=first, last=last, batch_size=size)
+        self._measuring = self._every_step or self._selection.pick(
+            self._block, first=first, last=last, states=self._states.states_kept(), batch_size=size
+        )
         if self._measuring:
             self._clock.phase_begins(phases.current())
             self._memory.begin_step(tensors)

@@ -51,14 +51,18 @@ class ModelStates:
         return [Named(tensor, Category.PARAMETER) for tensor in (*self.model.parameters(), *self.model.buffers())]
 
     def optimizer_states(self) -> list[Named]:
-        """Master copies, where they are not the parameters themselves, and the base optimizer's state tensors."""
+        """Master copies, where they are not the parameters themselves, and the base optimizer's state tensors.
+
+        What an optimizer keeps in host memory for blocks that are away counts as states.
+        """
         copies = [
             Named(master, Category.MASTER)
             for _, parameter, master in masters(self.optimizer)
             if master is not parameter
         ]
-        states = (value for _, _, value in state_tensors(self.base_optimizer))
-        return copies + [Named(value, Category.OPTIMIZER_STATE) for value in states]
+        states = [value for _, _, value in state_tensors(self.base_optimizer)]
+        away = [tensor for kept in _host_states(self.optimizer).values() for tensor in _tensors(list(kept.values()))]
+        return copies + [Named(value, Category.OPTIMIZER_STATE) for value in (*states, *away)]
 
     def gradients(self) -> list[Named]:
         """Gradients of the model's parameters and of master copies, as far as they exist now."""
@@ -68,6 +72,10 @@ class ModelStates:
     def active_block(self) -> int:
         """Index of the block that is trained now; 0 for an optimizer without blocks."""
         return int(getattr(self.optimizer, "current_block_idx", 0))
+
+    def states_kept(self) -> int:
+        """How many parameters have optimizer states now, those of blocks that are away included."""
+        return len(self.base_optimizer.state) + len(_host_states(self.optimizer))
 
     def position(self) -> tuple[bool, bool]:
         """Whether the coming step is the first of its visit, and whether it is the last."""
@@ -136,6 +144,12 @@ def live_cpu_tensors() -> Iterator[Tensor]:
                 and _has_cpu_memory(candidate.grad)
             ):
                 yield candidate.grad
+
+
+def _host_states(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """What an optimizer keeps in host memory, by parameter; most keep nothing there."""
+    kept: dict[str, dict[str, Any]] = getattr(optimizer, "host_states", {})
+    return kept
 
 
 def _has_cpu_memory(tensor: Tensor) -> bool:

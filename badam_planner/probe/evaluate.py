@@ -211,7 +211,7 @@ class Evaluator:
         return self._trained[key]
 
     def every_block(self, plan: Plan, known: PlanForecast) -> PlanForecast:
-        """The peaks of all blocks of a plan whose worst block is ``known``.
+        """The peaks of all blocks of a plan whose worst block is ``known``; none if they are not trained one by one.
 
         On a card the worst block's figure is that of the simulated allocator; those of the others leave out the ends
         of the allocator's blocks that are too small to be split off, some thousandths.
@@ -220,7 +220,8 @@ class Evaluator:
         indices = range(len(plan.partition.blocks))
         if not method_of(plan.method).composes:
             efforts = self.efforts(plan, known.worst_block)
-            return replace(known, blocks=(worst,) * len(indices), efforts=(efforts,) * len(indices))
+            blocks = (worst,) if len(indices) == 1 else ()
+            return replace(known, blocks=blocks, efforts=(efforts,) * len(indices))
         peaks = {known.worst_block: worst}
         middle = len(indices) / 2
         for index in sorted(indices, key=lambda index: abs(index - middle)):  # those in the middle answer for others

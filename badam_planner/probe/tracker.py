@@ -18,8 +18,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from badam import phases
 from badam.vocabulary import Category, Phase
-from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, Recording, Traffic
-from badam_planner.probe.shapes import answer
+from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, MemoryTraffic, Recording
+from badam_planner.probe.accumulation import accumulates_in_place, holders_of_a_sum
+from badam_planner.probe.shapes import answer, moved_bytes
 from badam_planner.scratch import FLASH_BACKWARD, flash_backward_bytes
 from badam_planner.timeline import LOSS_MODULE
 
@@ -27,7 +28,7 @@ INTERRUPTING = (Phase.RECOMPUTE, Phase.STEP)
 """Phases from which backward is resumed; it begins after any other."""
 
 
-NO_TRAFFIC = Traffic()
+NO_TRAFFIC = MemoryTraffic()
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -76,6 +77,7 @@ class StorageTracker(TorchDispatchMode):
         self._living: dict[int, tuple[int, weakref.ref[Any]]] = {}  # storage address -> index of its allocation
         self._stack: list[str] = []
         self._backward_module = ""
+        self._unshared = holders_of_a_sum()
         self._phase = phases.current()
         self.recording.phase_starts = [(0, self._phase)]
 
@@ -92,6 +94,9 @@ class StorageTracker(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # every look at ``tensor.device`` comes here: half of all calls
             return args[0].fake_device
         kwargs = kwargs or {}
+        if self._phase is Phase.BACKWARD and accumulates_in_place(func, args, self._unshared):
+            self._count(func, args, kwargs, args[0], moved_bytes(func, args, kwargs, args[0]))
+            return args[0]  # there is no data to add
         output, moved = answer(self._mode, func, args, kwargs)
         name = str(func)
         for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
@@ -111,7 +116,7 @@ class StorageTracker(TorchDispatchMode):
         if formula is not None:
             recording.flops[place] = recording.flops.get(place, 0) + formula(*args, **kwargs, out_val=output)
         if moved:
-            one = Traffic(0, moved, 1) if formula is None else Traffic(moved, 0, 1)
+            one = MemoryTraffic(0, moved, 1) if formula is None else MemoryTraffic(moved, 0, 1)
             recording.traffic[place] = recording.traffic.get(place, NO_TRAFFIC) + one
 
     def _pass_through(self, sizes: Iterable[int], operation: str) -> None:

@@ -8,7 +8,7 @@ from badam.plan import Rates
 from badam.vocabulary import Phase
 from badam_planner.compose import Run, compose
 from badam_planner.duration import Effort, Pace, mean_efforts, seconds_of, step_seconds
-from badam_planner.events import Recording, Traffic
+from badam_planner.events import MemoryTraffic, Recording
 
 RATES = Rates(
     flops_per_second={"bfloat16": 100.0, "float32": 10.0, "float16": 50.0}, bytes_per_second=20.0, basis="for the test"
@@ -17,19 +17,19 @@ CYCLES = tuple((f"layers.{index}",) for index in range(4))
 
 
 def test_a_product_takes_the_longer_of_computing_and_reading() -> None:
-    assert seconds_of(1000, Traffic(product_bytes=100), RATES, "bfloat16") == 10.0
-    assert seconds_of(1000, Traffic(product_bytes=400), RATES, "bfloat16") == 20.0
-    assert seconds_of(1000, Traffic(product_bytes=100), RATES, "float32") == 100.0
+    assert seconds_of(1000, MemoryTraffic(product_bytes=100), RATES, "bfloat16") == 10.0
+    assert seconds_of(1000, MemoryTraffic(product_bytes=400), RATES, "bfloat16") == 20.0
+    assert seconds_of(1000, MemoryTraffic(product_bytes=100), RATES, "float32") == 100.0
 
 
 def test_other_operators_take_what_their_bytes_take_on_top() -> None:
-    assert seconds_of(1000, Traffic(product_bytes=100, other_bytes=60), RATES, "bfloat16") == 13.0
+    assert seconds_of(1000, MemoryTraffic(product_bytes=100, other_bytes=60), RATES, "bfloat16") == 13.0
 
 
 def test_many_small_operators_take_the_time_to_start_them() -> None:
     rates = RATES.model_copy(update={"seconds_per_operator": 1.0})
-    assert seconds_of(100, Traffic(20, 20, operators=7), rates, "bfloat16") == 7.0
-    assert seconds_of(100, Traffic(20, 20, operators=1), rates, "bfloat16") == 2.0
+    assert seconds_of(100, MemoryTraffic(20, 20, operators=7), rates, "bfloat16") == 7.0
+    assert seconds_of(100, MemoryTraffic(20, 20, operators=1), rates, "bfloat16") == 2.0
 
 
 def recording() -> Recording:
@@ -38,7 +38,7 @@ def recording() -> Recording:
     found = Recording()
     for module, flops in places:
         found.flops[Phase.FORWARD, module] = flops
-        found.traffic[Phase.FORWARD, module] = Traffic(1, flops, 1)
+        found.traffic[Phase.FORWARD, module] = MemoryTraffic(1, flops, 1)
     return found
 
 
