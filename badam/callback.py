@@ -95,6 +95,7 @@ class BAdamCallback(TrainerCallback):
         if engine is None or not hasattr(inner, "ds_optimizer"):
             return
         inner.ds_optimizer = engine
-        scaler = getattr(engine, "loss_scaler", None)
-        if getattr(engine, "dynamic_loss_scale", False) and scaler.cur_scale == DEEPSPEED_FIRST_SCALE:
+        scaler: Any = getattr(engine, "loss_scaler", None)
+        dynamic = scaler is not None and getattr(engine, "dynamic_loss_scale", False)
+        if dynamic and scaler.cur_scale == DEEPSPEED_FIRST_SCALE:
             scaler.cur_scale = 2.0**self.init_loss_scale
