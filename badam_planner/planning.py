@@ -6,7 +6,7 @@ what each candidate needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import inf
@@ -22,6 +22,7 @@ from badam.plan import (
     ModelSpec,
     OptimizerSpec,
     Partition,
+    PhaseWork,
     Plan,
     Prediction,
     Provenance,
@@ -32,6 +33,8 @@ from badam.plan import (
 )
 from badam.training.methods import METHODS, method_of
 from badam.units import format_bytes
+from badam.vocabulary import Phase
+from badam_planner.duration import Effort, mean_efforts, step_seconds
 from badam_planner.probe.cards import CardsEvaluator, smallest_number, with_traffic
 from badam_planner.probe.evaluate import Evaluator, ModelTree, PlanForecast, inspect_model
 from badam_planner.probe.model_source import explaining
@@ -124,7 +127,7 @@ def _made(request: Request, progress: Progress) -> Answer:
         return Answer(result, None, _refusal(request, tried, evaluator, progress))
     plan, forecast = tried[best]
     progress("forecasting every block of the recommended partition")
-    planned = _with_prediction(plan, evaluator.every_block(plan, forecast))
+    planned = with_prediction(plan, evaluator.every_block(plan, forecast), request.samples)
     return Answer(result, with_traffic(planned, evaluator), None)
 
 
@@ -302,9 +305,17 @@ def _candidate(request: Request, plan: Plan, forecast: PlanForecast, *, recommen
     )
 
 
-def _with_prediction(plan: Plan, forecast: PlanForecast) -> Plan:
-    """The plan with what is predicted for each block and for the worst one."""
+def with_prediction(plan: Plan, forecast: PlanForecast, samples: int | None = None) -> Plan:
+    """The plan with what is predicted for each block and for the worst one.
+
+    Args:
+        plan: without a prediction.
+        forecast: of every block.
+        samples: sequences of an epoch, if known.
+    """
     worst = forecast.worst
+    means = mean_efforts(forecast.efforts)
+    knows_rates = plan.target.rates is not None
     blocks = plan.partition.blocks
     if forecast.blocks:  # a method that trains several blocks at a time has no peak of one of them
         blocks = tuple(
@@ -314,10 +325,15 @@ def _with_prediction(plan: Plan, forecast: PlanForecast) -> Plan:
                     "peak_phase": own.peak_phase,
                     "peak_by_phase": own.by_phase,
                     "backward_relative": relative,
+                    "seconds_by_phase": _seconds(efforts) if knows_rates else {},
                 }
             )
-            for block, own, relative in zip(blocks, forecast.blocks, forecast.backward_relative, strict=True)
+            for block, own, relative, efforts in zip(
+                blocks, forecast.blocks, forecast.backward_relative, forecast.efforts, strict=True
+            )
         )
+    seconds = step_seconds(_seconds(means), plan.schedule.switch_every) if knows_rates else None
+    sequences = plan.training.batch_size * plan.training.grad_accum
     prediction = Prediction(
         peak_allocated_bytes=worst.peak_allocated_bytes,
         peak_reserved_bytes=worst.peak_reserved_bytes,
@@ -328,9 +344,25 @@ def _with_prediction(plan: Plan, forecast: PlanForecast) -> Plan:
         peak_phase=worst.peak_phase,
         peak_module=worst.peak_module,
         peak_block=blocks[forecast.worst_block].name,
+        work_by_phase={
+            phase: PhaseWork(
+                flops=round(effort.flops),
+                product_bytes=round(effort.product_bytes),
+                other_bytes=round(effort.other_bytes),
+                operators=round(effort.operators),
+            )
+            for phase, effort in means.items()
+        },
+        seconds_by_phase=_seconds(means) if knows_rates else {},
+        step_seconds=seconds,
+        epoch_seconds=None if seconds is None or not samples else seconds * -(-samples // sequences),
     )
     partition = plan.partition.model_copy(update={"blocks": blocks})
     return plan.model_copy(update={"partition": partition, "prediction": prediction})
+
+
+def _seconds(efforts: Mapping[Phase, Effort]) -> dict[Phase, float]:
+    return {phase: effort.seconds for phase, effort in efforts.items()}
 
 
 def _refusal(

@@ -236,7 +236,7 @@ def _present(answer: Answer, output: Path, html: Path | None, *, as_json: bool) 
     if not as_json:
         from rich.console import Console
 
-        from badam_planner.report.plan_table import render_candidates, render_largest, render_peak
+        from badam_planner.report.plan_table import render_candidates, render_largest, render_peak, render_time
 
         console, result = Console(), answer.result
         shown = next((one for one in result.candidates if one.recommended), result.candidates[0])
@@ -245,6 +245,9 @@ def _present(answer: Answer, output: Path, html: Path | None, *, as_json: bool) 
         console.print(render_peak(shown, result.usable_bytes))
         console.print()
         console.print(render_largest(shown))
+        if answer.plan is not None:
+            console.print()
+            console.print(render_time(answer.plan))
     if answer.refusal is not None:
         raise answer.refusal
     assert answer.plan is not None  # without a refusal there is a plan

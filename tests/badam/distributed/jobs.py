@@ -26,8 +26,10 @@ from badam.checkpointing import checkpoint_layers
 from badam.distributed import (
     average_instead_of_ddp,
     load_checkpoint,
+    load_zero3_checkpoint,
     save_checkpoint,
     save_whole_model,
+    save_zero3_checkpoint,
     shard_blocks,
     sharded_block_optimizer,
 )
@@ -467,3 +469,125 @@ class SentBytes(TorchDispatchMode):
                 self.counts[name] = self.counts.get(name, 0) + 1
                 self.sent += tensor.nbytes * share * (2 if name == "allreduce_" else 1)
         return func(*args, **(kwargs or {}))
+
+
+def deepspeed_engine(
+    dtype: str = "float32", accumulate: int = ACCUMULATE, attach: bool = True, clip: float = 0.0, **options: Any
+) -> tuple[Any, BlockOptimizer]:
+    """The net under DeepSpeed ZeRO-3, without compiling its shared-memory operator."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    model = make_net(dtype)
+    optimizer = BlockOptimizer(adamw(model.parameters()), list(model.named_parameters()), **{**OPTIONS, **options})
+    config = {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size(),
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10_000},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if attach:
+        optimizer.ds_optimizer = engine.optimizer
+    return engine, optimizer
+
+
+def train_with_deepspeed(engine: Any, optimizer: BlockOptimizer, steps: int) -> list[float]:
+    losses = []
+    while optimizer.global_step < steps:
+        total = torch.zeros(())
+        for part in range(ACCUMULATE):
+            tokens = micro_batch(optimizer.global_step, part)
+            logits = engine(tokens[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / ACCUMULATE
+        dist.all_reduce(total)
+        losses.append(float(total / dist.get_world_size()))
+    return losses
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def run_deepspeed(**settings: Any) -> tuple[list[float], dict[str, Tensor]]:
+    engine, optimizer = deepspeed_engine(**settings)
+    losses = train_with_deepspeed(engine, optimizer, THREE_EPOCHS)
+    return losses, gathered(engine.module)
+
+
+def save_deepspeed(directory: str, dtype: str = "float32") -> tuple[list[float], dict[str, Tensor]]:
+    engine, optimizer = deepspeed_engine(dtype)
+    train_with_deepspeed(engine, optimizer, SAVED_AT)
+    save_zero3_checkpoint(engine, optimizer, directory, "saved")
+    return train_with_deepspeed(engine, optimizer, THREE_EPOCHS), gathered(engine.module)
+
+
+def resume_deepspeed(directory: str, dtype: str = "float32") -> tuple[list[float], dict[str, Tensor]]:
+    engine, optimizer = deepspeed_engine(dtype)
+    train_with_deepspeed(engine, optimizer, 1)  # not where it was saved
+    load_zero3_checkpoint(engine, optimizer, f"{directory}/saved")
+    assert (optimizer.global_step, optimizer.steps_in_visit) == (SAVED_AT, 2)
+    return train_with_deepspeed(engine, optimizer, THREE_EPOCHS), gathered(engine.module)
+
+
+def last_updates() -> list[tuple[bool, bool]]:
+    """For each visit: whether its last step changed the trained block's weights, and any others."""
+    engine, optimizer = deepspeed_engine(switch_mode="ascending")
+    changed = []
+    for visit in range(LAYERS):
+        prefix = optimizer.current_block.prefixes[0]
+        train_with_deepspeed(engine, optimizer, visit * SWITCH_EVERY + SWITCH_EVERY - 1)
+        before = gathered(engine.module)
+        train_with_deepspeed(engine, optimizer, (visit + 1) * SWITCH_EVERY)
+        after = gathered(engine.module)
+        moved = {name for name in before if not before[name].equal(after[name])}
+        inside = {name for name in before if name.startswith(f"{prefix}.")}
+        changed.append((moved == inside, bool(moved - inside)))
+    return changed
+
+
+def deepspeed_refusals(directory: str) -> dict[str, str]:
+    import deepspeed
+
+    messages = {}
+    engine, optimizer = deepspeed_engine(attach=False)
+    usual = deepspeed.__version__
+
+    def unknown_version() -> None:
+        deepspeed.__version__ = "0.20.1"
+        optimizer.ds_optimizer = engine.optimizer
+
+    attempts: dict[str, Callable[[], Any]] = {
+        "not attached": lambda: train_with_deepspeed(engine, optimizer, 1),
+        "unknown version": unknown_version,
+        "not stage 3": lambda: setattr(optimizer, "ds_optimizer", optimizer.base_optimizer),
+        "missing": lambda: load_zero3_checkpoint(engine, optimizer, f"{directory}/none"),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except InputError as error:
+            messages[name] = str(error)
+    deepspeed.__version__ = usual
+    return messages
+
+
+def other_number_of_processes(directory: str) -> str:
+    path = Path(directory) / "saved" / "badam.json"
+    path.write_text(path.read_text().replace('"processes": 2', '"processes": 4')) if dist.get_rank() == 0 else None
+    dist.barrier()
+    engine, optimizer = deepspeed_engine()
+    try:
+        load_zero3_checkpoint(engine, optimizer, f"{directory}/saved")
+    except InputError as error:
+        return str(error)
+    return "nothing"
