@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import chain
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from badam.naming import belongs
 from badam.partition import ParameterInfo, layer_stacks
@@ -25,6 +25,9 @@ from badam_planner.events import Flops, Recording
 from badam_planner.forecast import Forecast, forecast
 from badam_planner.outline import BlockPeaks, Outline
 from badam_planner.renaming import renamed, renamed_work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REPORTED_VERSIONS = ("badam", "torch", "transformers")
 
@@ -87,7 +90,12 @@ def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
 
     with fake_world():
         model = fake_model(spec, Training(batch_size=1, seq_len=1, attention=attention))
-        parameters = tuple(ParameterInfo(name, tuple(tensor.shape)) for name, tensor in model.named_parameters())
+        beside = _beside_the_text(model)
+        parameters = tuple(
+            ParameterInfo(name, tuple(tensor.shape))
+            for name, tensor in model.named_parameters()
+            if not belongs(name, beside)
+        )
         stacks = layer_stacks([info.name for info in parameters])
         kinds: dict[str, Hashable] = {}
         types = getattr(model.config.get_text_config(), "layer_types", None) or ()
@@ -112,6 +120,20 @@ def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
         head_module=names.get(id(head), ""),
         can_chunk=can_chunk,
         versions={name: version(name) for name in REPORTED_VERSIONS},
+    )
+
+
+def _beside_the_text(model: PreTrainedModel) -> tuple[str, ...]:
+    """Paths of the modules that a batch of text does not pass through: towers for images or sound, their projectors."""
+    if model.config.get_text_config() is model.config:
+        return ()
+    names = {id(module): name for name, module in model.named_modules()}
+    used = [names.get(id(module), "") for module in (model.get_decoder(), model.get_output_embeddings())]
+    around = {path.rpartition(".")[0] for path in used if path}
+    return tuple(
+        name
+        for name, _ in model.named_modules()
+        if name and name.rpartition(".")[0] in around and not any(belongs(path, (name,)) for path in used if path)
     )
 
 
