@@ -21,6 +21,9 @@ from badam.training.methods import method_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+"""Names of tables with one row per absolute position."""
+
 
 def model_config(spec: ModelSpec) -> PretrainedConfig:
     """The transformers configuration of a plan's model.
@@ -138,11 +141,25 @@ def prepare_model(model: PreTrainedModel, plan: Plan) -> None:
     """Give ``model`` the modules that the plan's method trains; most methods leave it as it is.
 
     Raises:
-        InputError: if the plan asks of the method what it cannot do, or a library is missing.
+        InputError: if the plan asks of the method or the model what it cannot do, or a library is missing.
     """
+    _check_positions(model, plan)
     method = method_of(plan.method)
     method.check(plan)
     method.prepare(model, plan)
+
+
+def _check_positions(model: nn.Module, plan: Plan) -> None:
+    """Refuse sequences for whose end the model has no position: it would only fail once one that long comes."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+            limit = module.num_embeddings - unused
+            if plan.training.seq_len > limit:
+                raise InputError(
+                    f"{plan.model.id} has positions for {limit} tokens, the plan is for {plan.training.seq_len}.",
+                    advice=f"Plan with --seq-len {limit} or less.",
+                )
 
 
 def prepare_checkpointing(model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
