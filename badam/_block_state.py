@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from badam._shards import shape_of
 from badam.errors import StateError
 from badam.schedule import BlockSchedule
 
@@ -91,7 +92,7 @@ def check_groups(saved: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]]
 
 def model_digest(named_parameters: Sequence[tuple[str, nn.Parameter]]) -> str:
     """sha256 of the names and shapes of all parameters."""
-    content = [(name, list(parameter.shape)) for name, parameter in named_parameters]
+    content = [(name, list(shape_of(parameter))) for name, parameter in named_parameters]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from badam._shards import shape_of
 from badam.errors import InputError, near_matches
 from badam.naming import Block, ParameterInfo, belongs, rows_of
 from badam.partition import layer_stacks, partition_parameters, split_by_rows
@@ -103,7 +105,7 @@ def distinct_parameters(named_parameters: Iterable[tuple[str, Any]]) -> NamedPar
 
 def parameter_infos(named_parameters: NamedParameters) -> list[ParameterInfo]:
     """Names and shapes, for the modules that know no torch."""
-    return [ParameterInfo(name, tuple(parameter.shape)) for name, parameter in named_parameters]
+    return [ParameterInfo(name, shape_of(parameter)) for name, parameter in named_parameters]
 
 
 def given_blocks(specs: Sequence[BlockSpec], named_parameters: NamedParameters) -> tuple[Block, ...]:
@@ -186,5 +188,6 @@ def _entries(prefixes: Sequence[str], named_parameters: Iterable[tuple[str, Tens
     for name, parameter in named_parameters:
         if belongs(name, prefixes):
             rows = rows_of(name, prefixes)
-            total += parameter.numel() if rows is None else parameter[rows[0] : rows[1]].numel()
+            whole, *rest = shape_of(parameter) or (1,)
+            total += (whole if rows is None else len(range(whole)[rows[0] : rows[1]])) * math.prod(rest)
     return total

@@ -41,6 +41,16 @@ def version_of(tensor: Tensor) -> int:
     return local_part(tensor)._version
 
 
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of the whole tensor; DeepSpeed's ZeRO-3 leaves an empty one in the place of what it partitions."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def is_held_by_deepspeed(tensor: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has partitioned ``tensor``."""
+    return hasattr(tensor, "ds_id")
+
+
 def shard_number(tensor: Tensor) -> int:
     """Which part of ``tensor`` this process holds, counted over the dimensions it is cut along; replicas agree."""
     if not is_sharded(tensor):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from badam import phases
@@ -21,6 +21,9 @@ from badam.naming import Block, belongs, rows_of
 from badam.plan import WriteBack
 from badam.schedule import BlockSchedule, SwitchMode
 from badam.vocabulary import Phase
+
+if TYPE_CHECKING:
+    from badam.distributed.zero3 import ZeroThree
 
 
 class BlockVisits(Optimizer):
@@ -63,6 +66,8 @@ class BlockVisits(Optimizer):
         self._keep_dtype = keep_dtype
         self._messages = messages
         self._ranks = ranks
+        self._zero3: ZeroThree | None = None
+        self._user_groups = [list(group["params"]) for group in base.base.param_groups]
         self._switch_hooks: list[Callable[[Any], None]] = []
         self._active: list[ActiveParameter] = []
         self._is_built = False
@@ -179,6 +184,9 @@ class BlockVisits(Optimizer):
         """
         if self.write_back == "nearest":  # the weights are that already, after every step
             return
+        if self._zero3 is not None:
+            self._zero3.round_stochastically()
+            return
         generators: dict[tuple[torch.device, int], torch.Generator] = {}
         for member in self._active:
             device, shard = member.parameter.device, member.shard_number
@@ -200,6 +208,11 @@ class BlockVisits(Optimizer):
         for name, parameter in self.named_parameters_list:
             if name not in active and name not in self._model.frozen:
                 freeze(parameter)
+        if self._zero3 is not None:
+            for member in self._active:
+                member.parameter.requires_grad_(True)
+            self._zero3.enter_block()
+            return
         # FSDP2 rounds what it has summed to the parameter's type; several batches are added up in fp32 here.
         hidden = (
             self._hide_gradients
@@ -222,10 +235,46 @@ class BlockVisits(Optimizer):
         return rows
 
     def _end_visit(self) -> None:
+        if self._zero3 is not None:
+            self._zero3.leave_block()
         for member in self._active:
             member.close()
             freeze(member.parameter)
         self._active = []
+
+    # Driven by DeepSpeed
+
+    @property
+    def ds_optimizer(self) -> Any:
+        """DeepSpeed's ZeRO-3 optimizer around this one, if there is one; to be set after ``deepspeed.initialize``."""
+        return None if self._zero3 is None else self._zero3.engine
+
+    @ds_optimizer.setter
+    def ds_optimizer(self, engine: Any) -> None:
+        if engine is None or engine is self.ds_optimizer:
+            return
+        from badam.distributed.zero3 import ZeroThree
+
+        for member in self._active:  # gradients, copies and states are DeepSpeed's from here on
+            member.close()
+            member.parameter.requires_grad_(True)
+        self._zero3 = ZeroThree(engine, self)
+        self._ranks = self._zero3.ranks
+
+    def user_groups(self) -> list[list[nn.Parameter]]:
+        """The model's parameters by group, as the base optimizer was built on them."""
+        return [list(parameters) for parameters in self._user_groups]
+
+    def rounding_seed(self) -> int:
+        """The seed of stochastic rounding at the end of this visit."""
+        return self._rounding_seed()
+
+    def step_is_done(self) -> None:
+        """Count a step, and switch when the visit is over."""
+        self.global_step += 1
+        self.steps_in_visit += 1
+        if self.schedule.ends_visit(self.steps_in_visit):
+            self.switch_trainable_params()
 
     def _restart_visit(self, visit: int, steps_in_visit: int) -> None:
         """Be ``steps_in_visit`` steps into ``visit``, without masters or state and without touching a weight."""

@@ -17,10 +17,11 @@ from badam._blocks_of_model import BlocksOfModel, BlockSpec, blocks_of_model
 from badam._master_groups import MasterGroups
 from badam._messages import Messages
 from badam._ranks import OneProcess, ProcessRanks, ranks_of
+from badam._shards import is_held_by_deepspeed
 from badam._state_of_1_4 import NOT_SAVED, read_state_of_1_4
 from badam._visits import BlockVisits
 from badam.compiled_update import CompiledAdamW
-from badam.errors import InputError
+from badam.errors import InputError, StateError
 from badam.plan import WriteBack
 from badam.schedule import BlockSchedule, SwitchMode
 from badam.vocabulary import Phase
@@ -107,7 +108,6 @@ class BlockOptimizer(BlockVisits):
         )
         self.update = update
         self.gradient_release = gradient_release
-        self.ds_optimizer: Any = None
         self.non_finite_steps = 0
         self._released: set[str] = set()
         self._skipped_in_step = False
@@ -138,6 +138,8 @@ class BlockOptimizer(BlockVisits):
         Returns:
             What ``closure`` returned, if one is given; it is called once, with gradients enabled.
         """
+        if is_held_by_deepspeed(self.named_parameters_list[0][1]):
+            return self._step_within_deepspeed()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -149,11 +151,18 @@ class BlockOptimizer(BlockVisits):
                 return loss
         self._released.clear()
         self._skipped_in_step = False
-        self.global_step += 1
-        self.steps_in_visit += 1
-        if self.schedule.ends_visit(self.steps_in_visit):
-            self.switch_trainable_params()
+        self.step_is_done()
         return loss
+
+    def _step_within_deepspeed(self) -> None:
+        """The base step on what DeepSpeed has put into the groups: its fp32 copies, one sub-group at a time."""
+        if self.ds_optimizer is None:
+            raise InputError(
+                "DeepSpeed drives this optimizer, which does not know it: it would never switch blocks.",
+                advice="Set optimizer.ds_optimizer = engine.optimizer after deepspeed.initialize, or use BAdamCallback "
+                "in a Trainer.",
+            )
+        self.base_optimizer.step()
 
     def _with_gradient(self) -> list[ActiveParameter]:
         """The members with a gradient, which is that of all processes together."""
@@ -286,6 +295,8 @@ class BlockOptimizer(BlockVisits):
 
         Laid out as torch does (``state`` and ``param_groups``, by position in the user's groups), plus ``badam``.
         """
+        if self.ds_optimizer is not None:  # which has put its copies into the groups, and saves them itself
+            return {**self.base_optimizer.state_dict(), "badam": self._progress().pack()}
         state, groups = self._base.pack(self._active)
         return {"state": state, "param_groups": groups, "badam": self._progress().pack()}
 
@@ -303,6 +314,9 @@ class BlockOptimizer(BlockVisits):
         if "badam" not in state_dict:
             self._load_state_of_1_4(state_dict)
             return
+        if self.ds_optimizer is not None:
+            self._load_within_deepspeed(state_dict)
+            return
         saved = self.check_state(state_dict)
         self.schedule, self.global_step, self.non_finite_steps = saved.schedule, saved.step, saved.non_finite_steps
         self._restart_visit(saved.visit, saved.steps_in_visit)
@@ -313,6 +327,35 @@ class BlockOptimizer(BlockVisits):
         self._base.unpack_changes(saved.group_changes)
         self._share_with_base()
         self._ranks.check_same(self._facts())
+        self._announce_switch()
+
+    def _load_within_deepspeed(self, state_dict: dict[str, Any]) -> None:
+        saved = Progress.unpack(state_dict["badam"])
+        saved.check_against(self._progress())
+        if (saved.visit, saved.steps_in_visit) != (self.visit, self.steps_in_visit):
+            raise StateError(
+                f"The state was saved {saved.steps_in_visit} steps into visit {saved.visit}; here it is "
+                f"{self.steps_in_visit} steps into visit {self.visit}, and DeepSpeed reads only what is trainable now.",
+                advice="Load with badam.distributed.load_zero3_checkpoint, which goes there first.",
+            )
+        self.base_optimizer.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._share_with_base()
+
+    def position(self) -> dict[str, Any]:
+        """Where the run stands and what it belongs to, in plain types; see :meth:`go_to`."""
+        kept = ("masters", "group_changes")  # tensors, or options of the base optimizer
+        return {key: value for key, value in self._progress().pack().items() if key not in kept}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Be where :meth:`position` was taken, without masters and moments: the active block's are to be loaded next.
+
+        Raises:
+            StateError: if it belongs to another model or partition; nothing is changed then.
+        """
+        saved = Progress.unpack({**position, "masters": {}, "group_changes": []})
+        saved.check_against(self._progress())
+        self.schedule, self.global_step, self.non_finite_steps = saved.schedule, saved.step, saved.non_finite_steps
+        self._restart_visit(saved.visit, saved.steps_in_visit)
         self._announce_switch()
 
     def check_state(self, state_dict: dict[str, Any]) -> Progress:

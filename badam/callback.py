@@ -10,6 +10,9 @@ from badam.checkpointing import enable_for_transformers
 from badam.clipping import hides_gradients, innermost_optimizer
 from badam.errors import InputError
 
+DEEPSPEED_FIRST_SCALE = 2.0**16
+"""Where DeepSpeed's dynamic loss scaling begins if its configuration says nothing."""
+
 
 class BAdamCallback(TrainerCallback):
     """Sets up a trainer for a block optimizer; pass an instance or the class in ``callbacks``.
@@ -19,7 +22,8 @@ class BAdamCallback(TrainerCallback):
     * At the end of training the last block is rounded into the model like all others.
 
     Args:
-        init_loss_scale: under DeepSpeed with static loss scaling, the initial scale as a power of two.
+        init_loss_scale: under DeepSpeed's dynamic loss scaling, the first scale as a power of two, in the place of
+            DeepSpeed's own 16, which overflows in the first steps; a first scale that the user has set stays.
     """
 
     def __init__(self, *_: Any, init_loss_scale: int = 12, **__: Any) -> None:
@@ -91,5 +95,7 @@ class BAdamCallback(TrainerCallback):
         if engine is None or not hasattr(inner, "ds_optimizer"):
             return
         inner.ds_optimizer = engine
-        if not hasattr(engine, "dynamic_loss_args") and hasattr(engine, "cur_scale"):
-            engine.cur_scale = 2**self.init_loss_scale
+        scaler: Any = getattr(engine, "loss_scaler", None)
+        dynamic = scaler is not None and getattr(engine, "dynamic_loss_scale", False)
+        if dynamic and scaler.cur_scale == DEEPSPEED_FIRST_SCALE:
+            scaler.cur_scale = 2.0**self.init_loss_scale

@@ -21,7 +21,7 @@ from badam.vocabulary import Category, Phase
 SCHEMA_VERSION: Final = 1
 
 Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
-Engine = Literal["single", "zero3", "fsdp2"]
+Engine = Literal["single", "ddp", "fsdp2", "zero3"]
 Strategy = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
 SwitchMode = Literal["random", "ascending", "descending", "fixed"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -54,16 +54,27 @@ class ModelSpec(Record):
     parameters: PositiveInt  # entries of all distinct parameters; tied ones count once
 
 
+class Rates(Record):
+    """How fast a device works, as far as training reaches it."""
+
+    flops_per_second: dict[Dtype, float]  # of matrix products, by the type of their operands
+    bytes_per_second: float = Field(gt=0)  # to and from memory, by everything else
+    seconds_per_operator: Seconds = 0.0  # to start one, whatever it does
+    basis: str  # where these figures come from, in words
+
+
 class Target(Record):
     """The device the plan is for."""
 
     gpu: str
     num_gpus: PositiveInt = 1
+    gpus_per_node: PositiveInt = 8
     engine: Engine = "single"
     total_bytes: Bytes  # what the driver reports as the card's memory
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
     context_bytes: Bytes = 0  # taken by the process's device context, outside torch
     workspace_bytes: Bytes = 0  # matrix-multiplication workspace, allocated through torch
+    rates: Rates | None = None  # None: nothing is known of its speed
 
 
 class BlockPlan(Record):
@@ -76,6 +87,7 @@ class BlockPlan(Record):
     peak_phase: Phase | None = None
     peak_by_phase: dict[Phase, Bytes] = Field(default_factory=dict)
     backward_relative: float | None = None  # predicted backward work with this block active / with all active
+    seconds_by_phase: dict[Phase, Seconds] = Field(default_factory=dict)  # of one optimizer step with it active
     checkpointed_layers: tuple[str, ...] = ()  # module paths
 
 
@@ -135,6 +147,15 @@ class Training(Record):
     options: MethodOptions = MethodOptions()
 
 
+class PhaseWork(Record):
+    """What one phase of an optimizer step has to do, all micro-batches together."""
+
+    flops: NonNegativeInt  # of matrix products, 2 m n k each
+    product_bytes: Bytes  # that these products read and write
+    other_bytes: Bytes  # that all other operators read and write
+    operators: NonNegativeInt
+
+
 class Prediction(Record):
     """What the rehearsal says the plan needs, for the block where the peak is highest."""
 
@@ -147,7 +168,12 @@ class Prediction(Record):
     peak_phase: Phase
     peak_module: str
     peak_block: str
-    step_seconds: Seconds | None = None
+    work_by_phase: dict[Phase, PhaseWork] = Field(default_factory=dict)  # of one optimizer step, mean over blocks
+    seconds_by_phase: dict[Phase, Seconds] = Field(default_factory=dict)  # the same in time, where rates are known
+    sent_bytes: Bytes | None = None  # by each card in a step, the ring algorithm assumed; None for one card
+    sent_bytes_of_full: Bytes | None = None  # the same if every parameter were trained
+    step_seconds: Seconds | None = None  # one optimizer step with its share of the switch, mean over blocks
+    epoch_seconds: Seconds | None = None  # one pass over the samples that the plan was made for
 
 
 class Provenance(Record):

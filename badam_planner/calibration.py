@@ -13,12 +13,12 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from badam.errors import InputError
-from badam.plan import Bytes, Dtype, Plan, Record, Target, record_digest
+from badam.plan import Bytes, Dtype, Plan, Prediction, Rates, Record, Target, record_digest
 from badam.profiling.record import MeasuredRun
 from badam.units import format_bytes
 from badam.vocabulary import Phase
 
-ITEM_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 
 
 class CalibrationSample(Record):
@@ -37,8 +37,9 @@ class CalibrationSample(Record):
     measured_allocated_bytes: Bytes
     measured_reserved_bytes: Bytes | None
     measured_device_bytes: Bytes | None
-    forward_flops_per_second: float | None = Field(ge=0)
-    step_bytes_per_second: float | None = Field(ge=0)
+    dtype: Dtype
+    flops_per_second: float | None = Field(ge=0)  # of matrix products in forward and loss
+    bytes_per_second: float | None = Field(ge=0)  # of the optimizer step
 
     @property
     def context_bytes(self) -> int | None:
@@ -98,14 +99,18 @@ class Calibration(Record):
         return _median(sample.reserved_residual_bytes for sample in self.samples)
 
     @property
-    def forward_flops_per_second(self) -> float | None:
-        rates = [rate for sample in self.samples if (rate := sample.forward_flops_per_second) is not None]
+    def bytes_per_second(self) -> float | None:
+        rates = [rate for sample in self.samples if (rate := sample.bytes_per_second) is not None]
         return statistics.median(rates) if rates else None
 
     @property
-    def step_bytes_per_second(self) -> float | None:
-        rates = [rate for sample in self.samples if (rate := sample.step_bytes_per_second) is not None]
-        return statistics.median(rates) if rates else None
+    def flops_per_second(self) -> dict[Dtype, float]:
+        """Of matrix products, by the type of their operands; types that no run was made with are not in it."""
+        reached: dict[Dtype, list[float]] = {}
+        for sample in self.samples:
+            if sample.flops_per_second is not None:
+                reached.setdefault(sample.dtype, []).append(sample.flops_per_second)
+        return {dtype: statistics.median(rates) for dtype, rates in reached.items()}
 
     @property
     def margin_bytes(self) -> int:
@@ -151,6 +156,7 @@ def sample_of(plan: Plan, run: MeasuredRun) -> CalibrationSample:
             advice="Give the plan file of that very run.",
         )
     training = run.training
+    byte_rate = _byte_rate(prediction, run)
     return CalibrationSample(
         run_digest=record_digest(run),
         model=run.model.id,
@@ -166,8 +172,9 @@ def sample_of(plan: Plan, run: MeasuredRun) -> CalibrationSample:
         measured_allocated_bytes=measurement.peak_allocated_bytes,
         measured_reserved_bytes=measurement.peak_reserved_bytes,
         measured_device_bytes=measurement.peak_device_bytes,
-        forward_flops_per_second=_forward_rate(run),
-        step_bytes_per_second=_step_rate(plan, run),
+        dtype=training.dtype,
+        flops_per_second=_product_rate(prediction, run, byte_rate),
+        bytes_per_second=byte_rate,
     )
 
 
@@ -199,45 +206,55 @@ def calibrate(gpu: str, runs: Sequence[tuple[Plan, MeasuredRun]], known: Calibra
 
 
 def calibrated(target: Target, calibration: Calibration) -> Target:
-    """``target`` with measured context and workspace, and with the margin taken off what is usable."""
+    """``target`` with measured context, workspace and rates, and with the margin taken off what is usable."""
     context, workspace = calibration.context_bytes, calibration.workspace_bytes
     return target.model_copy(
         update={
             "context_bytes": target.context_bytes if context is None else context,
             "workspace_bytes": target.workspace_bytes if workspace is None else workspace,
             "usable_bytes": max(0, target.usable_bytes - calibration.margin_bytes),
+            "rates": _calibrated_rates(target.rates, calibration),
         }
     )
 
 
-def _forward_rate(run: MeasuredRun) -> float | None:
-    """Floating-point operations per second of forward and loss.
+def _calibrated_rates(assumed: Rates | None, calibration: Calibration) -> Rates | None:
+    """What runs reached; types that no run was made with keep what is assumed, or share what the others reached."""
+    products, moved = calibration.flops_per_second, calibration.bytes_per_second
+    if not products or moved is None:
+        return assumed
+    slowest = min(products.values())
+    known: dict[Dtype, float] = dict.fromkeys(DTYPES, slowest) if assumed is None else assumed.flops_per_second
+    return Rates(
+        flops_per_second={**known, **products},
+        bytes_per_second=moved,
+        seconds_per_operator=0.0 if assumed is None else assumed.seconds_per_operator,
+        basis=f"at the rates that {len(calibration.samples)} measured run(s) reached",
+    )
 
-    Formula: 2 x parameters x tokens / seconds.
-    Not counted: the products inside attention; counted too much: the embedding, which multiplies nothing, padding,
-    and experts that a token does not visit.
+
+def _product_rate(prediction: Prediction, run: MeasuredRun, bytes_per_second: float | None) -> float | None:
+    """Floating-point operations per second that forward and loss reach in matrix products.
+
+    Formula: operations / (seconds - other operators' bytes / bandwidth), the time model of badam_planner.duration.
+    None where the other operators alone would take longer than was measured.
     """
+    work = [
+        prediction.work_by_phase[phase] for phase in (Phase.FORWARD, Phase.LOSS) if phase in prediction.work_by_phase
+    ]
     seconds = run.measurement.seconds_by_phase
     spent = seconds.get(Phase.FORWARD, 0.0) + seconds.get(Phase.LOSS, 0.0)
-    training = run.training
-    tokens = training.batch_size * training.seq_len * training.grad_accum
-    return 2 * run.model.parameters * tokens / spent if spent else None
+    if bytes_per_second is None:
+        return None
+    left = spent - sum(each.other_bytes for each in work) / bytes_per_second
+    return sum(each.flops for each in work) / left if left > 0 else None
 
 
-def _step_rate(plan: Plan, run: MeasuredRun) -> float | None:
-    """Bytes per second that the optimizer step moves, median over the blocks.
-
-    Formula: per parameter, master and two moments of 4 bytes read and written, gradient read, model weight written.
-    Not counted: temporaries and gradient clipping.
-    """
-    item = ITEM_BYTES[run.training.dtype]
-    parameters = {block.name: block.parameters for block in plan.partition.blocks}
-    rates = [
-        parameters[block.name] * (24 + 2 * item) / seconds
-        for block in run.measurement.blocks
-        if block.name in parameters and (seconds := block.seconds_by_phase.get(Phase.STEP))
-    ]
-    return statistics.median(rates) if rates else None
+def _byte_rate(prediction: Prediction, run: MeasuredRun) -> float | None:
+    """Bytes per second that the optimizer step moves: its tensors read and written, clipping included."""
+    work = prediction.work_by_phase.get(Phase.STEP)
+    seconds = run.measurement.seconds_by_phase.get(Phase.STEP)
+    return (work.product_bytes + work.other_bytes) / seconds if work and seconds else None
 
 
 def _median(sizes: Iterable[int | None]) -> int | None:

@@ -10,17 +10,23 @@ second of them is repeated as often as the model has it. If they are not, the ru
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from badam_planner.events import NEVER, Flops, LayerMark, Recording
+from badam.vocabulary import Phase
+from badam_planner.events import NEVER, LayerMark, Recording
 from badam_planner.passages import COMPARED, LAST, REPEATED, NotPeriodic, Ordinal, Passages, Reference, Span
 from badam_planner.renaming import Renamer
 
-__all__ = ["KEPT_CYCLES", "NotPeriodic", "Run", "compose", "composed_flops", "find_runs"]
+__all__ = ["KEPT_CYCLES", "NotPeriodic", "Run", "compose", "composed_work", "find_runs"]
 
 KEPT_CYCLES = LAST + 1
 LONGEST_PERIOD = 8
+
+
+Work = TypeVar("Work")
+"""What is added up by phase and module: operations, traffic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +114,9 @@ class _Composer:
         self.total = len(run.cycles)
         self.kept = run.stand_ins()
         self.passages = Passages(recording, self.kept)
-        self.output = Recording(flops=composed_flops(recording.flops, run))
+        self.output = Recording(
+            flops=composed_work(recording.flops, run), traffic=composed_work(recording.traffic, run)
+        )
         self.placed: dict[_Place, int] = {}  # index in the output, by place
 
     def composed(self) -> Recording:
@@ -148,17 +156,17 @@ class _Composer:
         self.output.allocations[self.placed[place]].died = self.output.end
 
 
-def composed_flops(flops: Flops, run: Run) -> Flops:
-    """Operations by phase and module with every cycle of ``run``: those of the second middle cycle count repeatedly.
+def composed_work(work: Mapping[tuple[Phase, str], Work], run: Run) -> dict[tuple[Phase, str], Work]:
+    """Work by phase and module with every cycle of ``run``: that of the second middle cycle counts repeatedly.
 
     Args:
-        flops: of four cycles, under the names of ``run.stand_ins()``.
+        work: of four cycles, under the names of ``run.stand_ins()``.
         run: as for :func:`compose`.
     """
     kept, total = run.stand_ins(), len(run.cycles)
     cycle_of_layer = {layer: number for number, cycle in enumerate(kept) for layer in cycle}
-    composed: Flops = {}
-    for (phase, module), count in flops.items():
+    composed: dict[tuple[Phase, str], Work] = {}
+    for (phase, module), count in work.items():
         layer = module
         while layer and layer not in cycle_of_layer:
             layer = layer.rpartition(".")[0]

@@ -51,6 +51,22 @@ Flops = dict[tuple[Phase, str], int]
 """Operations of matrix products by phase and module path; 2 m n k each (``torch.utils.flop_counter``)."""
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryTraffic:
+    """What operators move: bytes of the tensors that they read and write, and how many operators there were."""
+
+    product_bytes: int = 0  # of matrix products, convolutions and attention
+    other_bytes: int = 0
+    operators: int = 0
+
+    def __add__(self, other: MemoryTraffic) -> MemoryTraffic:
+        return MemoryTraffic(
+            self.product_bytes + other.product_bytes,
+            self.other_bytes + other.other_bytes,
+            self.operators + other.operators,
+        )
+
+
 @dataclass(slots=True)
 class Recording:
     """A rehearsal's events: allocations in order of birth, and when each phase and each layer began.
@@ -62,4 +78,5 @@ class Recording:
     phase_starts: list[tuple[int, Phase]] = field(default_factory=lambda: [(0, Phase.SETUP)])
     layer_marks: list[LayerMark] = field(default_factory=list)
     flops: Flops = field(default_factory=dict)
+    traffic: dict[tuple[Phase, str], MemoryTraffic] = field(default_factory=dict)  # by phase and module path
     end: int = 1  # the next tick; the first one began the first phase

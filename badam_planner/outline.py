@@ -16,7 +16,7 @@ from badam.plan import Target
 from badam.vocabulary import Phase
 from badam_planner.allocator import ROUNDING
 from badam_planner.events import Recording
-from badam_planner.passages import LAST, REPEATED, NotPeriodic, Passages
+from badam_planner.passages import NotPeriodic, Passages, times_of_cycle
 
 FEWEST_CYCLES = 3
 """With two cycles the last releases what the first made, whose sizes nothing has compared with the middle ones'."""
@@ -49,12 +49,7 @@ class _Stretch:
 
     def times(self, totals: Sequence[int]) -> int:
         """How often it happens in a model whose runs have so many cycles."""
-        if self.run is None:
-            return 1
-        total = totals[self.run]
-        if self.cycle == REPEATED:
-            return max(0, total - LAST)
-        return int(self.cycle == LAST or self.cycle < total - 1)
+        return 1 if self.run is None else times_of_cycle(self.cycle, totals[self.run])
 
 
 class Outline:

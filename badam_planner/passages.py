@@ -14,6 +14,14 @@ from badam_planner.renaming import Renamer
 COMPARED, REPEATED, LAST = 1, 2, 3
 """The two cycles in the middle, which must be alike so that the second can be repeated, and the last one."""
 
+
+def times_of_cycle(cycle: int, total: int) -> int:
+    """How often one of a recording's four cycles happens in a run of ``total``: the second in the middle repeatedly."""
+    if cycle == REPEATED:
+        return max(0, total - LAST)
+    return int(cycle == LAST or cycle < total - 1)
+
+
 Kind = Literal["forward", "backward", "release"]
 
 _WITHIN: dict[Kind | None, tuple[Phase, ...]] = {

@@ -6,7 +6,7 @@ what each candidate needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import inf
@@ -22,6 +22,7 @@ from badam.plan import (
     ModelSpec,
     OptimizerSpec,
     Partition,
+    PhaseWork,
     Plan,
     Prediction,
     Provenance,
@@ -32,6 +33,9 @@ from badam.plan import (
 )
 from badam.training.methods import METHODS, method_of
 from badam.units import format_bytes
+from badam.vocabulary import Phase
+from badam_planner.duration import Effort, mean_efforts, step_seconds
+from badam_planner.probe.cards import CardsEvaluator, smallest_number, with_traffic
 from badam_planner.probe.evaluate import Evaluator, ModelTree, PlanForecast, inspect_model
 from badam_planner.probe.model_source import explaining
 from badam_planner.result import Answer, Candidate, SearchResult
@@ -69,12 +73,19 @@ class Request:
     options: MethodOptions = field(default_factory=MethodOptions)
     seed: int = 0
     exact: bool = False
+    find_num_gpus: bool = False
     command: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < inf:
             raise InputError(
                 f"{self.learning_rate} is no learning rate.", advice="Give a positive number: --learning-rate 1e-5."
+            )
+        if self.target.engine != "single" and (self.method != "badam" or self.compare_methods):
+            raise InputError(
+                f"Only --method badam can be planned for several cards, not {self.method}"
+                + (" beside other methods." if self.compare_methods else "."),
+                advice="Plan other methods with --engine single.",
             )
 
 
@@ -92,7 +103,8 @@ def make_plan(request: Request, progress: Progress = lambda _text: None) -> Answ
 
 def _made(request: Request, progress: Progress) -> Answer:
     progress(f"building the module tree of {request.spec.id}")
-    evaluator = Evaluator(inspect_model(request.spec, request.attention), exact=request.exact)
+    evaluator = CardsEvaluator(inspect_model(request.spec, request.attention), exact=request.exact)
+    request = _with_enough_cards(request, evaluator, progress)
     asked_for = strategies(request.method, request.partition)
     tried = [_first_that_fits(request, strategy, evaluator, progress) for strategy in asked_for]
     fits = [_headroom(request, forecast) >= 0 for _, forecast in tried]
@@ -115,7 +127,24 @@ def _made(request: Request, progress: Progress) -> Answer:
         return Answer(result, None, _refusal(request, tried, evaluator, progress))
     plan, forecast = tried[best]
     progress("forecasting every block of the recommended partition")
-    return Answer(result, _with_prediction(plan, evaluator.every_block(plan, forecast)), None)
+    planned = with_prediction(plan, evaluator.every_block(plan, forecast), request.samples)
+    return Answer(result, with_traffic(planned, evaluator), None)
+
+
+def _with_enough_cards(request: Request, evaluator: CardsEvaluator, progress: Progress) -> Request:
+    """The request for the smallest number of cards on which it fits at its leanest, if it leaves their number open."""
+    if not request.find_num_gpus:
+        return request
+
+    def on(cards: int) -> Request:
+        return replace(request, target=request.target.model_copy(update={"num_gpus": cards}))
+
+    def fits(cards: int) -> bool:
+        progress(f"trying {cards} cards")
+        kinds = reversed(strategies(request.method, request.partition))
+        return any(_fits_at_its_leanest(on(cards), strategy, evaluator) for strategy in kinds)
+
+    return on(smallest_number(fits) or request.target.num_gpus)
 
 
 def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTree) -> Plan:
@@ -200,7 +229,8 @@ def visit_length(request: Request, blocks: int) -> int:
 
 def formula_bytes(plan: Plan, trained: int) -> int:
     """Closed form of the model states that the plan's method keeps, with ``trained`` entries trained at a time."""
-    return method_of(plan.method).state_bytes(plan.model.parameters, trained, len(plan.partition.blocks))
+    whole = method_of(plan.method).state_bytes(plan.model.parameters, trained, len(plan.partition.blocks))
+    return -(-whole // plan.target.num_gpus) if plan.target.engine == "fsdp2" else whole
 
 
 def _other_methods(
@@ -275,9 +305,17 @@ def _candidate(request: Request, plan: Plan, forecast: PlanForecast, *, recommen
     )
 
 
-def _with_prediction(plan: Plan, forecast: PlanForecast) -> Plan:
-    """The plan with what is predicted for each block and for the worst one."""
+def with_prediction(plan: Plan, forecast: PlanForecast, samples: int | None = None) -> Plan:
+    """The plan with what is predicted for each block and for the worst one.
+
+    Args:
+        plan: without a prediction.
+        forecast: of every block.
+        samples: sequences of an epoch, if known.
+    """
     worst = forecast.worst
+    means = mean_efforts(forecast.efforts)
+    knows_rates = plan.target.rates is not None
     blocks = plan.partition.blocks
     if forecast.blocks:  # a method that trains several blocks at a time has no peak of one of them
         blocks = tuple(
@@ -287,10 +325,15 @@ def _with_prediction(plan: Plan, forecast: PlanForecast) -> Plan:
                     "peak_phase": own.peak_phase,
                     "peak_by_phase": own.by_phase,
                     "backward_relative": relative,
+                    "seconds_by_phase": _seconds(efforts) if knows_rates else {},
                 }
             )
-            for block, own, relative in zip(blocks, forecast.blocks, forecast.backward_relative, strict=True)
+            for block, own, relative, efforts in zip(
+                blocks, forecast.blocks, forecast.backward_relative, forecast.efforts, strict=True
+            )
         )
+    seconds = step_seconds(_seconds(means), plan.schedule.switch_every) if knows_rates else None
+    sequences = plan.training.batch_size * plan.training.grad_accum
     prediction = Prediction(
         peak_allocated_bytes=worst.peak_allocated_bytes,
         peak_reserved_bytes=worst.peak_reserved_bytes,
@@ -301,9 +344,25 @@ def _with_prediction(plan: Plan, forecast: PlanForecast) -> Plan:
         peak_phase=worst.peak_phase,
         peak_module=worst.peak_module,
         peak_block=blocks[forecast.worst_block].name,
+        work_by_phase={
+            phase: PhaseWork(
+                flops=round(effort.flops),
+                product_bytes=round(effort.product_bytes),
+                other_bytes=round(effort.other_bytes),
+                operators=round(effort.operators),
+            )
+            for phase, effort in means.items()
+        },
+        seconds_by_phase=_seconds(means) if knows_rates else {},
+        step_seconds=seconds,
+        epoch_seconds=None if seconds is None or not samples else seconds * -(-samples // sequences),
     )
     partition = plan.partition.model_copy(update={"blocks": blocks})
     return plan.model_copy(update={"partition": partition, "prediction": prediction})
+
+
+def _seconds(efforts: Mapping[Phase, Effort]) -> dict[Phase, float]:
+    return {phase: effort.seconds for phase, effort in efforts.items()}
 
 
 def _refusal(

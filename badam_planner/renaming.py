@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from badam_planner.events import GIVEN, Allocation, Flops, Recording
+from badam.vocabulary import Phase
+from badam_planner.events import GIVEN, Allocation, Recording
+
+Work = TypeVar("Work")
 
 
 class Renamer:
@@ -54,13 +58,14 @@ def renamed(recording: Recording, names: Mapping[str, str]) -> Recording:
             one if one.operation == GIVEN else renamer.moved(one, one.born, one.died) for one in recording.allocations
         ],
         layer_marks=[replace(mark, layer=names.get(mark.layer, mark.layer)) for mark in recording.layer_marks],
-        flops=renamed_flops(recording.flops, names),
+        flops=renamed_work(recording.flops, names),
+        traffic=renamed_work(recording.traffic, names),
     )
 
 
-def renamed_flops(flops: Flops, names: Mapping[str, str]) -> Flops:
-    """Operations by phase and module under the names of other layers."""
+def renamed_work(work: dict[tuple[Phase, str], Work], names: Mapping[str, str]) -> dict[tuple[Phase, str], Work]:
+    """Work by phase and module under the names of other layers."""
     if all(old == new for old, new in names.items()):
-        return flops
+        return work
     renamer = Renamer(tuple(names), tuple(names.values()))
-    return {(phase, renamer(module)): count for (phase, module), count in flops.items()}
+    return {(phase, renamer(module)): amount for (phase, module), amount in work.items()}

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from badam_planner.result import Answer
 
 Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
-PLANNED_ENGINES = ("single",)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -30,8 +29,11 @@ def plan(
     model: Annotated[str, typer.Argument(help="Catalogue name, Hub id, directory or config.json.")],
     gpu: Annotated[str, typer.Option(help="Card by name, 'auto' for the one in this machine, or 'cpu'.")] = "auto",
     gpu_memory: Annotated[str | None, typer.Option(help="Memory a process may use instead, such as 24GiB.")] = None,
-    num_gpus: Annotated[int, typer.Option(min=1, help="Cards to train on.")] = 1,
-    engine: Annotated[Literal["single", "zero3", "fsdp2"], typer.Option(help="What shards over cards.")] = "single",
+    num_gpus: Annotated[str, typer.Option(help="Cards to train on; auto for the fewest that do.")] = "1",
+    engine: Annotated[
+        Literal["single", "ddp", "fsdp2", "zero3"], typer.Option(help="What copies or shards over cards.")
+    ] = "single",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Cards in one machine, for the time of transfers.")] = 8,
     method: Annotated[Method, typer.Option(help="Training method.")] = "badam",
     compare_methods: Annotated[bool, typer.Option("--compare-methods", help="Show other methods too.")] = False,
     partition: Annotated[
@@ -87,7 +89,7 @@ def plan(
     Exit code 0: a plan that fits was written; 1: nothing fits, and what would; 2: bad input.
     """
     with reporting_errors():
-        _refuse_unplanned(engine, num_gpus)
+        cards = _cards(engine, num_gpus, gpus_per_node)
         options = {
             "method": method,
             "compare_methods": compare_methods,
@@ -110,10 +112,11 @@ def plan(
             "options": _method_options(update_ratio, rank, alpha, tuple(target_module or ()), sampled_layers),
             "seed": seed,
             "exact": exact,
+            "find_num_gpus": num_gpus == "auto",
         }
         with _progress() as progress:
             progress(f"reading {model}")
-            target = _target(gpu, gpu_memory)
+            target = _target(gpu, gpu_memory).model_copy(update=cards)
             purpose = {"task": None if task == "auto" else task, "labels": num_labels}
             answer = _answer(model, purpose, target, options, progress)
         _present(answer, output, html, as_json=as_json)
@@ -148,13 +151,25 @@ def _answer(
     return answer
 
 
-def _refuse_unplanned(engine: str, num_gpus: int) -> None:
+def _cards(engine: str, num_gpus: str, gpus_per_node: int) -> dict[str, Any]:
+    """The fields of the target that say how many cards there are and what joins them."""
     from badam.errors import InputError
 
-    if engine not in PLANNED_ENGINES or num_gpus > 1:
+    if engine == "zero3":
         raise InputError(
-            f"Engine {engine} on {num_gpus} cards cannot be planned by this version.", advice="Plan for a single card."
+            "The memory of DeepSpeed's buckets is not modelled, so zero3 cannot be planned.",
+            advice="Plan with --engine fsdp2, which keeps the same share of the states on each card.",
         )
+    if num_gpus != "auto" and not (num_gpus.isdecimal() and int(num_gpus) > 0):
+        raise InputError(f"--num-gpus {num_gpus!r} is neither a number of cards nor auto.")
+    if engine == "single" and num_gpus != "1":
+        raise InputError(
+            f"--num-gpus {num_gpus} needs an engine that joins cards.", advice="Add --engine fsdp2, or --engine ddp."
+        )
+    if engine == "ddp" and num_gpus == "auto":
+        raise InputError("Copies take as much on many cards as on one.", advice="Give --num-gpus a number.")
+    cards = 1 if num_gpus == "auto" else int(num_gpus)
+    return {"engine": engine, "num_gpus": cards, "gpus_per_node": gpus_per_node}
 
 
 def _target(gpu: str, gpu_memory: str | None) -> Target:
@@ -221,7 +236,7 @@ def _present(answer: Answer, output: Path, html: Path | None, *, as_json: bool) 
     if not as_json:
         from rich.console import Console
 
-        from badam_planner.report.plan_table import render_candidates, render_largest, render_peak
+        from badam_planner.report.plan_table import render_candidates, render_largest, render_peak, render_time
 
         console, result = Console(), answer.result
         shown = next((one for one in result.candidates if one.recommended), result.candidates[0])
@@ -230,9 +245,16 @@ def _present(answer: Answer, output: Path, html: Path | None, *, as_json: bool) 
         console.print(render_peak(shown, result.usable_bytes))
         console.print()
         console.print(render_largest(shown))
+        if answer.plan is not None:
+            console.print()
+            console.print(render_time(answer.plan))
     if answer.refusal is not None:
         raise answer.refusal
     assert answer.plan is not None  # without a refusal there is a plan
+    if not as_json and answer.plan.target.engine != "single":
+        from badam_planner.report.cards_table import render_transfers
+
+        console.print(render_transfers(answer.plan))
     if as_json:
         print(answer.plan.model_dump_json(indent=2))
     else:

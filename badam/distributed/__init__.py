@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from badam.distributed.copies import average_instead_of_ddp as average_instead_of_ddp
     from badam.distributed.fsdp2 import shard_blocks as shard_blocks
     from badam.distributed.fsdp2 import sharded_block_optimizer as sharded_block_optimizer
+    from badam.distributed.zero3_checkpoints import load_zero3_checkpoint as load_zero3_checkpoint
+    from badam.distributed.zero3_checkpoints import save_zero3_checkpoint as save_zero3_checkpoint
 
 _HOMES = {
+    "load_zero3_checkpoint": "badam.distributed.zero3_checkpoints",
+    "save_zero3_checkpoint": "badam.distributed.zero3_checkpoints",
     "load_checkpoint": "badam.distributed.checkpoints",
     "save_checkpoint": "badam.distributed.checkpoints",
     "save_whole_model": "badam.distributed.checkpoints",
@@ -29,8 +33,10 @@ _HOMES = {
 __all__ = [
     "average_instead_of_ddp",
     "load_checkpoint",
+    "load_zero3_checkpoint",
     "save_checkpoint",
     "save_whole_model",
+    "save_zero3_checkpoint",
     "shard_blocks",
     "sharded_block_optimizer",
 ]

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 
 from badam.errors import InputError, near_matches
-from badam.plan import Bytes, Record, Target
+from badam.plan import Bytes, Rates, Record, Target
 from badam.units import MIB
 
 DRIVER_SHARE_MIB = 512
@@ -25,6 +25,12 @@ DRIVER_SHARE_MIB = 512
 LARGE_DRIVER_SHARE_MIB = 640
 """The same from 40 GiB on. Seen: 450-621."""
 LARGE_CARD_MIB = 40 * 1024
+
+PRODUCT_SHARE, BANDWIDTH_SHARE, SECONDS_PER_OPERATOR = 0.6, 0.8, 6e-6
+"""What training is assumed to reach of a card's peak rates, and to take for starting an operator.
+
+Assumptions, not measurements: ``badam-report --calibrate`` replaces them by what runs on the card have reached.
+"""
 
 Rate = Annotated[int, Field(gt=0)]
 
@@ -95,6 +101,21 @@ class GpuRecord(CatalogueRecord):
             usable_bytes=self.usable_bytes,
             context_bytes=self.context_bytes,
             workspace_bytes=self.workspace_bytes,
+            rates=self.rates(),
+        )
+
+    def rates(self) -> Rates:
+        """How fast training is assumed to be on this card."""
+        return Rates(
+            flops_per_second={
+                "bfloat16": self.bf16_flops_per_second * PRODUCT_SHARE,
+                "float16": self.fp16_flops_per_second * PRODUCT_SHARE,
+                "float32": self.fp32_flops_per_second * PRODUCT_SHARE,
+            },
+            bytes_per_second=self.bandwidth_bytes_per_second * BANDWIDTH_SHARE,
+            seconds_per_operator=SECONDS_PER_OPERATOR,
+            basis=f"assuming {PRODUCT_SHARE:.0%} of the card's matrix rate, {BANDWIDTH_SHARE:.0%} of its bandwidth and "
+            f"{SECONDS_PER_OPERATOR * 1e6:.0f} µs per operator",
         )
 
     def names(self) -> tuple[str, ...]:

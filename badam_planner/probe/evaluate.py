@@ -12,18 +12,22 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import chain
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from badam.naming import belongs
 from badam.partition import ParameterInfo, layer_stacks
-from badam.plan import Attention, BlockPlan, ModelSpec, Plan, Target, Training
+from badam.plan import Attention, BlockPlan, Dtype, ModelSpec, Plan, Rates, Target, Training
 from badam.training.methods import method_of
 from badam.vocabulary import Phase
-from badam_planner.compose import KEPT_CYCLES, NotPeriodic, Run, compose, composed_flops, find_runs
+from badam_planner.compose import KEPT_CYCLES, NotPeriodic, Run, compose, composed_work, find_runs
+from badam_planner.duration import Effort, Pace
 from badam_planner.events import Flops, Recording
 from badam_planner.forecast import Forecast, forecast
 from badam_planner.outline import BlockPeaks, Outline
-from badam_planner.renaming import renamed, renamed_flops
+from badam_planner.renaming import renamed, renamed_work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REPORTED_VERSIONS = ("badam", "torch", "transformers")
 
@@ -75,6 +79,7 @@ class PlanForecast:
     backward_relative: tuple[float, ...]  # by block: backward work over that of training everything
     trained_entries: int = 0  # entries trained at a time, at most
     blocks: tuple[BlockPeaks, ...] = ()  # by block, or empty if only the worst was asked for
+    efforts: tuple[dict[Phase, Effort], ...] = ()  # by block: of one optimizer step; the switch of a whole visit
 
 
 def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
@@ -85,7 +90,12 @@ def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
 
     with fake_world():
         model = fake_model(spec, Training(batch_size=1, seq_len=1, attention=attention))
-        parameters = tuple(ParameterInfo(name, tuple(tensor.shape)) for name, tensor in model.named_parameters())
+        beside = _beside_the_text(model)
+        parameters = tuple(
+            ParameterInfo(name, tuple(tensor.shape))
+            for name, tensor in model.named_parameters()
+            if not belongs(name, beside)
+        )
         stacks = layer_stacks([info.name for info in parameters])
         kinds: dict[str, Hashable] = {}
         types = getattr(model.config.get_text_config(), "layer_types", None) or ()
@@ -113,6 +123,20 @@ def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
     )
 
 
+def _beside_the_text(model: PreTrainedModel) -> tuple[str, ...]:
+    """Paths of the modules that a batch of text does not pass through: towers for images or sound, their projectors."""
+    if model.config.get_text_config() is model.config:
+        return ()
+    names = {id(module): name for name, module in model.named_modules()}
+    used = [names.get(id(module), "") for module in (model.get_decoder(), model.get_output_embeddings())]
+    around = {path.rpartition(".")[0] for path in used if path}
+    return tuple(
+        name
+        for name, _ in model.named_modules()
+        if name and name.rpartition(".")[0] in around and not any(belongs(path, (name,)) for path in used if path)
+    )
+
+
 @dataclass(slots=True)
 class _Rehearsed:
     """A rehearsal with four cycles of each run of equal layers."""
@@ -120,13 +144,22 @@ class _Rehearsed:
     recording: Recording
     names: list[str]  # its layers in order, see _names
     runs: list[tuple[tuple[str, ...], ...]]  # the four cycles of each run, by these names
-    outlines: dict[Target, Outline] = field(default_factory=dict)
+    outlines: dict[Hashable, Outline] = field(default_factory=dict)
+    paces: dict[Hashable, Pace] = field(default_factory=dict)
 
     def outline(self, target: Target) -> Outline:
         """Its outline for a device, read once."""
-        if target not in self.outlines:
-            self.outlines[target] = Outline(self.recording, self.runs, target)
-        return self.outlines[target]
+        key = (target.gpu == "cpu", target.workspace_bytes)
+        if key not in self.outlines:
+            self.outlines[key] = Outline(self.recording, self.runs, target)
+        return self.outlines[key]
+
+    def pace(self, rates: Rates | None, dtype: Dtype) -> Pace:
+        """Its pace at given rates, read once."""
+        key = (rates and rates.model_dump_json(), dtype)
+        if key not in self.paces:
+            self.paces[key] = Pace(self.recording, self.runs, rates, dtype)
+        return self.paces[key]
 
 
 class Evaluator:
@@ -206,15 +239,29 @@ class Evaluator:
         of the allocator's blocks that are too small to be split off, some thousandths.
         """
         worst = BlockPeaks(known.worst.peak_allocated_bytes, known.worst.peak_phase, known.worst.by_phase)
-        if not method_of(plan.method).composes:
-            return replace(known, blocks=(worst,) if len(plan.partition.blocks) == 1 else ())
-        peaks = {known.worst_block: worst}
         indices = range(len(plan.partition.blocks))
+        if not method_of(plan.method).composes:
+            efforts = self.efforts(plan, known.worst_block)
+            blocks = (worst,) if len(indices) == 1 else ()
+            return replace(known, blocks=blocks, efforts=(efforts,) * len(indices))
+        peaks = {known.worst_block: worst}
         middle = len(indices) / 2
         for index in sorted(indices, key=lambda index: abs(index - middle)):  # those in the middle answer for others
             if index not in peaks:
                 peaks[index] = self.peaks(plan, index)
-        return replace(known, blocks=tuple(peaks[index] for index in indices))
+        return replace(
+            known,
+            blocks=tuple(peaks[index] for index in indices),
+            efforts=tuple(self.efforts(plan, index) for index in indices),
+        )
+
+    def efforts(self, plan: Plan, index: int) -> dict[Phase, Effort]:
+        """Work and time by phase of one optimizer step with one block active; the switch is that of a whole visit."""
+        rates, dtype = plan.target.rates, plan.training.dtype
+        if not self.exact and method_of(plan.method).composes:
+            rehearsed, runs = self._rehearsal(plan, index)
+            return rehearsed.pace(rates, dtype).efforts([len(run.cycles) for run in runs])
+        return Pace(self.recording(plan, index), (), rates, dtype).efforts(())
 
     def peaks(self, plan: Plan, index: int) -> BlockPeaks:
         """The highest allocated bytes with one block active: every tensor's bytes, rounded as the device does."""
@@ -230,9 +277,9 @@ class Evaluator:
         """Operations of matrix products at full depth, by phase and module."""
         if not self.exact and method_of(plan.method).composes:
             rehearsed, runs = self._rehearsal(plan, index)
-            flops = renamed_flops(rehearsed.recording.flops, self._new_names(rehearsed, runs))
+            flops = renamed_work(rehearsed.recording.flops, self._new_names(rehearsed, runs))
             for run in runs:
-                flops = composed_flops(flops, run)
+                flops = composed_work(flops, run)
             return flops
         return self.recording(plan, index).flops
 

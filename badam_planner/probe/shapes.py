@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 Key = tuple[Hashable, ...]
 
@@ -54,29 +55,68 @@ class _Same:
 _Answer = _New | _View | _Same | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """An operator's outputs (``several`` if it returns a tuple) and the bytes that it moves."""
+
+    outputs: tuple[_Answer, ...]
+    several: bool
+    moved_bytes: int
+
+
 class _Extraordinary(Exception):
     """Something that only torch knows how to answer."""
 
 
-_KNOWN: dict[Key, tuple[_Answer, ...] | _Answer] = {}
+_KNOWN: dict[Key, _Known] = {}
 """By operator and arguments; shared by all rehearsals of the process. Only shapes are in it, no tensors."""
 
 
-def answer(mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What ``func(*args, **kwargs)`` returns under ``mode``; call it where operators are dispatched to."""
-    try:
-        key = (func, _key(args), _key(tuple(kwargs.items())) if kwargs else ())
-    except _Extraordinary:
-        return func(*args, **kwargs)
+def answer(mode: FakeTensorMode | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int]:
+    """What ``func(*args, **kwargs)`` returns under ``mode``, and the bytes it moves.
+
+    Call it where operators are dispatched to. Without a mode nothing is remembered.
+    """
+    key: Key | None = None
+    if mode is not None:
+        with suppress(_Extraordinary):
+            given = _key(args)
+            key = (func, given, _key(tuple(kwargs.items())) if kwargs else ())
+    if mode is None or key is None:
+        output = func(*args, **kwargs)
+        return output, moved_bytes(func, args, kwargs, output)
     if key in _KNOWN:
         known = _KNOWN[key]
-        if isinstance(known, tuple):
-            return tuple(_made(mode, one, args) for one in known)
-        return _made(mode, known, args)
+        made = tuple(_made(mode, one, args) for one in known.outputs)
+        return made if known.several else made[0], known.moved_bytes
     output = func(*args, **kwargs)
+    moved = moved_bytes(func, args, kwargs, output)
     with suppress(_Extraordinary):
-        _KNOWN[key] = _learned(func, args, output, before=key[1])
-    return output
+        _KNOWN[key] = _learned(func, args, output, moved, before=given)
+    return output, moved
+
+
+def moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
+    """Bytes that an operator reads and writes: its tensors, those written in place twice. Views move nothing.
+
+    Not counted: what stays in caches between reading and writing, and what a kernel reads more than once.
+    """
+    if getattr(func, "is_view", False):
+        return 0
+    read = sum(_nbytes(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    written = 0
+    for position, argument in enumerate(getattr(getattr(func, "_schema", None), "arguments", ())):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            written += sum(_nbytes(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    if not written:
+        written = sum(_nbytes(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+    return read + written
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes: an expanded one has fewer than entries."""
+    return min(tensor.numel() * tensor.dtype.itemsize, tensor.untyped_storage().nbytes())
 
 
 def _key(values: Any) -> Key:
@@ -96,13 +136,13 @@ def _key(values: Any) -> Key:
     return tuple(parts)
 
 
-def _learned(func: Any, args: tuple[Any, ...], output: Any, *, before: Key) -> tuple[_Answer, ...] | _Answer:
+def _learned(func: Any, args: tuple[Any, ...], output: Any, moved: int, *, before: Key) -> _Known:
     """How to make ``output`` again. ``before``: the arguments' key before the operator ran."""
     if not isinstance(func, OpOverload) or _key(args) != before:  # an operator may have resized its argument
         raise _Extraordinary
-    if type(output) is tuple:
-        return tuple(_described(func, args, one) for one in output)
-    return _described(func, args, output)
+    several = type(output) is tuple
+    outputs = output if several else (output,)
+    return _Known(tuple(_described(func, args, one) for one in outputs), several, moved)
 
 
 def _described(func: OpOverload, args: tuple[Any, ...], output: Any) -> _Answer:

@@ -14,18 +14,40 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from badam import phases
 from badam.vocabulary import Category, Phase
-from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, Recording
+from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, MemoryTraffic, Recording
 from badam_planner.probe.accumulation import accumulates_in_place, holders_of_a_sum
-from badam_planner.probe.shapes import answer
+from badam_planner.probe.shapes import answer, moved_bytes
 from badam_planner.scratch import FLASH_BACKWARD, flash_backward_bytes
 from badam_planner.timeline import LOSS_MODULE
 
 INTERRUPTING = (Phase.RECOMPUTE, Phase.STEP)
 """Phases from which backward is resumed; it begins after any other."""
+
+
+NO_TRAFFIC = MemoryTraffic()
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
+
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""Operations of products by operator: torch's formulas, and the same for attention on the CPU, which it leaves out.
+
+A causal mask halves the work of a good kernel; it is counted in full, as torch does.
+"""
 
 
 class StorageTracker(TorchDispatchMode):
@@ -73,8 +95,9 @@ class StorageTracker(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         if self._phase is Phase.BACKWARD and accumulates_in_place(func, args, self._unshared):
+            self._count(func, args, kwargs, args[0], moved_bytes(func, args, kwargs, args[0]))
             return args[0]  # there is no data to add
-        output = func(*args, **kwargs) if self._mode is None else answer(self._mode, func, args, kwargs)
+        output, moved = answer(self._mode, func, args, kwargs)
         name = str(func)
         for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
             if isinstance(leaf, Tensor):
@@ -82,11 +105,19 @@ class StorageTracker(TorchDispatchMode):
         if name == FLASH_BACKWARD:
             _, query, key = args[:3]
             self._pass_through(flash_backward_bytes(query.shape, key.shape, query.element_size()), name)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            key = (self._phase, self.module)
-            self.recording.flops[key] = self.recording.flops.get(key, 0) + formula(*args, **kwargs, out_val=output)
+        self._count(func, args, kwargs, output, moved)
         return output
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, moved: int) -> None:
+        """Note the work of one operator where it is done."""
+        place = (self._phase, self.module)
+        recording = self.recording
+        formula = FLOPS.get(func._overloadpacket)
+        if formula is not None:
+            recording.flops[place] = recording.flops.get(place, 0) + formula(*args, **kwargs, out_val=output)
+        if moved:
+            one = MemoryTraffic(0, moved, 1) if formula is None else MemoryTraffic(moved, 0, 1)
+            recording.traffic[place] = recording.traffic.get(place, NO_TRAFFIC) + one
 
     def _pass_through(self, sizes: Iterable[int], operation: str) -> None:
         """Record scratch of a card's kernel: born together, dead before the operator returns."""

@@ -9,8 +9,10 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from badam.units import format_bytes, format_count
-from badam.vocabulary import Category
+from badam.plan import Plan
+from badam.units import format_bytes, format_count, format_seconds
+from badam.vocabulary import Category, Phase
+from badam_planner.duration import ONCE_PER_VISIT
 from badam_planner.report.bars import Bar, StackedBars
 from badam_planner.report.formulas import LETTERS, formula_of, formulas_in_words
 from badam_planner.report.text import SizeUnit, clean, shorten, unit_for
@@ -43,6 +45,24 @@ def render_peak(candidate: Candidate, usable_bytes: int) -> RenderableType:
     parts = tuple((name.value, candidate.by_category[name]) for name in Category if name in candidate.by_category)
     limit = usable_bytes - (candidate.peak_device_bytes - candidate.peak_reserved_bytes)
     return StackedBars((Bar(f"peak in {candidate.peak_phase}", "", parts),), limit)
+
+
+def render_time(plan: Plan) -> RenderableType:
+    """How long a step is predicted to take, phase by phase, on what assumption."""
+    prediction, rates = plan.prediction, plan.target.rates
+    if prediction is None or prediction.step_seconds is None or rates is None:
+        return Text(
+            f"How long a step takes on {clean(plan.target.gpu)} is not known before a run has been measured there."
+        )
+    parts = [
+        f"{phase} {format_seconds(prediction.seconds_by_phase[phase])}"
+        for phase in Phase
+        if phase not in ONCE_PER_VISIT and phase in prediction.seconds_by_phase
+    ]
+    text = f"One step takes {format_seconds(prediction.step_seconds)} in the mean over blocks ({', '.join(parts)})"
+    if prediction.epoch_seconds is not None:
+        text += f", an epoch {format_seconds(prediction.epoch_seconds)}"
+    return Text(f"{text}, {clean(rates.basis)}.")
 
 
 def render_largest(candidate: Candidate) -> RenderableType:

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from badam.plan import BlockPlan, MethodOptions, Plan, Target
 from badam.training.assemble import choose_attention
 from badam.training.methods import method_of
-from badam_planner.planning import Request, _with_prediction, staged_plan
+from badam_planner.planning import Request, staged_plan, with_prediction
 from badam_planner.probe.evaluate import Evaluator, ModelTree, inspect_model
 from badam_planner.probe.model_source import describe_model
 from badam_planner.search import Setting, strategies
@@ -71,7 +71,7 @@ def ends(blocks: Sequence[BlockPlan], tree: ModelTree) -> list[int]:
 def predicted(plan: Plan, tree: ModelTree) -> Plan:
     """The plan with what the predictor says of each of its blocks."""
     evaluator = Evaluator(tree)
-    return _with_prediction(plan, evaluator.every_block(plan, evaluator.worst_block(plan)))
+    return with_prediction(plan, evaluator.every_block(plan, evaluator.worst_block(plan)))
 
 
 def with_formula(plan: Plan, blocks: int) -> Plan:

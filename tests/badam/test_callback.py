@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from badam import BAdamCallback, BlockOptimizer
+from badam._ranks import OneProcess
 from badam.errors import InputError
 from tests.badam.tiny_net import blocks, net
 from tests.conftest import VOCABULARY
@@ -198,22 +199,36 @@ def test_releasing_gradients_trains_in_the_trainer(tiny_llama: Any, tmp_path: Pa
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
-def test_deepspeed_is_told_of_and_its_static_loss_scale_lowered() -> None:
+@pytest.mark.parametrize(("dynamic", "first", "expected"), [(True, 16, 10), (True, 8, 8), (False, 16, 16)])
+def test_deepspeed_is_told_of_and_its_first_loss_scale_lowered_unless_it_was_chosen(
+    monkeypatch: pytest.MonkeyPatch, dynamic: bool, first: int, expected: int
+) -> None:
+    class Scaler:
+        cur_scale = 2.0**first
+
     class Engine:
         def __init__(self, optimizer: BlockOptimizer) -> None:
             self.optimizer = optimizer
-            self.cur_scale = 2.0**16
+            self.loss_scaler = Scaler()
+            self.dynamic_loss_scale = dynamic
+
+    class Adapter:
+        ranks = OneProcess()
+
+        def __init__(self, engine: Engine, _: BlockOptimizer) -> None:
+            self.engine = engine
 
     class Wrapper:
         def __init__(self, optimizer: Engine) -> None:
             self.optimizer = optimizer
 
+    monkeypatch.setattr("badam.distributed.zero3.ZeroThree", Adapter)
     engine = Engine(blocks(net()))
     callback = BAdamCallback(init_loss_scale=10)
     arguments = TrainingArguments("unused", use_cpu=True)
     callback.on_train_begin(arguments, TrainerState(), None, model=None, optimizer=Wrapper(engine))
     assert engine.optimizer.ds_optimizer is engine
-    assert engine.cur_scale == 2**10
+    assert engine.loss_scaler.cur_scale == 2**expected
 
 
 def test_other_optimizers_are_left_alone() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badam.errors import InputError, PlanError
-from badam.plan import Plan, Target
+from badam.plan import PhaseWork, Plan, Rates, Target
 from badam.profiling.record import Machine, MeasuredRun
 from badam.units import GIB, MIB
 from badam.vocabulary import Phase
@@ -103,19 +103,43 @@ def test_where_only_tensors_are_measured_the_margin_is_theirs() -> None:
     assert found.sentence() == "Calibrated by 1 run on NVIDIA GeForce RTX 3090: margin 7.00 MiB."
 
 
-def test_rates_follow_from_parameters_tokens_and_seconds() -> None:
-    blocks = tuple(
-        block.model_copy(update={"seconds_by_phase": {Phase.STEP: 0.5}}) for block in factories.block_measurements()
-    )
-    seconds = {Phase.FORWARD: 1.5, Phase.LOSS: 0.5}
-    found = calibrate("rtx3090", [pair(blocks=blocks, seconds_by_phase=seconds)])
-    assert found.forward_flops_per_second == pytest.approx(2 * 6_738_415_616 * 1024 / 2)
-    assert found.step_bytes_per_second == pytest.approx(200_000_000 * 28 / 0.5)
+WORK = {
+    Phase.FORWARD: PhaseWork(flops=9_000, product_bytes=10, other_bytes=100, operators=5),
+    Phase.LOSS: PhaseWork(flops=1_000, product_bytes=10, other_bytes=100, operators=5),
+    Phase.STEP: PhaseWork(flops=0, product_bytes=0, other_bytes=400, operators=1),
+}
+
+
+def pair_with_work(**seconds: float) -> tuple[Plan, MeasuredRun]:
+    plan, _ = pair()
+    assert plan.prediction is not None
+    plan = plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"work_by_phase": WORK})})
+    by_phase = {Phase(name): spent for name, spent in seconds.items()}
+    return plan, factories.measured_run(plan, measurement={"seconds_by_phase": by_phase})
+
+
+def test_rates_are_those_with_which_the_plan_would_have_said_what_was_measured() -> None:
+    found = calibrate("rtx3090", [pair_with_work(forward=1.5, loss=1.0, step=1.0)])
+    assert found.bytes_per_second == 400
+    assert found.flops_per_second == {"bfloat16": 10_000 / (2.5 - 200 / 400)}
+    rates = calibrated(TARGET, found).rates
+    assert rates is not None
+    assert (rates.bytes_per_second, rates.flops_per_second["float32"]) == (400, 5_000)
+    assert "1 measured run" in rates.basis
+
+
+def test_rates_of_other_types_stay_as_assumed() -> None:
+    assumed = Rates(flops_per_second={"bfloat16": 7.0, "float32": 3.0}, bytes_per_second=1.0, basis="assumed")
+    found = calibrate("rtx3090", [pair_with_work(forward=1.5, loss=1.0, step=1.0)])
+    rates = calibrated(TARGET.model_copy(update={"rates": assumed}), found).rates
+    assert rates is not None
+    assert rates.flops_per_second == {"bfloat16": 5_000, "float32": 3.0}
 
 
 def test_rates_are_unknown_where_no_time_was_measured() -> None:
-    found = calibrate("rtx3090", [pair(blocks=(), seconds_by_phase={})])
-    assert (found.forward_flops_per_second, found.step_bytes_per_second) == (None, None)
+    found = calibrate("rtx3090", [pair(blocks=(), seconds_by_phase={}), pair_with_work(forward=0.1, step=1.0)])
+    assert found.flops_per_second == {}
+    assert calibrated(TARGET, found).rates is None
 
 
 def test_runs_of_two_devices_are_refused() -> None:

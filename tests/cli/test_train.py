@@ -76,7 +76,7 @@ def test_what_was_planned_is_what_is_measured(tmp_path: Path, data_path: Path, c
 def test_a_planned_classification_is_what_is_measured(tmp_path: Path, config: dict[str, Any], tolerance: str) -> None:
     """Blocks of embedding, layers and head, with the head active in all of them.
 
-    DeBERTa's forward takes 30 KiB more of 1.9 MiB than its operators give out: scratch memory inside one of them.
+    DeBERTa's forward takes 30 KiB of its 1.9 MiB that no operator's result accounts for.
     """
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 512, "num_hidden_layers": 3}))
     data, plan = write_jsonl(tmp_path / "data.jsonl", entailments()), tmp_path / "plan.json"

@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from badam import BlockOptimizer, _ranks
 from badam.checkpointing import checkpoint_layers
 from badam.distributed import (
     average_instead_of_ddp,
     load_checkpoint,
+    load_zero3_checkpoint,
     save_checkpoint,
     save_whole_model,
+    save_zero3_checkpoint,
     shard_blocks,
     sharded_block_optimizer,
 )
@@ -363,3 +366,228 @@ def steps_in(path: str) -> int:
     model, optimizer = make("fsdp")
     load_checkpoint(path, model, optimizer)
     return optimizer.global_step
+
+
+def llama_peak(plan_json: str, block: int) -> dict[str, Any]:
+    """Highest allocated bytes of one visit to a block, by the allocator's own reports, and the collectives of a step.
+
+    Everything is made while the allocator is listened to, so that the account is a plain sum.
+    """
+    import gc
+
+    from badam.plan import Plan
+    from badam.profiling.allocator_log import AllocatorLog
+    from badam.training.assemble import build_model, prepare_checkpointing
+    from badam.training.step import forward_loss
+
+    plan = Plan.model_validate_json(plan_json)
+    staged = plan.partition.blocks[block]
+    gc.collect()
+    log = AllocatorLog()
+    log.start()
+    torch.manual_seed(0)
+    model = build_model(plan.model, plan.training)
+    shard_blocks(model)
+    optimizer = sharded_block_optimizer(
+        model,
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, fused=True),
+        block_prefix_list=[list(staged.prefixes)],
+        switch_mode="fixed",
+        switch_block_every=0,
+        verbose=0,
+    )
+    prepare_checkpointing(
+        model, optimizer, plan.model_copy(update={"partition": plan.partition.model_copy(update={"blocks": (staged,)})})
+    )
+    shape = (plan.training.batch_size, plan.training.seq_len)
+
+    def step() -> None:
+        for _ in range(plan.training.grad_accum):
+            tokens = torch.zeros(shape, dtype=torch.int64)
+            batch = {"input_ids": tokens, "labels": torch.zeros(shape, dtype=torch.int64)}
+            forward_loss(model, batch, plan.training.loss, num_items=torch.tensor(8)).backward()
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    gc.collect()
+    log.mark(0)
+    step()
+    events = log.stop()
+    live = peak = 0
+    counting = False
+    for event in events:
+        counting = counting or event.nbytes == 0
+        live += event.nbytes
+        peak = max(peak, live) if counting else 0
+    with SentBytes() as counter:
+        step()
+    return {"peak": peak, "counts": counter.counts, "sent": counter.sent}
+
+
+def llama_sent_by_full_training(plan_json: str) -> float:
+    """Bytes that this process sends in a step that trains every parameter."""
+    from badam.plan import Plan
+    from badam.training.assemble import build_model
+    from badam.training.step import forward_loss
+
+    plan = Plan.model_validate_json(plan_json)
+    model = build_model(plan.model, plan.training)
+    shard_blocks(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    shape = (plan.training.batch_size, plan.training.seq_len)
+    for _ in range(2):
+        with SentBytes() as counter:
+            batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+            forward_loss(model, batch, plan.training.loss, num_items=torch.tensor(8)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return counter.sent
+
+
+class SentBytes(TorchDispatchMode):
+    """Counts collectives and the bytes that each process sends for them by the ring algorithm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        self.sent = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = str(func._overloadpacket).rpartition(".")[2]
+            first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+            second = args[1][0] if isinstance(args[1], (list, tuple)) else args[1]
+            whole = {
+                "_allgather_base_": lambda: first,
+                "_reduce_scatter_base_": lambda: second,
+                "allreduce_": lambda: first,
+            }.get(name)
+            if whole is not None:
+                tensor, share = whole(), (dist.get_world_size() - 1) / dist.get_world_size()
+                self.counts[name] = self.counts.get(name, 0) + 1
+                self.sent += tensor.nbytes * share * (2 if name == "allreduce_" else 1)
+        return func(*args, **(kwargs or {}))
+
+
+def deepspeed_engine(
+    dtype: str = "float32", accumulate: int = ACCUMULATE, attach: bool = True, clip: float = 0.0, **options: Any
+) -> tuple[Any, BlockOptimizer]:
+    """The net under DeepSpeed ZeRO-3, without compiling its shared-memory operator."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    model = make_net(dtype)
+    optimizer = BlockOptimizer(adamw(model.parameters()), list(model.named_parameters()), **{**OPTIONS, **options})
+    config = {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size(),
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10_000},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if attach:
+        optimizer.ds_optimizer = engine.optimizer
+    return engine, optimizer
+
+
+def train_with_deepspeed(engine: Any, optimizer: BlockOptimizer, steps: int) -> list[float]:
+    losses = []
+    while optimizer.global_step < steps:
+        total = torch.zeros(())
+        for part in range(ACCUMULATE):
+            tokens = micro_batch(optimizer.global_step, part)
+            logits = engine(tokens[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / ACCUMULATE
+        dist.all_reduce(total)
+        losses.append(float(total / dist.get_world_size()))
+    return losses
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def run_deepspeed(**settings: Any) -> tuple[list[float], dict[str, Tensor]]:
+    engine, optimizer = deepspeed_engine(**settings)
+    losses = train_with_deepspeed(engine, optimizer, THREE_EPOCHS)
+    return losses, gathered(engine.module)
+
+
+def save_deepspeed(directory: str, dtype: str = "float32") -> tuple[list[float], dict[str, Tensor]]:
+    engine, optimizer = deepspeed_engine(dtype)
+    train_with_deepspeed(engine, optimizer, SAVED_AT)
+    save_zero3_checkpoint(engine, optimizer, directory, "saved")
+    return train_with_deepspeed(engine, optimizer, THREE_EPOCHS), gathered(engine.module)
+
+
+def resume_deepspeed(directory: str, dtype: str = "float32") -> tuple[list[float], dict[str, Tensor]]:
+    engine, optimizer = deepspeed_engine(dtype)
+    train_with_deepspeed(engine, optimizer, 1)  # not where it was saved
+    load_zero3_checkpoint(engine, optimizer, f"{directory}/saved")
+    assert (optimizer.global_step, optimizer.steps_in_visit) == (SAVED_AT, 2)
+    return train_with_deepspeed(engine, optimizer, THREE_EPOCHS), gathered(engine.module)
+
+
+def last_updates() -> list[tuple[bool, bool]]:
+    """For each visit: whether its last step changed the trained block's weights, and any others."""
+    engine, optimizer = deepspeed_engine(switch_mode="ascending")
+    changed = []
+    for visit in range(LAYERS):
+        prefix = optimizer.current_block.prefixes[0]
+        train_with_deepspeed(engine, optimizer, visit * SWITCH_EVERY + SWITCH_EVERY - 1)
+        before = gathered(engine.module)
+        train_with_deepspeed(engine, optimizer, (visit + 1) * SWITCH_EVERY)
+        after = gathered(engine.module)
+        moved = {name for name in before if not before[name].equal(after[name])}
+        inside = {name for name in before if name.startswith(f"{prefix}.")}
+        changed.append((moved == inside, bool(moved - inside)))
+    return changed
+
+
+def deepspeed_refusals(directory: str) -> dict[str, str]:
+    import deepspeed
+
+    messages = {}
+    engine, optimizer = deepspeed_engine(attach=False)
+    usual = deepspeed.__version__
+
+    def unknown_version() -> None:
+        deepspeed.__version__ = "0.20.1"
+        optimizer.ds_optimizer = engine.optimizer
+
+    attempts: dict[str, Callable[[], Any]] = {
+        "not attached": lambda: train_with_deepspeed(engine, optimizer, 1),
+        "unknown version": unknown_version,
+        "not stage 3": lambda: setattr(optimizer, "ds_optimizer", optimizer.base_optimizer),
+        "missing": lambda: load_zero3_checkpoint(engine, optimizer, f"{directory}/none"),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except InputError as error:
+            messages[name] = str(error)
+    deepspeed.__version__ = usual
+    return messages
+
+
+def other_number_of_processes(directory: str) -> str:
+    path = Path(directory) / "saved" / "badam.json"
+    path.write_text(path.read_text().replace('"processes": 2', '"processes": 4')) if dist.get_rank() == 0 else None
+    dist.barrier()
+    engine, optimizer = deepspeed_engine()
+    try:
+        load_zero3_checkpoint(engine, optimizer, f"{directory}/saved")
+    except InputError as error:
+        return str(error)
+    return "nothing"

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from badam.plan import Target
 from badam.vocabulary import Phase
 from badam_planner import compose as composing
+from badam_planner.duration import Pace
 from badam_planner.events import NEVER, Recording
 from badam_planner.outline import Outline
-from badam_planner.probe import evaluate, rehearse, tracker
+from badam_planner.probe import evaluate, rehearse, shapes, tracker
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.timeline import Timeline
 from tests.badam_planner.probe.plans import BERT, CPU, GEMMA2, GPT2, LLAMA, QWEN3_MOE, plan_of
@@ -67,9 +68,11 @@ def compare(case: dict[str, Any]) -> None:
     composed = evaluator.recording(plan, block)
     full = Evaluator(tree, exact=True).recording(plan, block)
     assert everything_in(composed) == everything_in(full)
-    assert composed.flops == full.flops
+    assert (composed.flops, composed.traffic) == (full.flops, full.traffic)
     assert evaluator.peaks(plan, block) == Outline(full, (), plan.target).peaks(())
     assert evaluator.flops(plan, block) == full.flops
+    efforts = Pace(full, (), None, plan.training.dtype).efforts(())
+    assert evaluator.efforts(plan, block) == efforts
 
 
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
@@ -125,7 +128,7 @@ def test_a_rehearsal_with_four_layers_on_both_sides_also_answers_for_two_and_thr
     for block in (2, 3, 6, 7):
         composed, full = evaluator.recording(plan, block), exact.recording(plan, block)
         assert everything_in(composed) == everything_in(full)
-        assert composed.flops == full.flops
+        assert (composed.flops, composed.traffic) == (full.flops, full.traffic)
     assert len(evaluator._rehearsed) == 1
 
 
@@ -142,11 +145,11 @@ def test_answers_from_memory_change_nothing(config: dict[str, Any], monkeypatch:
     plan, tree = plan_of(config, 3, checkpointing=True)
     other, _ = plan_of(config, 3, checkpointing=True, batch_size=3)
     remembered = [rehearse.rehearse(each, 0, layers=tree.layers) for each in (plan, plan, other)]
-    monkeypatch.setattr(tracker, "answer", lambda _mode, func, args, kwargs: func(*args, **kwargs))
+    monkeypatch.setattr(tracker, "answer", lambda _mode, *rest: shapes.answer(None, *rest))
     asked = [rehearse.rehearse(each, 0, layers=tree.layers) for each in (plan, plan, other)]
     for one, two in zip(remembered, asked, strict=True):
         assert everything_in(one) == everything_in(two)
-        assert one.flops == two.flops
+        assert (one.flops, one.traffic) == (two.flops, two.traffic)
 
 
 def test_layers_that_are_not_rehearsed_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,3 +223,18 @@ def test_a_card_has_the_context_and_workspace_on_top() -> None:
     on_card = Evaluator(tree).worst_block(plan).worst
     assert on_card.peak_device_bytes == on_card.peak_reserved_bytes + 2**28
     assert on_card.peak_reserved_bytes >= on_card.peak_allocated_bytes > 2**23
+
+
+def test_work_is_that_of_one_step() -> None:
+    """The products of a Llama's forward by hand; two micro-batches do twice the work, but one update."""
+    plan, tree = plan_of(LLAMA, 5, batch_size=2, seq_len=8)
+    work = Evaluator(tree).efforts(plan, 0)
+    tokens, hidden, kv, inter, vocabulary = 16, 32, 16, 48, 768
+    per_token = 5 * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inter) + hidden * vocabulary
+    attention = 5 * 2 * 2 * 2 * 4 * 8 * 8 * 8  # layers, products, operations, sequences, heads, length squared, head
+    assert work[Phase.FORWARD].flops + work[Phase.LOSS].flops == 2 * tokens * per_token + attention
+    twice = Evaluator(tree).efforts(plan_of(LLAMA, 5, batch_size=2, seq_len=8, grad_accum=2)[0], 0)
+    assert twice[Phase.FORWARD].flops == 2 * work[Phase.FORWARD].flops
+    assert twice[Phase.STEP].other_bytes == work[Phase.STEP].other_bytes
+    trained = plan.partition.blocks[0].parameters
+    assert work[Phase.STEP].other_bytes > 28 * trained  # master and moments read and written, gradient read

@@ -1,0 +1,135 @@
+"""Block-coordinate training on DeepSpeed ZeRO-3: everything of DeepSpeed's that is not public stands in this file.
+
+DeepSpeed partitions the parameters that are trainable when ``deepspeed.initialize`` is called, and keeps fp32 copies,
+moments and gradient buffers for these alone. At every switch the same of its methods that had set them up are called
+again for the next block. The switch comes after DeepSpeed's step, when the fp32 copies have been rounded into the
+model: inside of it, as badam 1.4 did, the last update of every visit would be lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from badam._ranks import ProcessRanks
+from badam._shards import seed_of_shard
+from badam.errors import InputError
+from badam.functional import round_stochastically_
+
+KNOWN_VERSIONS = ("0.19.",)
+"""DeepSpeed versions whose private methods are the ones used here; 0.19.8 was run."""
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+class Driven(Protocol):
+    """What the adapter needs of the block optimizer."""
+
+    def user_groups(self) -> list[list[Any]]: ...
+    def rounding_seed(self) -> int: ...
+    def step_is_done(self) -> None: ...
+
+
+class ZeroThree:
+    """Drives DeepSpeed's ZeRO-3 optimizer from block to block.
+
+    Args:
+        engine: DeepSpeed's ``DeepSpeedZeroOptimizer_Stage3``, which ``deepspeed.initialize`` puts around the block
+            optimizer.
+        optimizer: the block optimizer inside.
+
+    Raises:
+        InputError: if this is another object, or DeepSpeed has a version that is not known here.
+    """
+
+    def __init__(self, engine: Any, optimizer: Driven) -> None:
+        _check(engine)
+        self.engine = self._engine = engine
+        self._optimizer = optimizer
+        self.ranks = ProcessRanks(torch.device(engine.device))
+        self._original: Callable[..., Any] = engine.step
+        engine.step = self._step
+
+    def _step(self, closure: Any = None) -> Any:
+        """DeepSpeed's step, and after it the block optimizer's count of it."""
+        result = self._original(closure)
+        if not self._engine.overflow:
+            self._optimizer.step_is_done()
+        return result
+
+    def round_stochastically(self) -> None:
+        """Round the fp32 copies into the model as the block is left; each process its own part."""
+        seed = seed_of_shard(self._optimizer.rounding_seed(), dist.get_rank())
+        pairs = zip(self._engine.fp16_partitioned_groups_flat, self._engine.fp32_partitioned_groups_flat, strict=True)
+        generators: dict[torch.device, torch.Generator] = {}
+        for narrow, wide in pairs:
+            if narrow is not None and narrow.dtype in _NARROW and wide.numel() == narrow.numel():
+                source = wide.detach().to(narrow.device)
+                generator = generators.setdefault(narrow.device, torch.Generator(narrow.device).manual_seed(seed))
+                round_stochastically_(narrow.detach(), source, generator)
+
+    def leave_block(self) -> None:
+        """Let go of the hooks, copies and buffers of the parameters that were trained."""
+        engine = self._engine
+        for hook in (*engine._grad_acc_hooks, *engine._leaf_module_hooks):
+            hook.remove()
+        for name in (
+            "_grad_acc_hooks",
+            "_leaf_module_hooks",
+            "fp16_groups",
+            "fp16_partitioned_groups",
+            "fp16_partitioned_groups_flat",
+            "fp16_partitioned_groups_flat_numel",
+            "fp16_partitioned_groups_flat_id",
+            "fp32_partitioned_groups_flat",
+            "param_groups_fp16_flat_cpu_memory",
+            "next_swappable_fp32_partitioned_groups",
+            "groups_padding",
+            "sub_group_process_groups",
+            "sub_group_partition_counts",
+        ):
+            setattr(engine, name, [])
+        for name in ("sub_group_to_group_id", "averaged_gradients", "grad_position", "params_already_reduced"):
+            setattr(engine, name, {})
+        engine.param_dict = {}
+        engine.grad_partitions_flat_buffer = None
+        for bucket in engine.ipg_buckets.values():
+            bucket.clear_params()
+
+    def enter_block(self) -> None:
+        """Set DeepSpeed up for the parameters that are trainable now, as its constructor does."""
+        engine = self._engine
+        for group, parameters in zip(engine.optimizer.param_groups, self._optimizer.user_groups(), strict=True):
+            group["params"] = parameters
+        engine.trainable_param_groups = engine._get_trainable_parameter_groups()
+        engine._create_fp16_partitions_with_defragmentation(engine.trainable_param_groups)
+        for parameter in itertools.chain.from_iterable(engine.fp16_groups):
+            identifier = engine.get_param_id(parameter)
+            engine.param_dict[identifier] = parameter
+            engine.params_already_reduced[identifier] = False
+        engine._setup_for_real_optimizer()
+        engine.set_grad_positions()
+        engine.create_reduce_and_remove_grad_hooks()
+        engine.debug_fp16_grads = [{} for _ in engine.fp16_groups]
+        engine._link_all_hp_params()
+        engine.parameter_offload.get_param_coordinator()._invalidate_trace()
+
+
+def _check(engine: Any) -> None:
+    import deepspeed
+
+    if type(engine).__name__ != "DeepSpeedZeroOptimizer_Stage3":
+        raise InputError(
+            f"ds_optimizer is a {type(engine).__name__}; blocks are trained on DeepSpeed's ZeRO stage 3.",
+            advice='Set "stage": 3 in the configuration of "zero_optimization", and pass engine.optimizer.',
+        )
+    if not deepspeed.__version__.startswith(KNOWN_VERSIONS):
+        raise InputError(
+            f"DeepSpeed {deepspeed.__version__} is not known to work: switching blocks needs private parts of it, "
+            f"and those of {', '.join(version + 'x' for version in KNOWN_VERSIONS)} were tried.",
+            advice="Install deepspeed==0.19.8, or train on FSDP2.",
+        )

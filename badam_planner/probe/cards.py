@@ -1,0 +1,63 @@
+"""Ask the rehearsal what each of several cards needs: that of one card, with what the engine adds and takes away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from badam.naming import belongs
+from badam.plan import Plan
+from badam_planner.events import Recording
+from badam_planner.outline import BlockPeaks, Outline
+from badam_planner.probe.evaluate import Evaluator, trained_prefixes
+from badam_planner.sharding import Sharding, Traffic, per_card, sharding_of, traffic_per_step
+
+MOST_CARDS = 4096
+"""More cards than this are not tried: a model that does not fit then does not fit for its activations."""
+
+
+class CardsEvaluator(Evaluator):
+    """An evaluator that knows the plan's engine; for one card the same as its base."""
+
+    def recording(self, plan: Plan, index: int) -> Recording:
+        """The rehearsal of one block on one of the plan's cards, at full depth."""
+        return per_card(super().recording(plan, index), plan, self._sharding(plan, index))
+
+    def peaks(self, plan: Plan, index: int) -> BlockPeaks:
+        """The highest allocated bytes of one of the plan's cards with one block active."""
+        if plan.target.engine == "single":
+            return super().peaks(plan, index)
+        return Outline(self.recording(plan, index), (), plan.target).peaks(())
+
+    def traffic(self, plan: Plan, index: int) -> tuple[Traffic, Traffic] | None:
+        """What the cards send in a step with one block active, and what they would if all were; None for one card."""
+        return traffic_per_step(super().recording(plan, index), plan, self._sharding(plan, index))
+
+    def _sharding(self, plan: Plan, index: int) -> Sharding:
+        prefixes = trained_prefixes(plan, plan.partition.blocks[index])
+        trained = frozenset(info.name for info in self.tree.parameters if belongs(info.name, prefixes))
+        return sharding_of(plan, self.tree.parameters, self.tree.layers, self.tree.head_module, trained)
+
+
+def with_traffic(plan: Plan, evaluator: CardsEvaluator) -> Plan:
+    """``plan`` with the bytes that each card sends, for the block that sends most: the lowest one."""
+    if plan.prediction is None or plan.target.engine == "single":
+        return plan
+    pairs = (evaluator.traffic(plan, index) for index in {0, len(plan.partition.blocks) - 1})
+    cards = plan.target.num_gpus
+    sent, full = max((own.sent_bytes(cards), full.sent_bytes(cards)) for own, full in filter(None, pairs))
+    prediction = plan.prediction.model_copy(update={"sent_bytes": sent, "sent_bytes_of_full": full})
+    return plan.model_copy(update={"prediction": prediction})
+
+
+def smallest_number(fits: Callable[[int], bool]) -> int | None:
+    """The smallest number of cards for which ``fits`` is true, taking it to stay true for more; None up to the most."""
+    most = 1
+    while not fits(most):
+        most *= 2
+        if most > MOST_CARDS:
+            return None
+    least = most // 2  # does not fit, or 0
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (least, middle) if fits(middle) else (middle, most)
+    return most

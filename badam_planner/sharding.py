@@ -1,0 +1,410 @@
+"""From the rehearsal of a step on one card to that of one of N cards, sharded or with whole copies. Pure, no torch.
+
+The activations of a card's own micro-batch are those of the rehearsal. What changes is where the states lie and what
+has to be fetched: under FSDP2 each card keeps one N-th of every parameter, master, moment and gradient, and around
+each layer's passage come buffers of the gathered layer. :func:`shard` puts these into the recording where FSDP2 makes
+them, so that peaks, categories and the allocator's rounding follow as for one card. docs/many-gpus.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from badam.naming import ParameterInfo, belongs
+from badam.plan import Dtype, Plan
+from badam.vocabulary import Category, Phase
+from badam_planner.events import NEVER, Allocation, Recording
+
+ROOT = ""
+"""The unit of all parameters that are in no layer: gathered from the begin of forward to the end of backward."""
+
+_SPREAD = 16
+"""Ticks between two ticks of the rehearsal: room for what sharding adds there."""
+
+_STATES = (Category.MASTER, Category.OPTIMIZER_STATE, Category.GRADIENT)
+_ENTRY_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Parameters that are gathered together."""
+
+    path: str  # of the module; ROOT for what is left
+    parameters: tuple[ParameterInfo, ...]
+
+    def shard_entries(self, shards: int) -> int:
+        """Entries that one card keeps, with the padding of tensors whose rows do not divide."""
+        return sum(shard_entries(info, shards) for info in self.parameters)
+
+    def gathered_entries(self, shards: int) -> int:
+        """Entries of the unit when it is whole, with padding."""
+        return shards * self.shard_entries(shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How a model is cut over cards.
+
+    Args:
+        units: in order of execution, the root last.
+        shards: N.
+        dtype: of the parameters, in which they are gathered.
+        trained: names of the active block's parameters.
+    """
+
+    units: tuple[Unit, ...]
+    shards: int
+    dtype: Dtype
+    trained: frozenset[str]
+
+    def unit_of(self, name: str) -> Unit:
+        """The unit that a parameter or module belongs to."""
+        for unit in self.units:
+            if unit.path != ROOT and belongs(name, (unit.path,)):
+                return unit
+        return self.units[-1]
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one gathered entry."""
+        return _ENTRY_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Collectives of one optimizer step: how often, and bytes of what is whole afterwards (or before, to reduce)."""
+
+    gathers: int
+    gathered_bytes: int
+    reduces: int
+    reduced_bytes: int
+    averaged_bytes: int = 0  # all-reduced: gradients of whole copies
+
+    def sent_bytes(self, cards: int) -> int:
+        """Bytes that each card sends in a step, by the ring algorithm.
+
+        Formula: (N - 1) / N of every gathered or reduced tensor, twice that of an averaged one.
+        """
+        whole = self.gathered_bytes + self.reduced_bytes + 2 * self.averaged_bytes
+        return round(whole * (cards - 1) / cards)
+
+
+def sharding_of(
+    plan: Plan, parameters: Sequence[ParameterInfo], layers: Sequence[str], head_module: str, trained: frozenset[str]
+) -> Sharding:
+    """How the plan's engine cuts the model while the parameters ``trained`` are active."""
+    shards = plan.target.num_gpus if plan.target.engine == "fsdp2" else 1
+    return Sharding(units_of(parameters, layers, head_module), shards, plan.training.dtype, trained)
+
+
+def per_card(recording: Recording, plan: Plan, sharding: Sharding) -> Recording:
+    """The recording of one of the plan's cards, from that of one card alone."""
+    if plan.target.engine == "fsdp2":
+        return shard(recording, sharding)
+    return replicate(recording) if plan.target.engine == "ddp" else recording
+
+
+def traffic_per_step(recording: Recording, plan: Plan, sharding: Sharding) -> tuple[Traffic, Traffic] | None:
+    """What the plan's cards send in a step, and what they would if everything were trained; None for one card."""
+    if plan.target.engine == "fsdp2":
+        return traffic(recording, sharding), traffic_of_everything(sharding, plan.training.grad_accum)
+    if plan.target.engine == "ddp":
+        every = [info for unit in sharding.units for info in unit.parameters]
+        active = sum(info.numel for info in every if info.name in sharding.trained)
+        whole = sum(info.numel for info in every)
+        return Traffic(0, 0, 0, 0, 4 * active), Traffic(0, 0, 0, 0, 4 * whole)
+    return None
+
+
+def shard_entries(info: ParameterInfo, shards: int) -> int:
+    """Entries of one card's part of a parameter: its rows are dealt out, the last card's are padded."""
+    rows, *rest = info.shape or (1,)
+    return math.ceil(rows / shards) * math.prod(rest)
+
+
+def units_of(parameters: Sequence[ParameterInfo], layers: Sequence[str], head_module: str) -> tuple[Unit, ...]:
+    """The units that badam.distributed.fsdp2 makes: an embedding of its own, every layer, the root with the rest.
+
+    An embedding that the head shares belongs to the root.
+    """
+    names = [info.name for info in parameters]
+    first_layered = next((index for index, name in enumerate(names) if belongs(name, layers)), len(names))
+    tied = not head_module or f"{head_module}.weight" not in names
+    embedding = [] if tied else [info for info in parameters[:first_layered] if info.is_matrix][:1]
+    own = [info.name for info in embedding]
+    units = [Unit(info.name.rpartition(".")[0], (info,)) for info in embedding]
+    units += [Unit(path, tuple(info for info in parameters if belongs(info.name, (path,)))) for path in layers]
+    rest = tuple(info for info in parameters if not belongs(info.name, layers) and info.name not in own)
+    return (*units, Unit(ROOT, rest))
+
+
+def shard(recording: Recording, sharding: Sharding) -> Recording:
+    """The recording of one of ``sharding.shards`` cards under FSDP2.
+
+    Formula: parameters, masters, moments, gradients and temporaries of step and switch hold ceil(rows / N) rows.
+    Around a unit's forward and backward are its gather buffer and its whole parameters, 2 bytes an entry each for
+    bf16; the next unit's buffer joins them, because gathers run ahead. After the active unit's backward its whole
+    gradient in the model's type meets the fp32 buffer of the reduction and its 1/N.
+    Not counted: buffers of the communication library on a card (NCCL: see docs/many-gpus.md), event and stream objects.
+    """
+    shapes = {info.name: info for unit in sharding.units for info in unit.parameters}
+    spread = _spread(recording)
+    passes = _Passes(spread, sharding)
+    allocations: list[Allocation] = []
+    gradients: list[Allocation] = []
+    for allocation in spread.allocations:
+        info = shapes.get(_owner(allocation))
+        if allocation.category is Category.GRADIENT and allocation.phase is Phase.BACKWARD and info is not None:
+            gradients.append(allocation)
+        elif info is not None and allocation.category in (Category.PARAMETER, *_STATES):
+            allocations.append(_cut(allocation, info, sharding.shards))
+        elif allocation.phase in (Phase.STEP, Phase.SWITCH) and allocation.category is None:
+            allocations.append(replace(allocation, nbytes=-(-allocation.nbytes // sharding.shards)))
+        else:
+            allocations.append(allocation)
+    allocations += [buffer for buffer in passes.buffers() if buffer.nbytes]
+    if gradients:
+        allocations += _reduced(gradients, allocations, passes, sharding, shapes)
+    allocations.sort(key=lambda allocation: allocation.born)
+    return replace(spread, allocations=allocations)
+
+
+def replicate(recording: Recording) -> Recording:
+    """The recording of a card with a whole copy: the active block's fp32 gradients are averaged in one message.
+
+    Formula: 4 bytes per active entry more, while they are averaged at the begin of the step.
+    """
+    spread = _spread(recording)
+    step = _last_step(spread)
+    entries = sum(
+        math.prod(allocation.shape)
+        for allocation in spread.allocations
+        if allocation.category is Category.GRADIENT and allocation.born < step <= allocation.died
+    )
+    message = _buffer("gradients in one message", 4 * entries, step + 1, step + 2, Phase.STEP, "float32")
+    return replace(spread, allocations=sorted([*spread.allocations, message], key=lambda each: each.born))
+
+
+def traffic(recording: Recording, sharding: Sharding, reduce_bytes: int = 4) -> Traffic:
+    """What FSDP2 sends in one step of the recorded visit.
+
+    Formula: each micro-batch gathers every unit in forward and those that backward reaches a second time, the root
+    excepted, and reduces the units with a trained parameter, ``reduce_bytes`` an entry.
+    """
+    passes = _Passes(_spread(recording), sharding)
+    gathered = [unit for one in passes.every for unit in (*one.forward, *one.backward)]
+    reduced = [unit for _ in passes.every for unit in sharding.units if _trained(unit, sharding)]
+    return Traffic(
+        gathers=len(gathered),
+        gathered_bytes=sum(unit.gathered_entries(sharding.shards) for unit in gathered) * sharding.entry_bytes,
+        reduces=len(reduced),
+        reduced_bytes=sum(
+            sharding.shards * sum(shard_entries(info, sharding.shards) for info in _trained(unit, sharding))
+            for unit in reduced
+        )
+        * reduce_bytes,
+    )
+
+
+def traffic_of_everything(sharding: Sharding, micro_batches: int, reduce_bytes: int = 4) -> Traffic:
+    """What FSDP2 would send if every parameter were trained: all units but the root gathered twice, all reduced."""
+    whole = [unit.gathered_entries(sharding.shards) for unit in sharding.units]
+    inner = whole[:-1]
+    return Traffic(
+        gathers=micro_batches * (len(whole) + len(inner)),
+        gathered_bytes=micro_batches * (sum(whole) + sum(inner)) * sharding.entry_bytes,
+        reduces=micro_batches * len(whole),
+        reduced_bytes=micro_batches * sum(whole) * reduce_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One micro-batch: ticks at which units begin, in order."""
+
+    forward: dict[Unit, int]
+    backward: dict[Unit, int]
+    begins: int
+    ends: int  # of backward
+    turns: int  # backward begins
+
+
+class _Passes:
+    """The micro-batches of a recording, with the gathers that FSDP2 makes in them."""
+
+    def __init__(self, recording: Recording, sharding: Sharding) -> None:
+        self.recording = recording
+        self.sharding = sharding
+        self.every = list(self._read())
+        self._last_born = self._find_last_born()
+
+    def _read(self) -> Iterator[_Pass]:
+        starts = [*self.recording.phase_starts, (self.recording.end, Phase.SETUP)]
+        begins = [tick for tick, phase in starts if phase is Phase.FORWARD]
+        for index, begin in enumerate(begins):
+            following = begins[index + 1] if index + 1 < len(begins) else self.recording.end
+            inside = [(tick, phase) for tick, phase in starts if begin <= tick < following]
+            turns = next(tick for tick, phase in inside if phase is Phase.BACKWARD)
+            ends = next((tick for tick, phase in inside if phase in (Phase.STEP, Phase.SETUP)), following)
+            marks = [mark for mark in self.recording.layer_marks if begin <= mark.tick < ends]
+            forward, backward = (
+                {self.sharding.unit_of(mark.layer): mark.tick for mark in marks if mark.kind == kind}
+                for kind in ("forward", "backward")
+            )
+            early = [unit for unit in self.sharding.units[:-1] if unit not in forward]  # the embedding has no mark
+            first = {unit: begin + 3 + 3 * index for index, unit in enumerate(early)}
+            yield _Pass({self.sharding.units[-1]: begin, **first, **forward}, backward, begin, ends, turns)
+
+    def reduced_at(self, one: _Pass, unit: Unit) -> int:
+        """When a unit's gradients are reduced: when backward enters the next unit, or at its end.
+
+        The last unit of backward has no input that a gradient flows to, so FSDP2 comes to it in the end.
+        """
+        later = [tick for tick in one.backward.values() if tick > one.backward.get(unit, one.ends)]
+        return min(later, default=one.ends) - 9
+
+    def buffers(self) -> Iterator[Allocation]:
+        """Gather buffers and whole parameters of every unit in every micro-batch."""
+        for one in self.every:
+            yield from self._forward(one)
+            yield from self._backward(one)
+
+    def _forward(self, one: _Pass) -> Iterator[Allocation]:
+        ticks = [*one.forward.values(), one.turns]
+        for (unit, tick), after in zip(one.forward.items(), ticks[1:], strict=True):
+            # The buffer goes when the next unit has been gathered, the whole parameters when this unit is through.
+            yield self._gathering(unit, tick - 6, after - 5, Phase.FORWARD)
+            until = one.ends - 10 if unit.path == ROOT else min(after - 7, self._left(one, unit))
+            yield self._whole(unit, tick - 4, until, Phase.FORWARD)
+
+    def _left(self, one: _Pass, unit: Unit) -> int:
+        """When forward has left a unit: after the last tensor that was made in it."""
+        return self._last_born.get((one.begins, unit.path), one.turns) + 2
+
+    def _find_last_born(self) -> dict[tuple[int, str], int]:
+        """By micro-batch and unit, when its last tensor was made."""
+        units = {unit.path for unit in self.sharding.units}
+        found: dict[tuple[int, str], int] = {}
+        for one in self.every:
+            for allocation in self.recording.allocations:
+                if allocation.phase is Phase.FORWARD and one.begins <= allocation.born < one.turns:
+                    path = allocation.module
+                    while path and path not in units:
+                        path = path.rpartition(".")[0]
+                    found[one.begins, path] = allocation.born
+        return found
+
+    def _backward(self, one: _Pass) -> Iterator[Allocation]:
+        prefetched = one.turns + 1  # the root's backward begins first, and asks for the last unit
+        for unit, tick in one.backward.items():
+            yield self._gathering(unit, prefetched, tick - 2, Phase.BACKWARD)
+            yield self._whole(unit, tick - 3, self.reduced_at(one, unit), Phase.BACKWARD)
+            prefetched = tick - 1
+
+    def _gathering(self, unit: Unit, born: int, died: int, phase: Phase) -> Allocation:
+        return _buffer(f"gather buffer of {unit.path or 'the rest'}", self._bytes(unit), born, died, phase, unit.path)
+
+    def _whole(self, unit: Unit, born: int, died: int, phase: Phase) -> Allocation:
+        return _buffer(f"gathered {unit.path or 'rest'}", self._bytes(unit), born, died, phase, unit.path)
+
+    def _bytes(self, unit: Unit) -> int:
+        return unit.gathered_entries(self.sharding.shards) * self.sharding.entry_bytes
+
+
+def _reduced(
+    gradients: Sequence[Allocation],
+    allocations: list[Allocation],
+    passes: _Passes,
+    sharding: Sharding,
+    shapes: dict[str, ParameterInfo],
+) -> list[Allocation]:
+    """Whole gradients until the reduction, its buffers, and the fp32 part that stays; changes ``allocations``.
+
+    Autograd's own gradient, which one card adds into an fp32 one at once, lives until its unit is reduced.
+    """
+    added: list[Allocation] = []
+    for number, one in enumerate(passes.every):
+        by_unit: dict[Unit, list[Allocation]] = {}
+        for gradient in gradients:
+            by_unit.setdefault(sharding.unit_of(_owner(gradient)), []).append(gradient)
+        for unit, members in by_unit.items():
+            at = passes.reduced_at(one, unit)
+            shift = one.backward.get(unit, one.turns) - passes.every[0].backward.get(unit, passes.every[0].turns)
+            entries = sum(shard_entries(shapes[_owner(member)], sharding.shards) for member in members)
+            for member in members:
+                twin = _twin(member, allocations, sharding) if number == 0 else None
+                if twin is not None:
+                    allocations.remove(twin)
+                nbytes = math.prod(member.shape) * sharding.entry_bytes
+                born = (twin or member).born + shift
+                added.append(replace(member, nbytes=nbytes, born=born, died=at + 2, dtype=sharding.dtype))
+            whole = 4 * sharding.shards * entries
+            added.append(_buffer("input of the reduction", whole, at + 1, one.ends, Phase.BACKWARD, unit.path))
+            if sharding.entry_bytes < 4:
+                narrow = sharding.entry_bytes * entries
+                added.append(_buffer("reduced, in the model's type", narrow, at + 4, at + 6, Phase.BACKWARD, unit.path))
+            if number == 0:
+                died = max((member.died for member in members), key=lambda tick: math.inf if tick == NEVER else tick)
+                added.append(
+                    replace(
+                        _buffer(f"gradient of {unit.path}", 4 * entries, at + 3, died, Phase.BACKWARD, unit.path),
+                        category=Category.GRADIENT,
+                    )
+                )
+            elif sharding.entry_bytes < 4:
+                added.append(_buffer("gradient of the batch", 4 * entries, at + 3, at + 6, Phase.BACKWARD, unit.path))
+    return added
+
+
+def _twin(gradient: Allocation, allocations: Sequence[Allocation], sharding: Sharding) -> Allocation | None:
+    """The gradient in the model's type that a wider one was copied from, and which died right after."""
+    if gradient.dtype == sharding.dtype:
+        return None
+    for allocation in allocations:
+        close = gradient.born < allocation.died <= gradient.born + 4 * _SPREAD
+        if close and allocation.dtype == sharding.dtype and math.prod(allocation.shape) == math.prod(gradient.shape):
+            return allocation
+    return None
+
+
+def _trained(unit: Unit, sharding: Sharding) -> tuple[ParameterInfo, ...]:
+    return tuple(info for info in unit.parameters if info.name in sharding.trained)
+
+
+def _cut(allocation: Allocation, info: ParameterInfo, shards: int) -> Allocation:
+    if math.prod(allocation.shape) != info.numel:  # a step counter
+        return allocation
+    entry = allocation.nbytes // max(info.numel, 1)
+    rows, *rest = info.shape or (1,)
+    shape = (math.ceil(rows / shards), *rest)
+    return replace(allocation, nbytes=entry * math.prod(shape), shape=shape)
+
+
+def _owner(allocation: Allocation) -> str:
+    """The parameter that a labelled allocation belongs to: the last word of its label."""
+    return (allocation.label or "").rpartition(" ")[2]
+
+
+def _buffer(label: str, nbytes: int, born: int, died: int, phase: Phase, module: str) -> Allocation:
+    return Allocation(nbytes, born, died, phase, module, "fsdp2", (nbytes,), "uint8", Category.WORKSPACE, label)
+
+
+def _last_step(recording: Recording) -> int:
+    forward = max(tick for tick, phase in recording.phase_starts if phase is Phase.FORWARD)
+    return next(tick for tick, phase in recording.phase_starts if phase is Phase.STEP and tick > forward)
+
+
+def _spread(recording: Recording) -> Recording:
+    """The same recording with room between its ticks."""
+    return replace(
+        recording,
+        allocations=[
+            replace(one, born=one.born * _SPREAD, died=NEVER if one.died == NEVER else one.died * _SPREAD)
+            for one in recording.allocations
+        ],
+        phase_starts=[(tick * _SPREAD, phase) for tick, phase in recording.phase_starts],
+        layer_marks=[replace(mark, tick=mark.tick * _SPREAD) for mark in recording.layer_marks],
+        end=recording.end * _SPREAD,
+    )

@@ -1,0 +1,72 @@
+"""DeepSpeed ZeRO-3 on CPU processes; skipped where DeepSpeed is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.badam.distributed import jobs
+from tests.badam.distributed.workers import on_ranks
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+Run = tuple[list[float], dict[str, torch.Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def assert_equal_runs(run: Run, reference: Run) -> None:
+    torch.testing.assert_close(run[0], reference[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(run[1], reference[1], rtol=0, atol=1e-5)
+
+
+def results_of(processes: int, requests: dict[str, tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    results = on_ranks(processes, jobs.all_of, requests=requests)
+    for each in results:
+        for result in each.values():
+            if isinstance(result, AssertionError):
+                raise result
+    return results
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_and_lose_no_update_and_resume(tmp_path: Path) -> None:
+    directory, narrow = str(tmp_path / "fp32"), str(tmp_path / "bf16")
+    results = results_of(
+        2,
+        {
+            "run": ("run_deepspeed", {}),
+            "last updates": ("last_updates", {}),
+            "saved": ("save_deepspeed", {"directory": directory}),
+            "resumed": ("resume_deepspeed", {"directory": directory}),
+            "saved bf16": ("save_deepspeed", {"directory": narrow, "dtype": "bfloat16"}),
+            "resumed bf16": ("resume_deepspeed", {"directory": narrow, "dtype": "bfloat16"}),
+            "refusals": ("deepspeed_refusals", {"directory": directory}),
+            "other number": ("other_number_of_processes", {"directory": directory}),
+        },
+    )
+    reference = jobs.run(how="single")
+    for each in results:
+        assert_equal_runs(each["run"], reference)
+        assert each["last updates"] == [(True, False)] * jobs.LAYERS
+        torch.testing.assert_close(each["resumed"], each["saved"], rtol=0, atol=0)
+        torch.testing.assert_close(each["resumed bf16"], each["saved bf16"], rtol=0, atol=0)
+        assert "ds_optimizer = engine.optimizer" in each["refusals"]["not attached"]
+        assert "DeepSpeed 0.20.1 is not known" in each["refusals"]["unknown version"]
+        assert "ZeRO stage 3" in each["refusals"]["not stage 3"]
+        assert "no whole checkpoint" in each["refusals"]["missing"]
+        assert "written by 4 processes, and these are 2" in each["other number"]
+
+
+@pytest.mark.slow
+def test_four_processes_train_like_one() -> None:
+    reference = jobs.run(how="single")
+    for run in on_ranks(4, jobs.run_deepspeed):
+        assert_equal_runs(run, reference)
