@@ -57,12 +57,9 @@ def build_model(spec: ModelSpec, training: Training, *, weights: str | None = No
         training: dtype and attention.
         weights: a Hub id or directory to load safetensors from; None initializes at random.
     """
-    import transformers
-
-    classification = spec.task == "sequence-classification"
-    auto: Any = transformers.AutoModelForSequenceClassification if classification else transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": getattr(torch, training.dtype), "attn_implementation": training.attention}
     config = model_config(spec)
+    auto = _auto_class(spec, config)
     config.use_cache = False  # a key-value cache has no use in training and would be held through the step
     try:
         if weights is None:
@@ -78,6 +75,36 @@ def build_model(spec: ModelSpec, training: Training, *, weights: str | None = No
         ) from error
     model.tie_weights()
     return cast("PreTrainedModel", model.train())
+
+
+def _auto_class(spec: ModelSpec, config: PretrainedConfig) -> Any:
+    """The transformers class that builds the model of a task; of models that also see images, the one for text.
+
+    Raises:
+        InputError: if the task is not one that this model is made for.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kinds = {
+        "causal-lm": (
+            (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
+            (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.AutoModelForImageTextToText),
+        ),
+        "sequence-classification": (
+            (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, transformers.AutoModelForSequenceClassification),
+        ),
+    }
+    if not getattr(config, "is_encoder_decoder", False):
+        for mapping, auto in kinds[spec.task]:
+            if type(config) in mapping:
+                return auto
+    what = (spec.config.get("architectures") or [type(config).__name__])[0]
+    task = "sequence classification" if spec.task == "sequence-classification" else "predicting the next token"
+    raise InputError(
+        f"{spec.id} is a {what}, which cannot be planned and trained for {task}.",
+        advice="Plans are for models that predict the next token of a text, and for classifiers of texts.",
+    )
 
 
 def choose_attention(spec: ModelSpec) -> Attention:
