@@ -134,6 +134,8 @@ def train(
         )
         command = shlex.join(["badam-train", *sys.argv[1:]])
         result = run_plan(loaded, options, Console(stderr=True), command=command)
+    if not result.speaks:
+        return
     if result.stopped_by is not None:
         say(f"stopped by {result.stopped_by.name} after step {result.step} and saved; go on with --resume")
         raise typer.Exit(128 + result.stopped_by)
