@@ -207,8 +207,11 @@ def config_digest(config: dict[str, Any]) -> str:
 
 
 def record_digest(record: Record) -> str:
-    """sha256 of a record's canonical JSON; ties a measured run to the plan that it ran."""
-    return hashlib.sha256(record.model_dump_json().encode()).hexdigest()
+    """sha256 of a record's canonical JSON; ties a measured run to the plan that it ran.
+
+    Fields that have their default are left out, so that a record keeps its digest when later versions add fields.
+    """
+    return hashlib.sha256(record.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
 def load_plan(path: str | Path) -> Plan:

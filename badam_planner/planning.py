@@ -6,7 +6,7 @@ what each candidate needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import inf
@@ -89,8 +89,13 @@ class Request:
             )
 
 
-def make_plan(request: Request, progress: Progress = lambda _text: None) -> Answer:
+def make_plan(request: Request, progress: Progress = lambda _text: None, *, workers: int = 1) -> Answer:
     """Try every partition that the request leaves open and plan the one to recommend.
+
+    Args:
+        request: what the user asked for.
+        progress: is told what is being done.
+        workers: processes to rehearse on; more than one are forks of this one.
 
     The refusal, if nothing fits, says by how much, what is largest, and which options would fit.
 
@@ -98,14 +103,15 @@ def make_plan(request: Request, progress: Progress = lambda _text: None) -> Answ
         InputError: if the model cannot be cut or rehearsed as the request asks.
     """
     with explaining(request.spec.id):
-        return _made(request, progress)
+        return _made(request, progress, workers)
 
 
-def _made(request: Request, progress: Progress) -> Answer:
+def _made(request: Request, progress: Progress, workers: int) -> Answer:
     progress(f"building the module tree of {request.spec.id}")
-    evaluator = CardsEvaluator(inspect_model(request.spec, request.attention), exact=request.exact)
+    evaluator = CardsEvaluator(inspect_model(request.spec, request.attention), exact=request.exact, workers=workers)
     request = _with_enough_cards(request, evaluator, progress)
     asked_for = strategies(request.method, request.partition)
+    _rehearse_ahead(request, asked_for, evaluator, progress)
     tried = [_first_that_fits(request, strategy, evaluator, progress) for strategy in asked_for]
     fits = [_headroom(request, forecast) >= 0 for _, forecast in tried]
     best = recommended_index(fits)
@@ -129,6 +135,22 @@ def _made(request: Request, progress: Progress) -> Answer:
     progress("forecasting every block of the recommended partition")
     planned = with_prediction(plan, evaluator.every_block(plan, forecast), request.samples)
     return Answer(result, with_traffic(planned, evaluator), None)
+
+
+def _rehearse_ahead(request: Request, asked_for: Sequence[Cut], evaluator: CardsEvaluator, progress: Progress) -> None:
+    """What the search is going to ask for if the fastest setting fits, on all workers at a time."""
+    fastest = ladder(request.checkpointing, request.loss, evaluator.tree.can_chunk)[0]
+    progress(f"rehearsing {', '.join(asked_for)} blocks, {_in_words(fastest)}")
+    plans = [staged_plan(request, strategy, fastest, evaluator.tree) for strategy in asked_for]
+    plans = [plan for plan in plans if method_of(plan.method).composes]
+    evaluator.prepare((plan, evaluator.decisive(plan)[0]) for plan in plans)
+    limit = request.target.usable_bytes - request.target.context_bytes
+    promising = [
+        plan for plan in plans if evaluator.peaks(plan, evaluator.decisive(plan)[0]).peak_allocated_bytes <= limit
+    ]
+    decisive = [(plan, index) for plan in promising for index in evaluator.decisive(plan)]
+    in_the_middle = [(plan, len(plan.partition.blocks) // 2) for plan in promising[:1]]
+    evaluator.prepare([*decisive, *in_the_middle])
 
 
 def _with_enough_cards(request: Request, evaluator: CardsEvaluator, progress: Progress) -> Request:

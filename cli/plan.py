@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -137,12 +138,15 @@ def _answer(
         from badam.plan import MethodOptions
         from badam.training.assemble import choose_attention
         from badam_planner.planning import Request, make_plan
+        from badam_planner.probe.workers import available_workers
 
         spec = specify(*source, **purpose)
         options = {**options, "options": MethodOptions(**options["options"])}
         if options["attention"] == "auto":
             options = {**options, "attention": choose_attention(spec)}
-        answer = make_plan(Request(spec=spec, target=target, command=command, **options), progress)
+        request = Request(spec=spec, target=target, command=command, **options)
+        gc.disable()  # nearly all that is made lives to the end of the command, which is seconds away
+        answer = make_plan(request, progress, workers=available_workers())
         save_answer(key, answer)
     elif answer.plan is not None:
         now = datetime.now(UTC).isoformat(timespec="seconds")

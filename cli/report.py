@@ -16,20 +16,25 @@ from badam_cli._app import reporting_errors, say
 if TYPE_CHECKING:
     from badam_planner.compare import Accuracy
 
+PLAN, MEASURED = "plan.json", "measured.json"
+"""What badam-train leaves in the directory of a run."""
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
 def report(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan, as badam-plan wrote it.")],
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="The plan, as badam-plan wrote it, or the directory of a run.")
+    ],
     measured: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             metavar="MEASURED...",
-            help="Measured runs, as badam-train wrote them. Further plans may stand among them: each run is compared "
-            "with the plan that it was started with.",
+            help="Measured runs, as badam-train wrote them, or directories of runs, which hold their plans too. "
+            "Further plans may stand among them: each run is compared with the plan that it was started with.",
         ),
-    ],
+    ] = None,
     tolerance: Annotated[
         str, typer.Option(metavar="PERCENT", help="Largest accepted error of a peak; beyond it the exit code is 1.")
     ] = "5%",
@@ -48,7 +53,7 @@ def report(
     Exit code: 0 within the tolerance, 1 beyond it, 2 bad input.
     """
     with reporting_errors():
-        accuracy, run_paths = _compare([plan, *measured], parse_percent(tolerance))
+        accuracy, run_paths = _compare(_files([plan, *(measured or [])]), parse_percent(tolerance))
         _show(accuracy, as_json=as_json)
         if html is not None:
             _write_html(accuracy, run_paths[0], html)
@@ -57,6 +62,22 @@ def report(
             _calibrate(accuracy)
         passed = all(comparison.verdict.passed for comparison in accuracy.comparisons)
     raise typer.Exit(0 if passed else 1)
+
+
+def _files(paths: list[Path]) -> list[Path]:
+    """The files that are meant: of a run's directory, its plan and its record; plans come first."""
+    found = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        if not (path / MEASURED).is_file():
+            raise InputError(
+                f"{path} holds no {MEASURED}, so no run has ended there.",
+                advice="Give the directory that badam-train was told with --output-dir.",
+            )
+        found += [path / name for name in (PLAN, MEASURED) if (path / name).is_file()]
+    return found
 
 
 def _compare(paths: list[Path], tolerance: float) -> tuple[Accuracy, list[Path]]:

@@ -21,6 +21,9 @@ from badam.training.methods import method_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+"""Names of tables with one row per absolute position."""
+
 
 def model_config(spec: ModelSpec) -> PretrainedConfig:
     """The transformers configuration of a plan's model.
@@ -54,12 +57,9 @@ def build_model(spec: ModelSpec, training: Training, *, weights: str | None = No
         training: dtype and attention.
         weights: a Hub id or directory to load safetensors from; None initializes at random.
     """
-    import transformers
-
-    classification = spec.task == "sequence-classification"
-    auto: Any = transformers.AutoModelForSequenceClassification if classification else transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": getattr(torch, training.dtype), "attn_implementation": training.attention}
     config = model_config(spec)
+    auto = _auto_class(spec, config)
     config.use_cache = False  # a key-value cache has no use in training and would be held through the step
     try:
         if weights is None:
@@ -75,6 +75,36 @@ def build_model(spec: ModelSpec, training: Training, *, weights: str | None = No
         ) from error
     model.tie_weights()
     return cast("PreTrainedModel", model.train())
+
+
+def _auto_class(spec: ModelSpec, config: PretrainedConfig) -> Any:
+    """The transformers class that builds the model of a task; of models that also see images, the one for text.
+
+    Raises:
+        InputError: if the task is not one that this model is made for.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kinds = {
+        "causal-lm": (
+            (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
+            (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.AutoModelForImageTextToText),
+        ),
+        "sequence-classification": (
+            (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, transformers.AutoModelForSequenceClassification),
+        ),
+    }
+    if not getattr(config, "is_encoder_decoder", False):
+        for mapping, auto in kinds[spec.task]:
+            if type(config) in mapping:
+                return auto
+    what = (spec.config.get("architectures") or [type(config).__name__])[0]
+    task = "sequence classification" if spec.task == "sequence-classification" else "predicting the next token"
+    raise InputError(
+        f"{spec.id} is a {what}, which cannot be planned and trained for {task}.",
+        advice="Plans are for models that predict the next token of a text, and for classifiers of texts.",
+    )
 
 
 def choose_attention(spec: ModelSpec) -> Attention:
@@ -111,11 +141,25 @@ def prepare_model(model: PreTrainedModel, plan: Plan) -> None:
     """Give ``model`` the modules that the plan's method trains; most methods leave it as it is.
 
     Raises:
-        InputError: if the plan asks of the method what it cannot do, or a library is missing.
+        InputError: if the plan asks of the method or the model what it cannot do, or a library is missing.
     """
+    _check_positions(model, plan)
     method = method_of(plan.method)
     method.check(plan)
     method.prepare(model, plan)
+
+
+def _check_positions(model: nn.Module, plan: Plan) -> None:
+    """Refuse sequences for whose end the model has no position: it would only fail once one that long comes."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+            limit = module.num_embeddings - unused
+            if plan.training.seq_len > limit:
+                raise InputError(
+                    f"{plan.model.id} has positions for {limit} tokens, the plan is for {plan.training.seq_len}.",
+                    advice=f"Plan with --seq-len {limit} or less.",
+                )
 
 
 def prepare_checkpointing(model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:

@@ -8,11 +8,12 @@ ones and are composed to full depth (badam_planner.compose); with ``exact`` each
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from badam.naming import belongs
 from badam.partition import ParameterInfo, layer_stacks
@@ -24,7 +25,11 @@ from badam_planner.duration import Effort, Pace
 from badam_planner.events import Flops, Recording
 from badam_planner.forecast import Forecast, forecast
 from badam_planner.outline import BlockPeaks, Outline
+from badam_planner.probe.workers import run_all
 from badam_planner.renaming import renamed, renamed_work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REPORTED_VERSIONS = ("badam", "torch", "transformers")
 
@@ -87,7 +92,12 @@ def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
 
     with fake_world():
         model = fake_model(spec, Training(batch_size=1, seq_len=1, attention=attention))
-        parameters = tuple(ParameterInfo(name, tuple(tensor.shape)) for name, tensor in model.named_parameters())
+        beside = _beside_the_text(model)
+        parameters = tuple(
+            ParameterInfo(name, tuple(tensor.shape))
+            for name, tensor in model.named_parameters()
+            if not belongs(name, beside)
+        )
         stacks = layer_stacks([info.name for info in parameters])
         kinds: dict[str, Hashable] = {}
         types = getattr(model.config.get_text_config(), "layer_types", None) or ()
@@ -112,6 +122,20 @@ def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
         head_module=names.get(id(head), ""),
         can_chunk=can_chunk,
         versions={name: version(name) for name in REPORTED_VERSIONS},
+    )
+
+
+def _beside_the_text(model: PreTrainedModel) -> tuple[str, ...]:
+    """Paths of the modules that a batch of text does not pass through: towers for images or sound, their projectors."""
+    if model.config.get_text_config() is model.config:
+        return ()
+    names = {id(module): name for name, module in model.named_modules()}
+    used = [names.get(id(module), "") for module in (model.get_decoder(), model.get_output_embeddings())]
+    around = {path.rpartition(".")[0] for path in used if path}
+    return tuple(
+        name
+        for name, _ in model.named_modules()
+        if name and name.rpartition(".")[0] in around and not any(belongs(path, (name,)) for path in used if path)
     )
 
 
@@ -143,8 +167,16 @@ class _Rehearsed:
 class Evaluator:
     """Rehearses blocks of plans for one model; a rehearsal that answers for several blocks is made once."""
 
-    def __init__(self, tree: ModelTree, *, exact: bool = False) -> None:
+    def __init__(self, tree: ModelTree, *, exact: bool = False, workers: int = 1) -> None:
+        """Answer for one model.
+
+        Args:
+            tree: of the model.
+            exact: rehearse every block at full depth.
+            workers: processes that :meth:`prepare` may use.
+        """
         self.tree = tree
+        self.workers = workers
         self.exact = exact
         self._rehearsed: dict[Hashable, _Rehearsed] = {}
         self._trained: dict[str, int] = {}
@@ -170,7 +202,9 @@ class Evaluator:
         shapes = [self._shape(plan, block) for block in plan.partition.blocks]
         lowest = {shape: shapes.index(shape) for shape in shapes}
         peaks: dict[int, BlockPeaks] = {}
-        for index in sorted(lowest.values(), key=lambda index: -plan.partition.blocks[index].parameters):
+        for index in self.decisive(plan):
+            if len(peaks) == 1:
+                self.prepare((plan, other) for other in self.decisive(plan))
             peaks[index] = self.peaks(plan, index)
             if (
                 give_up_above is not None
@@ -185,6 +219,14 @@ class Evaluator:
         relative = backward_relative(plan, self.tree, flops, [lowest[shape] for shape in shapes])
         largest = max(block.parameters + self._besides(plan, block) for block in plan.partition.blocks)
         return PlanForecast(worst, forecasts[worst], relative, largest)
+
+    def decisive(self, plan: Plan) -> list[int]:
+        """The blocks that must be rehearsed to find a plan's worst: the lowest of each shape, the largest first."""
+        shapes = [self._shape(plan, block) for block in plan.partition.blocks]
+        return sorted(
+            (shapes.index(shape) for shape in dict.fromkeys(shapes)),
+            key=lambda index: -plan.partition.blocks[index].parameters,
+        )
 
     def _forecast(self, plan: Plan, index: int) -> Forecast:
         return forecast(self.recording(plan, index), plan.target, head_module=self.tree.head_module)
@@ -224,7 +266,10 @@ class Evaluator:
             return replace(known, blocks=blocks, efforts=(efforts,) * len(indices))
         peaks = {known.worst_block: worst}
         middle = len(indices) / 2
-        for index in sorted(indices, key=lambda index: abs(index - middle)):  # those in the middle answer for others
+        from_the_middle = sorted(indices, key=lambda index: abs(index - middle))  # these answer for others
+        self.prepare((plan, index) for index in from_the_middle[:1])
+        self.prepare((plan, index) for index in from_the_middle)
+        for index in from_the_middle:
             if index not in peaks:
                 peaks[index] = self.peaks(plan, index)
         return replace(
@@ -289,23 +334,44 @@ class Evaluator:
             self._rehearsed[key] = _Rehearsed(recording, [], [])
         return self._rehearsed[key].recording
 
+    def prepare(self, wanted: Iterable[tuple[Plan, int]]) -> None:
+        """Rehearse ahead what questions on these blocks (plan, index) will need, on all workers at a time."""
+        jobs: dict[Hashable, Callable[[], _Rehearsed]] = {}
+        for plan, index in wanted:
+            if not self.exact and method_of(plan.method).composes:
+                key, runs = self._key_and_runs(plan, index)
+                if key not in self._rehearsed:
+                    jobs.setdefault(key, partial(self._rehearse, plan, index, runs))
+        if len(jobs) > 1 and not self._rehearsed:  # the first one loads code that the others then have
+            key = next(iter(jobs))
+            self._rehearsed[key] = jobs.pop(key)()
+        self._rehearsed.update(zip(jobs, run_all(list(jobs.values()), self.workers), strict=True))
+
     def _rehearsal(self, plan: Plan, index: int) -> tuple[_Rehearsed, list[Run]]:
         """A rehearsal with four cycles of each run of equal layers, and the runs that it is to be composed to."""
-        from badam_planner.probe.rehearse import rehearse
+        key, runs = self._key_and_runs(plan, index)
+        if key not in self._rehearsed:
+            self._rehearsed[key] = self._rehearse(plan, index, runs)
+        return self._rehearsed[key], runs
 
-        layers = self.tree.layers
+    def _key_and_runs(self, plan: Plan, index: int) -> tuple[Hashable, list[Run]]:
+        """Which rehearsal answers for a block, and the runs that it is to be composed to."""
         roles = self._roles(plan, plan.partition.blocks[index])
-        runs = find_runs(layers, [None if role.active else role for role in roles])
+        runs = find_runs(self.tree.layers, [None if role.active else role for role in roles])
         key = self._question(plan, index, roles, runs)
         complete = all(len(run.cycles) >= KEPT_CYCLES for run in runs)
         if key not in self._rehearsed and not complete:
             runs = [run for run in runs if len(run.cycles) > KEPT_CYCLES]  # the short ones are rehearsed as they are
             key = self._question(plan, index, roles, runs)
-        if key not in self._rehearsed:
-            without = dict(chain.from_iterable(run.left_out.items() for run in runs))
-            recording = rehearse(plan, index, layers=layers, classes=self.tree.layer_classes, without=without)
-            self._rehearsed[key] = _Rehearsed(recording, _names(layers, runs), [run.stand_ins() for run in runs])
-        return self._rehearsed[key], runs
+        return key, runs
+
+    def _rehearse(self, plan: Plan, index: int, runs: Sequence[Run]) -> _Rehearsed:
+        from badam_planner.probe.rehearse import rehearse
+
+        layers = self.tree.layers
+        without = dict(chain.from_iterable(run.left_out.items() for run in runs))
+        recording = rehearse(plan, index, layers=layers, classes=self.tree.layer_classes, without=without)
+        return _Rehearsed(recording, _names(layers, runs), [run.stand_ins() for run in runs])
 
     def _new_names(self, rehearsed: _Rehearsed, runs: Sequence[Run]) -> dict[str, str]:
         return dict(zip(rehearsed.names, _names(self.tree.layers, runs), strict=True))

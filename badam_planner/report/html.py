@@ -150,7 +150,7 @@ def accuracy_page(accuracy: Accuracy) -> Page:
     number = accuracy.comparisons.index(worst) + 1
     rows = tuple(
         (
-            f"{index}. {one.plan.model.id}, {one.plan.partition.strategy} blocks",
+            f"{index}. {one.plan.model.id}, {one.plan.method}, {one.plan.partition.strategy} blocks",
             f"{one.run.training.batch_size} x {one.run.training.seq_len}",
             one.run.training.checkpointing,
             *(error_percent(row.memory) for row in one.totals),

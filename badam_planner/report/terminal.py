@@ -89,7 +89,8 @@ def render_accuracy(accuracy: Accuracy) -> RenderableType:
 def _run_name(comparison: Comparison) -> str:
     plan, training = comparison.plan, comparison.run.training
     model = clean(plan.model.id).rsplit("/", 1)[-1]
-    return f"{model} {plan.partition.strategy} {training.batch_size}x{training.seq_len} {training.checkpointing}"
+    how = plan.partition.strategy if plan.method == "badam" else plan.method
+    return f"{model} {how} {training.batch_size}x{training.seq_len} {training.checkpointing}"
 
 
 def _heading(comparison: Comparison) -> list[Text]:

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badam.errors import InputError
+from badam.plan import Plan, record_digest
 from badam.units import GIB, MIB
 from badam.vocabulary import Category, Phase
 from badam_planner.compare import (
@@ -204,3 +205,14 @@ def test_each_run_finds_its_own_plan() -> None:
     first, second = factories.plan(), factories.plan(method="badam-ratio")
     assert plan_of(factories.measured_run(second), [first, second]) is second
     assert plan_of(factories.measured_run(factories.plan(method="adam")), [first, second]) is first
+
+
+def test_a_plan_keeps_its_digest_when_a_later_version_adds_a_field() -> None:
+    class LaterPlan(Plan):
+        remark: str = ""
+
+    plan = factories.plan()
+    later = LaterPlan.model_validate_json(plan.model_dump_json())
+    assert record_digest(later) == record_digest(plan)
+    assert record_digest(later.model_copy(update={"remark": "other"})) != record_digest(plan)
+    assert record_digest(factories.plan(method="lora")) != record_digest(plan)

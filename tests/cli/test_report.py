@@ -86,6 +86,27 @@ def test_each_run_is_compared_with_its_own_plan(plan_file: Path, measured_file: 
     assert [one["model"] for one in json.loads(result.stdout)["comparisons"]] == ["acme/tiny-7b", "acme/other"]
 
 
+def test_directories_of_runs_are_read_with_the_plans_in_them(tmp_path: Path) -> None:
+    for name in ("acme/one", "acme/two"):
+        plan = factories.plan(model=factories.model(name, hidden_size=len(name) + ord(name[-1])))
+        folder = tmp_path / name.replace("/", "-")
+        folder.mkdir()
+        save_record(plan, folder / "plan.json")
+        save_record(factories.measured_run(plan), folder / "measured.json")
+    alone = run(tmp_path / "acme-one")
+    assert alone.exit_code == 0
+    assert "acme/one" in alone.stdout
+    both = run(tmp_path / "acme-one", tmp_path / "acme-two", "--json")
+    assert both.exit_code == 0
+    assert [one["model"] for one in json.loads(both.stdout)["comparisons"]] == ["acme/one", "acme/two"]
+
+
+def test_a_directory_without_a_run_is_bad_input(plan_file: Path, tmp_path: Path) -> None:
+    result = run(tmp_path)
+    assert result.exit_code == 2
+    assert "holds no measured.json" in result.stderr
+
+
 @pytest.mark.parametrize("tolerance", ["much", "-1", "nan", "inf", ""])
 def test_a_tolerance_that_is_no_percentage_is_bad_input(plan_file: Path, measured_file: Path, tolerance: str) -> None:
     result = run(plan_file, measured_file, f"--tolerance={tolerance}")

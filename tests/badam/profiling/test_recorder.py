@@ -122,6 +122,30 @@ def test_updates_inside_backward_end_no_step() -> None:
     assert len(run.steps) == 2
 
 
+def test_where_steps_are_picked_the_first_that_finds_its_moments_is_measured() -> None:
+    model = nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    recorder = Recorder(torch.device("cpu"), every_step=False)
+    recorder.start()
+    recorder.attach(model, optimizer)
+    for _ in range(4):
+        inputs = torch.ones(4, 64)
+        recorder.next_step([{"inputs": inputs}])
+        phases.enter(Phase.FORWARD)
+        loss = model(inputs).sum()
+        phases.enter(Phase.BACKWARD)
+        loss.backward()
+        phases.enter(Phase.STEP)
+        optimizer.step()
+        optimizer.zero_grad()
+        phases.enter(Phase.SETUP)
+    recorder.stop()
+    memories = [step.memory for step in recorder.log.steps]
+    assert [memory is not None for memory in memories] == [True, True, False, False]
+    assert memories[1] is not None
+    assert memories[1].by_category[Category.OPTIMIZER_STATE] == 2 * 4 * (64 * 64 + 64) + 2 * 4
+
+
 def test_a_run_without_a_loss_leaves_no_record(tmp_path: Path) -> None:
     plan = tiny_plan()
     model, optimizer = assembled(plan)

@@ -13,7 +13,7 @@ from badam_planner.planning import Request, staged_plan
 from badam_planner.probe.evaluate import Evaluator, inspect_model
 from badam_planner.probe.model_source import describe_model, specify
 from badam_planner.search import Setting
-from tests.badam_planner.probe.plans import CPU, DEBERTA, LLAMA, ROBERTA, plan_of
+from tests.badam_planner.probe.plans import BERT, CPU, DEBERTA, GPT2, LLAMA, ROBERTA, plan_of
 from tests.badam_planner.probe.test_evaluate import everything_in
 
 HEAD_ALWAYS: dict[str, Any] = {
@@ -78,6 +78,17 @@ def test_attention_with_dropout_stays_fused_on_a_card() -> None:
         operations[target.gpu] = {one.operation for one in Evaluator(tree).recording(plan, 0).allocations}
     assert any("softmax" in operation for operation in operations["cpu"])
     assert not any("safe_softmax" in operation for operation in operations["card"])
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"), [(ROBERTA, 62), (BERT, 64), (GPT2, 64)], ids=["roberta", "bert", "gpt2"]
+)
+def test_a_length_beyond_the_models_positions_is_refused(config: dict[str, Any], longest: int) -> None:
+    plan, tree = plan_of(config, 2, seq_len=longest)
+    Evaluator(tree).recording(plan, 0)
+    plan, tree = plan_of(config, 2, seq_len=longest + 1)
+    with pytest.raises(InputError, match=f"has positions for {longest} tokens, the plan is for {longest + 1}"):
+        Evaluator(tree).recording(plan, 0)
 
 
 def test_a_module_beside_the_blocks_of_a_method_without_blocks_is_refused() -> None:
