@@ -160,6 +160,8 @@ def _columns(given: list[str]) -> dict[str, str]:
 def _quiet() -> None:
     """Libraries speak only of errors, unless the user asked for more; before they are imported, where they ask."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # installed or not, most runs have no use for it
+    # Where DeepSpeed is installed transformers imports it; it sets its own level, and warns on the standard output.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
