@@ -218,8 +218,7 @@ class BlockVisits(Optimizer):
             self._hide_gradients
             or self._ranks.averages
             or any(
-                member.rows or (member.is_copied and (member.is_sharded or not HAS_GRAD_DTYPE))
-                for member in self._active
+                member.rows or member.is_sharded or (member.is_copied and not HAS_GRAD_DTYPE) for member in self._active
             )
         )
         for member in self._active:

@@ -134,6 +134,8 @@ def train(
         )
         command = shlex.join(["badam-train", *sys.argv[1:]])
         result = run_plan(loaded, options, Console(stderr=True), command=command)
+    if not result.speaks:
+        return
     if result.stopped_by is not None:
         say(f"stopped by {result.stopped_by.name} after step {result.step} and saved; go on with --resume")
         raise typer.Exit(128 + result.stopped_by)
@@ -158,6 +160,8 @@ def _columns(given: list[str]) -> dict[str, str]:
 def _quiet() -> None:
     """Libraries speak only of errors, unless the user asked for more; before they are imported, where they ask."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # installed or not, most runs have no use for it
+    # Where DeepSpeed is installed transformers imports it; it sets its own level, and warns on the standard output.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from badam.block_optimizer import BlockOptimizer
@@ -33,7 +33,6 @@ def shard_blocks(
     layers: Sequence[str] | None = None,
     compute_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = torch.float32,
-    offload_to_cpu: bool = False,
 ) -> nn.Module:
     """Shard ``model`` in place for block-coordinate training: one unit per layer, one for the input embedding.
 
@@ -48,7 +47,6 @@ def shard_blocks(
         layers: paths of the units; by default the layers that are found in the module tree.
         compute_dtype: gather and compute in this type; None for the parameters' own.
         reduce_dtype: sum gradients in this type; None for the type that they are computed in.
-        offload_to_cpu: keep shards, masters, moments and gradients in host memory.
 
     Returns:
         ``model``.
@@ -71,7 +69,6 @@ def shard_blocks(
     settings: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype),
-        "offload_policy": CPUOffloadPolicy() if offload_to_cpu else OffloadPolicy(),
     }
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for unit in (_lone_embedding(model), *(model.get_submodule(path) for path in paths)):

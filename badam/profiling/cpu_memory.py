@@ -16,6 +16,7 @@ from itertools import chain
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from badam._shards import local_part
 from badam.profiling.account import Account, Mark
 from badam.profiling.allocator_log import AllocatorEvent, AllocatorLog
 from badam.profiling.memory import StepMemory
@@ -104,7 +105,7 @@ class CpuMemory:
 
     def _take_in(self, tensors: Iterable[tuple[Tensor, Category]]) -> None:
         for tensor, category in tensors:
-            storage = tensor.untyped_storage()
+            storage = local_part(tensor).untyped_storage()
             address, nbytes = storage.data_ptr(), storage.nbytes()
             if nbytes and self._account.take_in(address, nbytes, category):
                 finalizer = weakref.finalize(storage, _note_death, self._deaths, address, nbytes)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from badam._shards import local_part
 from badam.vocabulary import Category
 
 NAMED = (Category.PARAMETER, Category.MASTER, Category.OPTIMIZER_STATE, Category.GRADIENT)
@@ -24,12 +25,12 @@ class Named(NamedTuple):
     @property
     def address(self) -> int:
         """Where its memory begins; tensors that share memory share it."""
-        return self.tensor.untyped_storage().data_ptr()
+        return local_part(self.tensor).untyped_storage().data_ptr()
 
     @property
     def nbytes(self) -> int:
         """Size of its memory."""
-        return self.tensor.untyped_storage().nbytes()
+        return local_part(self.tensor).untyped_storage().nbytes()
 
 
 class ModelStates:

@@ -49,7 +49,7 @@ def training_arguments(
         "fp16": False,
         "report_to": list(options.report_to) or "none",
         "disable_tqdm": True,
-        "average_tokens_across_devices": False,
+        "average_tokens_across_devices": plan.target.engine != "single",
         **_saving(options),
         **_evaluating(plan, options),
     }

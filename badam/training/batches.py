@@ -168,20 +168,30 @@ def padded(rows: Sequence[Sequence[int]], length: int, padding: int) -> Tensor:
 
 
 class EpochSampler(Sampler[int]):
-    """A new order in every epoch, as a pure function of seed and epoch, so that a resumed run sees the same data."""
+    """A new order in every epoch, as a pure function of seed and epoch, so that a resumed run sees the same data.
 
-    def __init__(self, dataset: Sized, seed: int) -> None:
+    Args:
+        dataset: whose indices to order.
+        seed: of the order.
+        rank, count: this process and how many there are: they take turns, and all have equally many examples, for
+            which the first ones come twice where their number does not divide.
+    """
+
+    def __init__(self, dataset: Sized, seed: int, rank: int = 0, count: int = 1) -> None:
         self._size = len(dataset)
         self._seed = seed
+        self._rank = rank
+        self._count = count
         self.epoch = 0
 
     def __len__(self) -> int:
-        return self._size
+        return -(-self._size // self._count)
 
     def __iter__(self) -> Iterator[int]:
         order = list(range(self._size))
         random.Random(f"{self._seed}:{self.epoch}").shuffle(order)
-        return iter(order)
+        repeated = (order * self._count)[: len(self) * self._count]
+        return iter(repeated[self._rank :: self._count])
 
 
 def _learns(labels: Sequence[int], limit: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,7 @@ from badam.training.checkpoints import is_whole, keep_newest, saving, written_wh
 from badam.training.evaluation import evaluate
 from badam.training.methods import method_of
 from badam.training.out_of_memory import is_refusal
+from badam.training.processes import follow
 from badam.vocabulary import Phase
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ class PlanLoop(Trainer):
         self._sampler: EpochSampler | None = None
         self._scaler: torch.amp.GradScaler | None = None
         super().__init__(data_collator=collator, **options)
+        # Of several processes each has placed its model: accelerate shall neither wrap nor move it.
+        self.is_distributed_loading_by_transformers = self.args.world_size > 1
         self.model_accepts_loss_kwargs = True  # so that label tokens are counted over the whole step
         if plan.training.dtype == "float16" and self.method.keeps_gradients:
             self._scaler = torch.amp.GradScaler(self.args.device.type)
@@ -96,6 +100,7 @@ class PlanLoop(Trainer):
         if self.optimizer is None:
             optimizer = build_optimizer(self.model, self.plan)
             prepare_checkpointing(self.model, optimizer, self.plan)
+            follow(self.model, optimizer, self.plan)
             self.optimizer = optimizer
         return self.optimizer
 
@@ -112,10 +117,16 @@ class PlanLoop(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The plan's loss of one micro-batch."""
-        return self.method.loss(
-            cast("PreTrainedModel", model), inputs, self.plan, self.plan_optimizer, num_items_in_batch
-        )
+        """The plan's loss of one micro-batch; of several processes the mean of theirs is that of all labels."""
+
+        def compute() -> Tensor:
+            return self.method.loss(
+                cast("PreTrainedModel", model), inputs, self.plan, self.plan_optimizer, num_items_in_batch
+            )
+
+        within = getattr(model, "loss_within", None) if self.plan.training.loss == "chunked" else None
+        loss: Tensor = compute() if within is None else within(compute)
+        return loss if num_items_in_batch is None else loss * self.args.world_size
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -197,6 +208,13 @@ class PlanLoop(Trainer):
         """0: nobody reads it, and transformers would walk through all parameters in every step to tell."""
         return 0
 
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Reduce the gradients of every micro-batch: whole ones of all of them would be kept otherwise."""
+        return nullcontext()
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Nothing: the optimizer averages the gradients of whole copies, in every block's turn."""
+
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
 
@@ -208,7 +226,7 @@ class PlanLoop(Trainer):
         accelerate's loader would hold the next batch on the device while this one trains; one process needs none of
         what it adds.
         """
-        self._sampler = EpochSampler(self.train_dataset, self.args.seed)
+        self._sampler = EpochSampler(self.train_dataset, self.args.seed, self.args.process_index, self.args.world_size)
         return DataLoader(
             self.train_dataset,
             batch_size=self.plan.training.batch_size,

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from badam.callback import BAdamCallback
 from badam.errors import InputError
 from badam.plan import Plan
 from badam.profiling.recorder import Recorder
@@ -63,12 +64,18 @@ def prepare_trainer(
         "keep": options.keep,
         "tell": tell,
         "adapt": options.adapt,
-        "callbacks": [EarlyStoppingCallback(options.patience)] if options.patience else [],
+        "callbacks": _callbacks(plan, options),
     }
     prepare = _classifier if plan.model.task == "sequence-classification" else _language_model
     prepared = prepare(plan, options, inputs, shared)
     prepared.trainer.remove_callback(PrinterCallback)
     return prepared
+
+
+def _callbacks(plan: Plan, options: RunOptions) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [EarlyStoppingCallback(options.patience)] if options.patience else []
+    # Of several processes the optimizer keeps the gradients, so that it alone can clip them.
+    return callbacks if plan.target.engine == "single" else [*callbacks, BAdamCallback()]
 
 
 def _language_model(plan: Plan, options: RunOptions, inputs: Inputs, shared: dict[str, Any]) -> Prepared:

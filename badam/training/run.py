@@ -37,6 +37,7 @@ from badam.training.methods import method_of
 from badam.training.options import RunOptions
 from badam.training.out_of_memory import explained
 from badam.training.preparing import prepare_trainer
+from badam.training.processes import Processes, apart, join_processes, place, whole_weights
 from badam.training.progress import MetricsFile, ProgressDisplay
 from badam.training.weights import locate_weights, tokenizer_source
 
@@ -56,6 +57,7 @@ class RunResult:
     model_path: Path | None  # None if the run was stopped before its end
     stopped_by: signal.Signals | None
     step: int
+    speaks: bool = True  # whether this process is the one of several that tells the user
     best: BestEvaluation | None = None  # where the model's weights are those of the best evaluation
 
 
@@ -83,6 +85,14 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
     device = _device(plan)
     options.check()
     _check_runnable(plan, options, device)
+    with ExitStack() as stack:
+        processes = join_processes(plan, options, device)
+        options, console = apart(processes, options, console, stack)
+        return _run(plan, options, console, command, processes)
+
+
+def _run(plan: Plan, options: RunOptions, console: Console, command: str | None, processes: Processes) -> RunResult:
+    device = _device(plan)
     prepare_output(options.output_dir, resume=options.resume)
     checkpoint = _checkpoint_to_resume(options)
     weights = None if checkpoint else locate_weights(plan.model, options.init)
@@ -97,13 +107,16 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
         recorder.start()
         stack.callback(recorder.stop)
         model = _model(plan, options, weights)
+        place(model, plan, processes)
         prepared = prepare_trainer(plan, options, model, inputs, recorder, lambda text: _tell(console, text))
         trainer = prepared.trainer
         _tell(console, f"lengths: {prepared.sentence}")
         total_steps = _total_steps(trainer, options, checkpoint)
         check_space(options.output_dir, _bytes_to_write(model, options))
         _warn(plan, device, total_steps, console)
-        interruption = stack.enter_context(Interruption())
+        interruption = Interruption()
+        if processes.count == 1:
+            stack.enter_context(interruption)  # of several none can save alone
         trainer.add_callback(_callback(stack, trainer, options, recorder, interruption, console, total_steps))
         save_record(plan, options.output_dir / PLAN)
         with explained(plan):
@@ -119,6 +132,7 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
         model_path,
         interruption.signal,
         int(trainer.state.global_step),
+        processes.is_first,
         _best(trainer),
     )
 
@@ -162,11 +176,6 @@ def _check_runnable(plan: Plan, options: RunOptions, device: torch.device) -> No
     method = method_of(plan.method)
     method.check(plan)
     method.check_device(device)
-    if plan.target.engine != "single":
-        raise InputError(
-            f"badam-train runs on one device; the plan is for {plan.target.num_gpus} under {plan.target.engine}.",
-            advice="Plan with --engine single.",
-        )
     if options.adapt and not method.accumulates:
         raise InputError(
             f"{plan.method} updates weights inside backward, so a step cannot begin anew with smaller micro-batches.",
@@ -232,7 +241,7 @@ def _total_steps(trainer: PlanLoop, options: RunOptions, checkpoint: Path | None
         InputError: if there are none, or the checkpoint to resume from has had them all.
     """
     training = trainer.plan.training
-    batches = -(-len(trainer.train_dataset) // training.batch_size)
+    batches = -(-len(trainer.train_dataset) // (training.batch_size * trainer.args.world_size))
     total = options.max_steps or int(-(-options.epochs * max(1, -(-batches // training.grad_accum)) // 1))
     if total == 0:
         raise InputError("The run has no optimizer step.", advice="Ask for some with --max-steps or --epochs.")
@@ -274,8 +283,11 @@ def _save_model(trainer: PlanLoop, output_dir: Path) -> Path:
         trainer.method.settle(trainer.plan_optimizer)
     trainer.method.finish(trainer.model)
     target = output_dir / MODEL_DIRECTORY
+    weights = whole_weights(trainer.model) if trainer.args.world_size > 1 else None
+    if not trainer.args.should_save:
+        return target  # the first process writes it
     with saving("trained model"), written_whole(target) as partial:
-        trainer.model.save_pretrained(partial)
+        trainer.model.save_pretrained(partial, **({} if weights is None else {"state_dict": weights}))
         trainer.processing_class.save_pretrained(partial)
     return target
 

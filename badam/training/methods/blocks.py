@@ -29,6 +29,8 @@ def block_optimizer(
         "verbose": 0,
         "write_back": plan.training.optimizer.write_back,
         "seed": plan.schedule.seed,
+        # The rehearsal is alone: the planner adds what averaging takes.
+        "average_gradients": plan.target.engine == "ddp" and torch.distributed.is_initialized(),
     }
     return kind(base, list(model.named_parameters()), **{**settings, **changes})
 

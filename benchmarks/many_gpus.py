@@ -1,0 +1,63 @@
+"""How memory and traffic of one card go on with their number: predicted, no card is needed.
+
+    python -m benchmarks.many_gpus            # writes the tables of docs/many-gpus.md to stdout
+
+For each model one rehearsal; every number of cards is calculated from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from badam_planner.links import BETWEEN_NODES, LINKS, seconds
+from badam_planner.planning import Request, staged_plan
+from badam_planner.probe.cards import CardsEvaluator
+from badam_planner.probe.evaluate import inspect_model
+from badam_planner.probe.model_source import find_config, specify
+from badam_planner.probe.target import find_target
+from badam_planner.search import Setting
+
+MODELS = ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-70b-hf")
+CARDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+GIB = 2**30
+
+
+def table(model: str, gpu: str, batch_size: int, seq_len: int) -> str:
+    """A Markdown table for one model: a row for each number of cards."""
+    spec = specify(*find_config(model))
+    request = Request(spec=spec, target=find_target(gpu, None), batch_size=batch_size, seq_len=seq_len)
+    evaluator = CardsEvaluator(inspect_model(spec, "sdpa"))
+    plan = staged_plan(request, "layer", Setting("all", "chunked"), evaluator.tree)
+    nvlink, pcie = LINKS[1], LINKS[3]
+    head = (
+        "| GPUs | states 2M+16M/D | allocated peak | sent per step | of full training | "
+        f"{nvlink.name} | {pcie.name} | {BETWEEN_NODES.name} |\n|---:|---:|---:|---:|---:|---:|---:|---:|"
+    )
+    lines = [f"{model}, blocks by layer, {batch_size} × {seq_len} tokens per GPU, checkpointing, chunked loss:\n", head]
+    for cards in CARDS:
+        target = plan.target.model_copy(update={"engine": "fsdp2", "num_gpus": cards})
+        here = plan.model_copy(update={"target": target})
+        peak = max(evaluator.peaks(here, block).peak_allocated_bytes for block in (0, len(plan.partition.blocks) // 2))
+        traffic = evaluator.traffic(here, 0)
+        assert traffic is not None, "the plan is for several cards"
+        sent, full = (each.sent_bytes(cards) for each in traffic)
+        states = (2 * spec.parameters + 16 * spec.parameters // len(plan.partition.blocks)) / cards
+        times = " | ".join(f"{seconds(sent, link):.2f} s" for link in (nvlink, pcie, BETWEEN_NODES))
+        share = f"{sent / full:.0%}" if full else "-"
+        row = f"{states / GIB:.2f} GiB | {peak / GIB:.2f} GiB | {sent / GIB:.1f} GiB | {share} | {times}"
+        lines.append(f"| {cards} | {row} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpu", default="a100-80gb")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    given = parser.parse_args()
+    print("\n\n".join(table(model, given.gpu, given.batch_size, given.seq_len) for model in MODELS))
+
+
+if __name__ == "__main__":
+    main()
