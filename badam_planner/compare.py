@@ -61,6 +61,7 @@ class PhaseRow:
     phase: Phase
     memory: Pair
     seconds: float | None
+    predicted_seconds: float | None = None  # None where the plan's device has no known rates
 
     @property
     def name(self) -> str:
@@ -276,6 +277,7 @@ def _phase_rows(prediction: Prediction, measurement: Measurement) -> tuple[Phase
             phase,
             Pair(prediction.by_phase.get(phase), measurement.by_phase.get(phase)),
             measurement.seconds_by_phase.get(phase),
+            prediction.seconds_by_phase.get(phase),
         )
         for phase in PHASE_ORDER
     )

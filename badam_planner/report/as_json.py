@@ -54,7 +54,15 @@ def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
         "measured_fits": comparison.measured_fits,
         "totals": [{"name": row.name, **_pair(row.memory)} for row in comparison.totals],
         "categories": [{"name": row.category, **_pair(row.memory)} for row in comparison.categories],
-        "phases": [{"name": row.phase, **_pair(row.memory), "seconds": row.seconds} for row in comparison.phases],
+        "phases": [
+            {
+                "name": row.phase,
+                **_pair(row.memory),
+                "seconds": row.seconds,
+                "predicted_seconds": row.predicted_seconds,
+            }
+            for row in comparison.phases
+        ],
         "blocks": [
             {
                 "name": row.name,

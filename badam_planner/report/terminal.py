@@ -181,9 +181,11 @@ def memory_rows(comparison: Comparison) -> list[tuple[str, Pair]]:
 
 
 def _phase_table(comparison: Comparison) -> RenderableType:
-    table = _table("peak within", "predicted", "measured", "error", "error %", "time")
+    timed = any(row.predicted_seconds is not None for row in comparison.phases)
+    table = _table("peak within", "predicted", "measured", "error", "error %", "time", *(["(plan)"] if timed else []))
     for row in comparison.phases:
-        table.add_row(row.name, *_memory_cells(row.memory), _seconds(row.seconds))
+        planned = [_seconds(row.predicted_seconds)] if timed else []
+        table.add_row(row.name, *_memory_cells(row.memory), _seconds(row.seconds), *planned)
     predicted = comparison.prediction.step_seconds
     said = "" if predicted is None else f" (predicted {format_seconds(predicted)})"
     return Group(table, Text(f"whole step: {format_seconds(comparison.measurement.step_seconds)}{said}, median."))

@@ -72,7 +72,13 @@ def test_what_was_planned_is_what_is_measured(tmp_path: Path, data_path: Path, c
     assert reported.exit_code == 0, reported.output
 
 
-@pytest.mark.parametrize(("config", "tolerance"), [(ROBERTA, "0.1%"), (DEBERTA, "4%")], ids=["roberta", "deberta"])
+@pytest.mark.parametrize(
+    ("config", "tolerance"),
+    [
+        pytest.param(ROBERTA, "0.1%", id="roberta"),
+        pytest.param(DEBERTA, "4%", id="deberta", marks=pytest.mark.slow),
+    ],
+)
 def test_a_planned_classification_is_what_is_measured(tmp_path: Path, config: dict[str, Any], tolerance: str) -> None:
     """Blocks of embedding, layers and head, with the head active in all of them.
 

@@ -16,6 +16,11 @@ from tests.badam.training.test_methods import plan_for
 from tests.badam.training.tiny import run_tiny, tiny_plan
 
 
+def slow(method: str) -> Any:
+    """A method whose way is another's, for the slow tests."""
+    return pytest.param(method, marks=pytest.mark.slow)
+
+
 def metrics(directory: Path, name: str) -> list[Any]:
     lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)[name] for line in lines]
@@ -52,7 +57,9 @@ def refuse_more_than(
     monkeypatch.setattr(mezo_module, "forward_loss", limited)
 
 
-@pytest.mark.parametrize("method", ["badam", "badam-ratio", "adam", "lora", "lisa", "hift", "galore"])
+@pytest.mark.parametrize(
+    "method", ["badam", "badam-ratio", "lora", *(slow(name) for name in ("adam", "lisa", "hift", "galore"))]
+)
 def test_smaller_micro_batches_make_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """From the second micro-batch of the second step on, quarters: losses and norms are those of whole batches."""
     plan = plan_for(method) if method != "badam" else tiny_plan()
@@ -96,7 +103,7 @@ def test_a_method_that_updates_inside_backward_cannot_begin_a_step_anew(tmp_path
         run_tiny(plan_for("lomo"), tmp_path, adapt=True)
 
 
-@pytest.mark.parametrize("method", ["badam", "badam-ratio", "adam", "lora", "lisa", "hift"])
+@pytest.mark.parametrize("method", ["badam", "badam-ratio", "lora", *(slow(name) for name in ("adam", "lisa", "hift"))])
 def test_float16_trains_as_float32_does_because_losses_are_scaled(tmp_path: Path, method: str) -> None:
     for dtype in ("float32", "float16"):
         plan = plan_for(method) if method != "badam" else tiny_plan()

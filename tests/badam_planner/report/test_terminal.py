@@ -41,6 +41,20 @@ def test_colour_adds_nothing_that_plain_text_does_not_say() -> None:
     assert [line.rstrip() for line in plain.splitlines()] == render(render_comparison(comparison()), 80).splitlines()
 
 
+def test_predicted_times_stand_beside_the_measured_ones_where_the_plan_has_them() -> None:
+    plan = factories.plan()
+    assert plan.prediction is not None
+    seconds = {Phase.FORWARD: 0.0123, Phase.BACKWARD: 0.0456}
+    timed = plan.model_copy(
+        update={"prediction": plan.prediction.model_copy(update={"seconds_by_phase": seconds, "step_seconds": 0.0579})}
+    )
+    text = render(render_comparison(compare(timed, factories.measured_run(timed))), 80)
+    assert re.search(r"backward .* 45\.6 ms\n", text)
+    assert re.search(r"forward .* 12\.3 ms\n", text)
+    assert "(predicted 57.9 ms)" in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
 def test_verdict_says_yes_and_no_in_words() -> None:
     assert render(render_verdict(comparison(0.02).verdict), 80) == (
         "WITHIN tolerance (2%): largest error 1.37%, 256.00 MiB too low (block layer 2)\n"
