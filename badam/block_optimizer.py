@@ -140,6 +140,7 @@ class BlockOptimizer(BlockVisits):
         """
         if is_held_by_deepspeed(self.named_parameters_list[0][1]):
             return self._step_within_deepspeed()
+        self._check_parameters_are_the_models()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -153,6 +154,16 @@ class BlockOptimizer(BlockVisits):
         self._skipped_in_step = False
         self.step_is_done()
         return loss
+
+    def _check_parameters_are_the_models(self) -> None:
+        """A host that shards the model puts new parameters into the groups; training the old ones would do nothing."""
+        first = next((group["params"][0] for group in self.param_groups if group["params"]), None)
+        if first is not None and first is not next(group[0] for group in self._user_groups if group):
+            raise InputError(
+                "The parameters were replaced after this optimizer was built, as accelerate does when it shards a "
+                "model: the blocks would be those of the old ones.",
+                advice="Shard the model first, with badam.distributed.shard_blocks, and build the optimizer after it.",
+            )
 
     def _step_within_deepspeed(self) -> None:
         """The base step on what DeepSpeed has put into the groups: its fp32 copies, one sub-group at a time."""

@@ -16,6 +16,7 @@ from badam._messages import Messages
 from badam._places import MaskMode
 from badam._ratio_parameters import WindowSizes, given_groups, outside_parameters
 from badam._ratio_state import WindowProgress, check_group_sizes, options_of_1_4
+from badam._shards import is_held_by_deepspeed, is_sharded
 from badam._window import Window, WindowOptions, write_nearest
 from badam._window_update import update_windows
 from badam._window_visits import BaseFactory, WindowVisits
@@ -111,6 +112,11 @@ class BlockOptimizerRatio(WindowVisits):
         if fused and foreach:
             raise InputError("fused and foreach exclude each other.", advice="Ask for one of them.")
         named = distinct_parameters(named_parameters_list)
+        if any(is_sharded(parameter) or is_held_by_deepspeed(parameter) for _, parameter in named):
+            raise InputError(
+                "A window is a part of a whole parameter, and these are spread over several processes.",
+                advice="Train blocks of a sharded model, with BlockOptimizer.",
+            )
         for parameter in outside_parameters(named, include_embedding, include_lm_head):
             parameter.requires_grad_(False)
         self.update_ratio = update_ratio

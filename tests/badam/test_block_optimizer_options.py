@@ -331,3 +331,12 @@ def test_older_torch_accumulates_in_fp32_through_a_hook(monkeypatch: pytest.Monk
     train(model, optimizer, 7, accumulate=3, clip=0.05)
     train(twin, expected, 7, accumulate=3, clip=0.05)
     assert_equal(model, twin)
+
+
+def test_parameters_that_a_host_has_replaced_are_an_error_and_not_a_run_that_trains_nothing() -> None:
+    model = net()
+    optimizer = blocks(model)
+    for group in optimizer.param_groups:
+        group["params"] = [torch.nn.Parameter(parameter.detach().clone()) for parameter in group["params"]]
+    with pytest.raises(InputError, match="replaced after this optimizer was built"):
+        optimizer.step()

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from badam import BlockOptimizer, _ranks
+from badam import BlockOptimizer, BlockOptimizerRatio, _ranks
 from badam.checkpointing import checkpoint_layers
 from badam.distributed import (
     average_instead_of_ddp,
@@ -277,6 +277,9 @@ def refused(what: str) -> str:
             shard_blocks(make_net())
         elif what == "plain model":
             sharded_block_optimizer(make_net(), adamw)
+        elif what == "ratio":
+            model = shard_blocks(make_net())
+            BlockOptimizerRatio(list(model.parameters()), list(model.named_parameters()))
         else:
             options: dict[str, Any] = {
                 "rows": {"max_block_parameters": 100},
@@ -290,7 +293,7 @@ def refused(what: str) -> str:
 
 
 def every_refusal() -> dict[str, str]:
-    return {what: refused(what) for what in ("plain model", "rows", "release", "average")}
+    return {what: refused(what) for what in ("plain model", "ratio", "rows", "release", "average")}
 
 
 def all_of(requests: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:

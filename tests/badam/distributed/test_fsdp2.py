@@ -143,6 +143,7 @@ def test_a_parameter_that_one_rank_does_not_use_is_averaged_with_zeros(pair: Pai
 def test_what_sharded_parameters_cannot_have_is_refused_in_a_sentence(pair: Pair) -> None:
     messages = pair("refusals")[0]
     assert "not sharded" in messages["plain model"]
+    assert "spread over several processes" in messages["ratio"]
     assert "rows are spread over several processes" in messages["rows"]
     assert "gradient_release" in messages["release"]
     assert "averages their gradients already" in messages["average"]

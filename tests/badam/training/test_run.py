@@ -338,11 +338,15 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         run_tiny(wider, tmp_path, output="second", init=str(first.model_path))
 
 
-def test_a_plan_for_several_gpus_is_refused_in_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "message"), [("zero3", "does not start DeepSpeed"), ("fsdp2", "one process was started")]
+)
+def test_a_plan_for_several_gpus_is_refused_by_a_process_alone(tmp_path: Path, engine: str, message: str) -> None:
     plan = tiny_plan()
-    shared = plan.model_copy(update={"target": plan.target.model_copy(update={"engine": "zero3", "num_gpus": 2})})
-    with pytest.raises(InputError, match="one device"):
+    shared = plan.model_copy(update={"target": plan.target.model_copy(update={"engine": engine, "num_gpus": 2})})
+    with pytest.raises(InputError, match=message):
         run_tiny(shared, tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_output_directory_with_something_in_it_is_refused(tmp_path: Path) -> None:
