@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -39,8 +40,11 @@ class Lora(TrainingMethod):
 
         options = plan.training.options
         rank = options.rank or DEFAULT_RANK
+        heads = _heads(model) if plan.model.task == "sequence-classification" else []
+        names = [name for name, child in model.named_children() if child in heads]
         config = LoraConfig(
             r=rank,
+            exclude_modules=rf"({'|'.join(map(re.escape, names))})(\..*)?" if names else None,
             lora_alpha=options.alpha or ALPHA_PER_RANK * rank,
             target_modules=list(options.target_modules) or "all-linear",
         )
@@ -51,10 +55,9 @@ class Lora(TrainingMethod):
                 f"PEFT cannot put adapters into {plan.model.id}: {error}",
                 advice="Name modules that the model has, such as --target-module q_proj.",
             ) from error
-        if plan.model.task == "sequence-classification":
-            for head in _heads(model):
-                head.requires_grad_(True)
-                head.register_forward_pre_hook(_in_single_precision)
+        for head in heads:
+            head.requires_grad_(True)
+            head.register_forward_pre_hook(_in_single_precision)
         for parameter in model.parameters():
             if parameter.requires_grad:  # as PEFT's own models have them: small updates would be lost in 16 bits
                 parameter.data = parameter.data.to(torch.float32)
