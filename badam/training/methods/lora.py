@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,7 +22,8 @@ ALPHA_PER_RANK = 2
 class Lora(TrainingMethod):
     """fp32 adapters on the plan's target modules are trained by AdamW; everything else is frozen.
 
-    The adapters are put into the model in place, so its layers keep their paths and its forward is the model's own.
+    The adapters are put into the model in place, so its layers keep their paths and its forward is the model's own. A
+    classifier's head starts at random: it is trained as a whole, in fp32 like the adapters.
     """
 
     name: ClassVar[Method] = "lora"
@@ -50,6 +51,10 @@ class Lora(TrainingMethod):
                 f"PEFT cannot put adapters into {plan.model.id}: {error}",
                 advice="Name modules that the model has, such as --target-module q_proj.",
             ) from error
+        if plan.model.task == "sequence-classification":
+            for head in _heads(model):
+                head.requires_grad_(True)
+                head.register_forward_pre_hook(_in_single_precision)
         for parameter in model.parameters():
             if parameter.requires_grad:  # as PEFT's own models have them: small updates would be lost in 16 bits
                 parameter.data = parameter.data.to(torch.float32)
@@ -60,7 +65,10 @@ class Lora(TrainingMethod):
         return torch.optim.AdamW(groups, **adamw_options(plan))
 
     def finish(self, model: PreTrainedModel) -> None:
-        """Merge the adapters into the weights that they stand beside, so that any program can load the model."""
+        """Merge the adapters into the weights that they stand beside, so that any program can load the model.
+
+        A head that was trained in fp32 gets the type of the other weights.
+        """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         for path, module in list(model.named_modules()):
@@ -68,3 +76,20 @@ class Lora(TrainingMethod):
                 module.merge(safe_merge=True)
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, module.get_base_layer())
+        for head in _heads(model):
+            hooks = head._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _in_single_precision]:
+                del hooks[key]
+                head.to(model.base_model.dtype)
+
+
+def _heads(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that a task adds to the base model."""
+    return [child for child in model.children() if child is not model.base_model]
+
+
+def _in_single_precision(_head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs of a head whose weights are fp32, whatever the layers before it compute in."""
+    return tuple(
+        each.float() if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in inputs
+    )
