@@ -594,3 +594,62 @@ def other_number_of_processes(directory: str) -> str:
     except InputError as error:
         return str(error)
     return "nothing"
+
+
+def zero3_in_a_trainer(directory: str) -> tuple[int, int, bool, list[float]]:
+    """Steps, visits, whether DeepSpeed drives the optimizer, and the losses of a Hugging Face Trainer under ZeRO-3.
+
+    Two patches let transformers and accelerate run bf16 DeepSpeed on the CPU, which they do for cards only.
+    """
+    import accelerate.state
+    import deepspeed.ops
+    import transformers.training_args
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    from badam import BAdamCallback
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    prepare = accelerate.state.PartialState._prepare_backend
+    accelerate.state.PartialState._prepare_backend = lambda self, cpu=False, *rest: prepare(self, True, *rest)
+    config = {
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10_000},
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": ACCUMULATE,
+        "gradient_clipping": 1.0,
+    }
+    arguments = TrainingArguments(
+        directory,
+        deepspeed=config,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=ACCUMULATE,
+        max_steps=LAYERS * SWITCH_EVERY,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        bf16=True,
+        disable_tqdm=True,
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, use_cache=False))
+    optimizer = BlockOptimizer(adamw(model.parameters()), list(model.named_parameters()), **OPTIONS)
+
+    class BlockTrainer(Trainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            self.optimizer = optimizer
+            return optimizer
+
+    rows = [[(start + step) % VOCABULARY for step in range(12)] for start in range(64)]
+    trainer = BlockTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        callbacks=[BAdamCallback],
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return optimizer.global_step, optimizer.visit, optimizer.ds_optimizer is not None, losses

@@ -70,3 +70,10 @@ def test_four_processes_train_like_one() -> None:
     reference = jobs.run(how="single")
     for run in on_ranks(4, jobs.run_deepspeed):
         assert_equal_runs(run, reference)
+
+
+@pytest.mark.slow
+def test_a_trainer_under_zero3_switches_blocks_through_the_callback(tmp_path: Path) -> None:
+    for steps, visits, driven, losses in on_ranks(2, jobs.zero3_in_a_trainer, directory=str(tmp_path)):
+        assert (steps, visits, driven) == (jobs.LAYERS * jobs.SWITCH_EVERY, jobs.LAYERS, True)
+        assert losses[-1] < losses[0]
