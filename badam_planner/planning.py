@@ -36,8 +36,9 @@ from badam.units import format_bytes
 from badam.vocabulary import Phase
 from badam_planner.duration import Effort, mean_efforts, step_seconds
 from badam_planner.probe.cards import CardsEvaluator, smallest_number, with_traffic
-from badam_planner.probe.evaluate import Evaluator, ModelTree, PlanForecast, inspect_model
+from badam_planner.probe.evaluate import Evaluator, PlanForecast
 from badam_planner.probe.model_source import explaining
+from badam_planner.probe.model_tree import ModelTree, inspect_model
 from badam_planner.result import Answer, Candidate, SearchResult
 from badam_planner.search import Cut, Relief, Setting, ladder, recommended_index, relief, strategies
 

@@ -12,8 +12,8 @@ import argparse
 from badam_planner.links import BETWEEN_NODES, LINKS, seconds
 from badam_planner.planning import Request, staged_plan
 from badam_planner.probe.cards import CardsEvaluator
-from badam_planner.probe.evaluate import inspect_model
 from badam_planner.probe.model_source import find_config, specify
+from badam_planner.probe.model_tree import inspect_model
 from badam_planner.probe.target import find_target
 from badam_planner.search import Setting
 

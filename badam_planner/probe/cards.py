@@ -8,7 +8,8 @@ from badam.naming import belongs
 from badam.plan import Plan
 from badam_planner.events import Recording
 from badam_planner.outline import BlockPeaks, Outline
-from badam_planner.probe.evaluate import Evaluator, trained_prefixes
+from badam_planner.probe.evaluate import Evaluator
+from badam_planner.probe.roles import trained_prefixes
 from badam_planner.sharding import Sharding, Traffic, per_card, sharding_of, traffic_per_step
 
 MOST_CARDS = 4096

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from badam.plan import Plan
 from badam.training.methods import method_of
-from badam_planner.probe.evaluate import Evaluator, ModelTree
+from badam_planner.probe.evaluate import Evaluator
+from badam_planner.probe.model_tree import ModelTree
 from badam_planner.result import SizeCell, SizeMap
 from badam_planner.search import Setting, ladder
 

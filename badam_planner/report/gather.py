@@ -26,7 +26,8 @@ def rehearse_step(plan: Plan) -> StepTimeline:
         BadamError: if the model of the plan cannot be rehearsed.
     """
     from badam_planner.allocator import ROUNDING
-    from badam_planner.probe.evaluate import Evaluator, inspect_model
+    from badam_planner.probe.evaluate import Evaluator
+    from badam_planner.probe.model_tree import inspect_model
     from badam_planner.timeline import Timeline
 
     names = [block.name for block in plan.partition.blocks]
@@ -51,7 +52,8 @@ def sizes_that_fit(plan: Plan, progress: Callable[[str], None] = lambda _text: N
     Raises:
         BadamError: if the model of the plan cannot be rehearsed.
     """
-    from badam_planner.probe.evaluate import Evaluator, inspect_model
+    from badam_planner.probe.evaluate import Evaluator
+    from badam_planner.probe.model_tree import inspect_model
     from badam_planner.probe.sizes import map_sizes
 
     return map_sizes(plan, Evaluator(inspect_model(plan.model, plan.training.attention)), progress)

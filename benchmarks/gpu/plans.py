@@ -9,8 +9,9 @@ from badam.plan import BlockPlan, MethodOptions, Plan, Target
 from badam.training.assemble import choose_attention
 from badam.training.methods import method_of
 from badam_planner.planning import Request, staged_plan, with_prediction
-from badam_planner.probe.evaluate import Evaluator, ModelTree, inspect_model
+from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.model_source import describe_model
+from badam_planner.probe.model_tree import ModelTree, inspect_model
 from badam_planner.search import Setting, strategies
 from benchmarks.gpu.cases import Case
 

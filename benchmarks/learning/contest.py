@@ -10,8 +10,8 @@ from typing import Any
 
 from badam.plan import Method, MethodOptions, Plan, Target
 from badam_planner.planning import Request, staged_plan
-from badam_planner.probe.evaluate import ModelTree, inspect_model
 from badam_planner.probe.model_source import specify
+from badam_planner.probe.model_tree import ModelTree, inspect_model
 from badam_planner.search import Cut, Setting
 
 VOCABULARY = 4096

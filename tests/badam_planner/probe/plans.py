@@ -7,7 +7,7 @@ from typing import Any
 from badam.plan import Dtype, Loss, Method, MethodOptions, ModelSpec, Plan, Strategy, Target, config_digest
 from badam.training.assemble import choose_attention
 from badam_planner.planning import Request, staged_plan
-from badam_planner.probe.evaluate import ModelTree, inspect_model
+from badam_planner.probe.model_tree import ModelTree, inspect_model
 from badam_planner.search import Setting
 
 LLAMA: dict[str, Any] = {

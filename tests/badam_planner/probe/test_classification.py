@@ -10,8 +10,9 @@ from badam.errors import InputError
 from badam.plan import Target
 from badam.vocabulary import Category
 from badam_planner.planning import Request, staged_plan
-from badam_planner.probe.evaluate import Evaluator, inspect_model
+from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.model_source import describe_model, specify
+from badam_planner.probe.model_tree import inspect_model
 from badam_planner.search import Setting
 from tests.badam_planner.probe.plans import BERT, CPU, DEBERTA, GPT2, LLAMA, ROBERTA, plan_of
 from tests.badam_planner.probe.test_evaluate import everything_in

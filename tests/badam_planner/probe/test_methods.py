@@ -14,7 +14,8 @@ from badam.plan import Method, MethodOptions, Plan
 from badam.training.assemble import build_model, prepare_model
 from badam.training.methods import METHODS, method_of
 from badam.vocabulary import Category, Phase
-from badam_planner.probe.evaluate import Evaluator, ModelTree
+from badam_planner.probe.evaluate import Evaluator
+from badam_planner.probe.model_tree import ModelTree
 from badam_planner.probe.rehearse import rehearse, trained_entries
 from badam_planner.search import strategies
 from badam_planner.timeline import Timeline
