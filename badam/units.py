@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
+from fractions import Fraction
 
 from badam.errors import InputError
 
@@ -54,7 +54,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     factor = _FACTORS.get(match.group(2).upper()) if match else None
-    size = int(Decimal(match.group(1)) * factor) if match and factor else 0
+    size = int(Fraction(match.group(1)) * factor) if match and factor else 0
     if size <= 0:
         raise InputError(f"{text!r} is not a size of memory.", advice="Write a number with a unit, such as 24GiB.")
     return size

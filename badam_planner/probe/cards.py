@@ -21,7 +21,8 @@ class CardsEvaluator(Evaluator):
 
     def recording(self, plan: Plan, index: int) -> Recording:
         """The rehearsal of one block on one of the plan's cards, at full depth."""
-        return per_card(super().recording(plan, index), plan, self._sharding(plan, index))
+        whole = super().recording(plan, index)
+        return whole if plan.target.engine == "single" else per_card(whole, plan, self._sharding(plan, index))
 
     def peaks(self, plan: Plan, index: int) -> BlockPeaks:
         """The highest allocated bytes of one of the plan's cards with one block active."""

@@ -20,6 +20,7 @@ from badam.vocabulary import Phase
 from badam_planner.compose import KEPT_CYCLES, NotPeriodic, Run, compose, composed_work, find_runs
 from badam_planner.duration import Effort, Pace
 from badam_planner.events import Flops, Recording
+from badam_planner.family import Family, NoFamily, Size, SizeRange, ranges_of
 from badam_planner.forecast import Forecast, forecast
 from badam_planner.outline import BlockPeaks, Outline
 from badam_planner.probe.model_tree import ModelTree
@@ -83,6 +84,8 @@ class Evaluator:
         self._rehearsed: dict[Hashable, _Rehearsed] = {}
         self._trained: dict[str, int] = {}
         self._roles = Roles(tree)
+        self._ranges: tuple[SizeRange, ...] = ()
+        self._families: dict[Hashable, Family | None] = {}
 
     @overload
     def worst_block(self, plan: Plan) -> PlanForecast: ...
@@ -238,7 +241,7 @@ class Evaluator:
         for plan, index in wanted:
             if not self.exact and method_of(plan.method).composes:
                 key, runs = self._key_and_runs(plan, index)
-                if key not in self._rehearsed:
+                if key not in self._rehearsed and not self._ranges:  # the probes of a range share the workers
                     jobs.setdefault(key, partial(self._rehearse, plan, index, runs))
         if len(jobs) > 1 and not self._rehearsed:  # the first one loads code that the others then have
             key = next(iter(jobs))
@@ -264,12 +267,44 @@ class Evaluator:
         return key, runs
 
     def _rehearse(self, plan: Plan, index: int, runs: Sequence[Run]) -> _Rehearsed:
+        recording = self._from_family(plan, index, runs) or self._record(plan, index, runs)
+        return _Rehearsed(recording, _names(self.tree.layers, runs), [run.stand_ins() for run in runs])
+
+    def _record(self, plan: Plan, index: int, runs: Sequence[Run]) -> Recording:
         from badam_planner.probe.rehearse import rehearse
 
-        layers = self.tree.layers
         without = dict(chain.from_iterable(run.left_out.items() for run in runs))
-        recording = rehearse(plan, index, layers=layers, classes=self.tree.layer_classes, without=without)
-        return _Rehearsed(recording, _names(layers, runs), [run.stand_ins() for run in runs])
+        return rehearse(plan, index, layers=self.tree.layers, classes=self.tree.layer_classes, without=without)
+
+    def expect_sizes(self, batch_sizes: Sequence[int], lengths: Sequence[int]) -> None:
+        """Say which sizes are going to be asked about, so that few of them need a rehearsal of their own.
+
+        What follows from the ends of a range (badam_planner.family) equals the rehearsal in bytes and operations. It
+        has no traffic: efforts at such sizes are asked of another evaluator.
+        """
+        self._families.clear()
+        self._ranges = ranges_of(batch_sizes, lengths)
+
+    def _from_family(self, plan: Plan, index: int, runs: Sequence[Run]) -> Recording | None:
+        """The recording at the plan's size as it follows from those of its range; None if it does not."""
+        size = (plan.training.batch_size, plan.training.seq_len)
+        sizes = next((each for each in self._ranges if each.has(size)), None)
+        if sizes is None:
+            return None
+        key = (sizes, self._roles.question(_at_size(plan, (1, 1)), index, runs))
+        try:
+            if key not in self._families:
+                self._families[key] = None
+                self._families[key] = self._family(plan, index, runs, sizes)
+            family = self._families[key]
+            return None if family is None else family.at(size)
+        except NoFamily:
+            return None
+
+    def _family(self, plan: Plan, index: int, runs: Sequence[Run], sizes: SizeRange) -> Family:
+        probes = sizes.probes()
+        tasks = [partial(self._record, _at_size(plan, size), index, runs) for size in probes]
+        return Family(sizes, dict(zip(probes, run_all(tasks, self.workers), strict=True)))
 
     def _new_names(self, rehearsed: _Rehearsed, runs: Sequence[Run]) -> dict[str, str]:
         return dict(zip(rehearsed.names, _names(self.tree.layers, runs), strict=True))
@@ -284,6 +319,11 @@ def _worth_simulating(peaks: Mapping[int, BlockPeaks]) -> list[int]:
     resident = highest.by_phase.get(Phase.SETUP, 0)
     bar = highest.peak_allocated_bytes - 0.1 * (highest.peak_allocated_bytes - resident)
     return [index for index, block in peaks.items() if block.peak_allocated_bytes >= bar]
+
+
+def _at_size(plan: Plan, size: Size) -> Plan:
+    training = plan.training.model_copy(update={"batch_size": size[0], "seq_len": size[1]})
+    return plan.model_copy(update={"training": training})
 
 
 def _names(layers: Sequence[str], runs: Sequence[Run]) -> list[str]:

@@ -32,6 +32,7 @@ def map_sizes(plan: Plan, evaluator: Evaluator, progress: Callable[[str], None] 
     lengths = sizes_around(training.seq_len, SHORTEST, factors)
     lengths = [length for length in lengths if length <= max(_longest(plan), training.seq_len)]
     settings = ladder("auto", "auto", evaluator.tree.can_chunk)
+    evaluator.expect_sizes(batches, lengths)
     first_open: dict[tuple[int, int], int] = {}  # index of the first setting that fits; len(settings) where none does
     cells = []
     for row, batch in enumerate(batches):

@@ -23,6 +23,9 @@ class Formula:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int, str]] = []
 
+    def expect_sizes(self, *_: object) -> None:
+        """A formula needs no rehearsal."""
+
     def worst_block(self, plan: Plan, *, give_up_above: int) -> Any:
         training = plan.training
         self.asked.append((training.batch_size, training.seq_len, training.checkpointing))
