@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -69,10 +71,22 @@ def test_a_fork_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_all([hang, hang], 2) == ["done here", "done here"]
 
 
-def test_no_process_is_left_behind() -> None:
-    run_all([os.getpid] * 4, 4)
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+@pytest.mark.parametrize("task", [os.getpid, partial(divmod, 1, 0)], ids=["done", "failed"])
+def test_no_process_is_left_behind(task: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    forked: list[int] = []
+    fork = os.fork
+
+    def noting() -> int:
+        forked.append(fork())
+        return forked[-1]
+
+    monkeypatch.setattr(os, "fork", noting)
+    with suppress(ZeroDivisionError):
+        run_all([task] * 4, 4)
+    assert len(forked) == 3
+    for child in forked:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(child, os.WNOHANG)
 
 
 def test_blocks_rehearsed_ahead_are_what_they_would_have_been(monkeypatch: pytest.MonkeyPatch) -> None:
