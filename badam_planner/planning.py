@@ -144,14 +144,14 @@ def _rehearse_ahead(request: Request, asked_for: Sequence[Cut], evaluator: Cards
     progress(f"rehearsing {', '.join(asked_for)} blocks, {_in_words(fastest)}")
     plans = [staged_plan(request, strategy, fastest, evaluator.tree) for strategy in asked_for]
     plans = [plan for plan in plans if method_of(plan.method).composes]
-    evaluator.prepare((plan, evaluator.decisive(plan)[0]) for plan in plans)
+    largest = [(plan, evaluator.decisive(plan)[0]) for plan in plans]
+    in_the_middle = [(plan, len(plan.partition.blocks) // 2) for plan in plans[:1]]  # these answer for most others
+    evaluator.prepare([*largest, *in_the_middle])
     limit = request.target.usable_bytes - request.target.context_bytes
-    promising = [
-        plan for plan in plans if evaluator.peaks(plan, evaluator.decisive(plan)[0]).peak_allocated_bytes <= limit
-    ]
+    promising = [plan for plan, index in largest if evaluator.peaks(plan, index).peak_allocated_bytes <= limit]
     decisive = [(plan, index) for plan in promising for index in evaluator.decisive(plan)]
-    in_the_middle = [(plan, len(plan.partition.blocks) // 2) for plan in promising[:1]]
-    evaluator.prepare([*decisive, *in_the_middle])
+    recommended = [(plan, index) for plan in promising[:1] for index in range(len(plan.partition.blocks))]
+    evaluator.prepare([*decisive, *recommended])
 
 
 def _with_enough_cards(request: Request, evaluator: CardsEvaluator, progress: Progress) -> Request:

@@ -135,6 +135,7 @@ def _answer(
     command = shlex.join(["badam-plan", *sys.argv[1:]])
     answer = load_answer(key)
     if answer is None:
+        gc.disable()  # nearly all that is made from here on, modules included, lives to the end, which is seconds away
         from badam.plan import MethodOptions
         from badam.training.assemble import choose_attention
         from badam_planner.planning import Request, make_plan
@@ -145,7 +146,6 @@ def _answer(
         if options["attention"] == "auto":
             options = {**options, "attention": choose_attention(spec)}
         request = Request(spec=spec, target=target, command=command, **options)
-        gc.disable()  # nearly all that is made lives to the end of the command, which is seconds away
         answer = make_plan(request, progress, workers=available_workers())
         save_answer(key, answer)
     elif answer.plan is not None:
