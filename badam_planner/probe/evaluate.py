@@ -243,9 +243,6 @@ class Evaluator:
                 key, runs = self._key_and_runs(plan, index)
                 if key not in self._rehearsed and not self._ranges:  # the probes of a range share the workers
                     jobs.setdefault(key, partial(self._rehearse, plan, index, runs))
-        if len(jobs) > 1 and not self._rehearsed:  # the first one loads code that the others then have
-            key = next(iter(jobs))
-            self._rehearsed[key] = jobs.pop(key)()
         self._rehearsed.update(zip(jobs, run_all(list(jobs.values()), self.workers), strict=True))
 
     def _rehearsal(self, plan: Plan, index: int) -> tuple[_Rehearsed, list[Run]]:

@@ -108,13 +108,10 @@ def explaining(model_id: str) -> Iterator[None]:
 
 def count_parameters(spec: ModelSpec) -> int:
     """Entries of all distinct parameters of the model's module tree; tied ones count once."""
-    from badam.plan import Training
     from badam.training.assemble import choose_attention
-    from badam_planner.probe.rehearse import fake_model, fake_world
+    from badam_planner.probe.model_tree import inspect_model
 
-    with fake_world():
-        model = fake_model(spec, Training(batch_size=1, seq_len=1, attention=choose_attention(spec)))
-        return sum(parameter.numel() for parameter in model.parameters())
+    return inspect_model(spec, choose_attention(spec)).entries
 
 
 def _task(config: dict[str, Any]) -> Task:

@@ -27,6 +27,7 @@ class ModelTree:
     layer_classes: tuple[type[Any], ...]  # of the layers
     head_module: str  # path of the output projection; "" if there is none
     can_chunk: bool  # whether the chunked loss knows this model
+    entries: int  # of all distinct parameters, those beside the text included
     versions: dict[str, str]
 
     def layer_of(self, path: str) -> str:
@@ -45,14 +46,25 @@ class ModelTree:
         return False
 
 
+_KNOWN: dict[tuple[str, str, Attention], ModelTree] = {}
+
+
 def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
-    """Build the module tree on fake tensors and note what planning needs of it."""
+    """Build the module tree on fake tensors, once for a configuration, and note what planning needs of it."""
+    key = (spec.config_digest, spec.task, attention)
+    if key not in _KNOWN:
+        _KNOWN[key] = _inspected(spec, attention)
+    return _KNOWN[key]
+
+
+def _inspected(spec: ModelSpec, attention: Attention) -> ModelTree:
     from badam.errors import InputError
     from badam.training.losses import check_chunked
     from badam_planner.probe.rehearse import fake_model, fake_world
 
     with fake_world():
         model = fake_model(spec, Training(batch_size=1, seq_len=1, attention=attention))
+        entries = sum(parameter.numel() for parameter in model.parameters())
         beside = _beside_the_text(model)
         parameters = tuple(
             ParameterInfo(name, tuple(tensor.shape))
@@ -82,6 +94,7 @@ def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
         layer_classes=tuple(type(model.get_submodule(path)) for stack in stacks for path in stack),
         head_module=names.get(id(head), ""),
         can_chunk=can_chunk,
+        entries=entries,
         versions={name: version(name) for name in REPORTED_VERSIONS},
     )
 
