@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,6 +53,13 @@ def belongs(name: str, prefixes: Iterable[str]) -> bool:
         if name == path or name.startswith(path + "."):
             return True
     return False
+
+
+def enclosing(path: str, modules: Container[str]) -> str:
+    """The closest of ``modules`` (dotted paths) that ``path`` is or lies in; "" if it is in none."""
+    while path and path not in modules:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def rows_of(name: str, prefixes: Iterable[str]) -> tuple[int, int] | None:

@@ -12,21 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
+from badam.naming import enclosing
 from badam.vocabulary import Phase
 from badam_planner.events import NEVER, LayerMark, Recording
-from badam_planner.passages import COMPARED, LAST, REPEATED, NotPeriodic, Ordinal, Passages, Reference, Span
-from badam_planner.renaming import Renamer
+from badam_planner.passages import (
+    COMPARED,
+    LAST,
+    REPEATED,
+    NotPeriodic,
+    Ordinal,
+    Passages,
+    Reference,
+    Span,
+    times_of_cycle,
+)
+from badam_planner.renaming import Renamer, Work
 
 __all__ = ["KEPT_CYCLES", "NotPeriodic", "Run", "compose", "composed_work", "find_runs"]
 
 KEPT_CYCLES = LAST + 1
 LONGEST_PERIOD = 8
-
-
-Work = TypeVar("Work")
-"""What is added up by phase and module: operations, traffic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +173,7 @@ def composed_work(work: Mapping[tuple[Phase, str], Work], run: Run) -> dict[tupl
     cycle_of_layer = {layer: number for number, cycle in enumerate(kept) for layer in cycle}
     composed: dict[tuple[Phase, str], Work] = {}
     for (phase, module), count in work.items():
-        layer = module
-        while layer and layer not in cycle_of_layer:
-            layer = layer.rpartition(".")[0]
-        cycle = cycle_of_layer.get(layer)
+        cycle = cycle_of_layer.get(enclosing(module, cycle_of_layer))
         if not _is_unused(cycle, total):
             composed[phase, module] = count
         if cycle == REPEATED:
@@ -181,7 +184,7 @@ def composed_work(work: Mapping[tuple[Phase, str], Work], run: Run) -> dict[tupl
 
 def _is_unused(cycle: int | None, total: int) -> bool:
     """Whether a cycle of the recording has no place in a run of ``total``."""
-    return cycle is not None and total - 1 <= cycle < LAST
+    return cycle is not None and times_of_cycle(cycle, total) == 0
 
 
 def _place(allocation: int, reference: Reference | None, number: int | None) -> _Place:

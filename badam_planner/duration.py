@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from badam.naming import enclosing
 from badam.plan import Dtype, Rates
 from badam.vocabulary import Phase
 from badam_planner.events import MemoryTraffic, Recording
@@ -68,14 +69,11 @@ class Pace:
         }
         self._shares: dict[tuple[Phase, tuple[int, int] | None], Effort] = {}
         for phase, module in recording.flops.keys() | recording.traffic.keys():
-            layer = module
-            while layer and layer not in cycle_of:
-                layer = layer.rpartition(".")[0]
             flops = recording.flops.get((phase, module), 0)
             moved = recording.traffic.get((phase, module), MemoryTraffic())
             seconds = 0.0 if rates is None else seconds_of(flops, moved, rates, dtype)
             effort = Effort(flops, moved.product_bytes, moved.other_bytes, moved.operators, seconds)
-            share = (phase, cycle_of.get(layer))
+            share = (phase, cycle_of.get(enclosing(module, cycle_of)))
             self._shares[share] = self._shares.get(share, Effort()).plus(effort)
 
     def efforts(self, totals: Sequence[int]) -> dict[Phase, Effort]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, NamedTuple
 
+from badam.naming import enclosing
 from badam.vocabulary import Phase
 from badam_planner.events import NEVER, Recording
 from badam_planner.renaming import Renamer
@@ -95,9 +96,7 @@ class Passages:
 
     def cycle_of(self, module: str) -> int | None:
         """The cycle that a module lies in; None if it is in none."""
-        while module and module not in self._cycle_of_layer:
-            module = module.rpartition(".")[0]
-        return self._cycle_of_layer.get(module)
+        return self._cycle_of_layer.get(enclosing(module, self._cycle_of_layer))
 
     def check_alike(self) -> None:
         """Refuse a recording whose two middle cycles differ, or in which something happens between them.

@@ -10,6 +10,7 @@ from badam.vocabulary import Phase
 from badam_planner.events import GIVEN, Allocation, Recording
 
 Work = TypeVar("Work")
+"""What is added up by phase and module: operations, traffic."""
 
 
 class Renamer:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from badam.naming import ParameterInfo, belongs
+from badam.naming import ParameterInfo, belongs, enclosing
 from badam.plan import Dtype, Plan
 from badam.vocabulary import Category, Phase
 from badam_planner.events import NEVER, Allocation, Recording
@@ -290,10 +290,7 @@ class _Passes:
         for one in self.every:
             for allocation in self.recording.allocations:
                 if allocation.phase is Phase.FORWARD and one.begins <= allocation.born < one.turns:
-                    path = allocation.module
-                    while path and path not in units:
-                        path = path.rpartition(".")[0]
-                    found[one.begins, path] = allocation.born
+                    found[one.begins, enclosing(allocation.module, units)] = allocation.born
         return found
 
     def _backward(self, one: _Pass) -> Iterator[Allocation]:

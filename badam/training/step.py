@@ -1,11 +1,13 @@
-"""Forward and loss of one micro-batch: the code that the trainer runs and the planner rehearses."""
+"""Forward and loss of one micro-batch, which trainer and planner share, and the update as the Trainer makes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from badam import phases
 from badam.plan import Loss
@@ -42,3 +44,19 @@ def forward_loss(
         scalar = (chunked_loss if loss == "chunked" else full_loss)(model, batch, num_items)
     phases.enter(Phase.BACKWARD)
     return scalar
+
+
+def update(model: nn.Module, optimizer: Optimizer, max_grad_norm: float) -> None:
+    """What follows the last backward of an optimizer step, as transformers' Trainer does it: clip, step, zero_grad.
+
+    Args:
+        model: whose gradients are clipped.
+        optimizer: takes the step.
+        max_grad_norm: bound on the norm of all gradients together; 0 leaves them alone.
+    """
+    phases.enter(Phase.STEP)
+    if max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    phases.enter(Phase.SETUP)

@@ -103,9 +103,10 @@ class Evaluator:
         shapes = [self._roles.shape(plan, block) for block in plan.partition.blocks]
         lowest = {shape: shapes.index(shape) for shape in shapes}
         peaks: dict[int, BlockPeaks] = {}
-        for index in self.decisive(plan):
+        decisive = self.decisive(plan)
+        for index in decisive:
             if len(peaks) == 1:
-                self.prepare((plan, other) for other in self.decisive(plan))
+                self.prepare((plan, other) for other in decisive)
             peaks[index] = self.peaks(plan, index)
             if (
                 give_up_above is not None

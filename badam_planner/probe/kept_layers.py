@@ -9,6 +9,8 @@ from unittest.mock import patch
 
 from torch import Tensor, nn
 
+from badam.naming import enclosing
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -57,7 +59,7 @@ def with_left_out(
     own: dict[str, list[tuple[str, Tensor]]] = {layer: [] for layer in layers}
     last: dict[str, int] = {}  # by layer that is there: the position of its last tensor
     for position, (name, tensor) in enumerate(entries):
-        layer = _layer_of(name, own)
+        layer = enclosing(name, own)
         if layer:
             own[layer].append((name, tensor))
             last[layer] = position
@@ -72,12 +74,6 @@ def with_left_out(
         for layer in following.get(position, ()):
             twin = without[layer]
             yield from ((layer + its_name.removeprefix(twin), its_tensor, False) for its_name, its_tensor in own[twin])
-
-
-def _layer_of(name: str, layers: Collection[str]) -> str:
-    while name and name not in layers:
-        name = name.rpartition(".")[0]
-    return name
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from badam.naming import belongs
+from badam.naming import belongs, enclosing
 from badam.partition import ParameterInfo, layer_stacks
 from badam.plan import Attention, ModelSpec, Training
 
@@ -32,9 +32,7 @@ class ModelTree:
 
     def layer_of(self, path: str) -> str:
         """The layer that a module or parameter lies in, or "" if it is in none."""
-        while path and path not in self.layer_kinds:
-            path = path.rpartition(".")[0]
-        return path
+        return enclosing(path, self.layer_kinds)
 
     def embeds_among(self, prefixes: Iterable[str]) -> bool:
         """Whether one of ``prefixes`` holds a parameter that comes before every layer."""

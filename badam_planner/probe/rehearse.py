@@ -27,6 +27,7 @@ from badam.plan import ModelSpec, Plan, Schedule, Target, Training
 from badam.profiling.states import base_of, masters, state_tensors
 from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing, prepare_model
 from badam.training.methods import method_of
+from badam.training.step import update
 from badam.vocabulary import Category, Phase
 from badam_planner.events import Recording
 from badam_planner.probe.kept_layers import build_without, with_left_out
@@ -140,6 +141,7 @@ def rehearse(
             prepare_checkpointing(model, optimizer, staged)
             if method.keeps_gradients:
                 _first_update(model, optimizer, tracker)
+                tracker.recording.traffic.clear()  # its memory is there to stay, its work is no part of a step's
             else:
                 label_states(model, optimizer, tracker)
             _training_step(plan, method, model, optimizer, tracker)
@@ -221,12 +223,7 @@ def _training_step(
         method.backward(loss, optimizer)
         del loss
         label_gradients(model, tracker)
-    phases.enter(Phase.STEP)
-    if plan.training.optimizer.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), plan.training.optimizer.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    phases.enter(Phase.SETUP)
+    update(model, optimizer, plan.training.optimizer.max_grad_norm)
 
 
 def label_gradients(model: PreTrainedModel, tracker: StorageTracker) -> None:

@@ -12,6 +12,7 @@ from badam.plan import Plan
 from badam.profiling.record import MeasuredRun
 from badam.training.assemble import build_model
 from badam.training.methods import method_of
+from badam.training.step import update
 from badam.vocabulary import Phase
 
 if TYPE_CHECKING:
@@ -68,12 +69,7 @@ def optimizer_step(
         total += loss.detach()
         del loss
         phases.enter(Phase.SETUP)
-    phases.enter(Phase.STEP)
-    if plan.training.optimizer.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), plan.training.optimizer.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    phases.enter(Phase.SETUP)
+    update(model, optimizer, plan.training.optimizer.max_grad_norm)
     return total
 
 

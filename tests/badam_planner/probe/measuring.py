@@ -12,7 +12,8 @@ from badam.profiling.cpu_memory import CpuMemory
 from badam.profiling.states import ModelStates
 from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing, prepare_model
 from badam.training.methods import method_of
-from badam.vocabulary import Category, Phase
+from badam.training.step import update
+from badam.vocabulary import Category
 from badam_planner.probe.rehearse import VISIT_STEPS
 
 
@@ -59,12 +60,7 @@ def measure(
                 total += loss.item()
                 del loss
             losses.append(total)
-            phases.enter(Phase.STEP)
-            if plan.training.optimizer.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), plan.training.optimizer.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            phases.enter(Phase.SETUP)
+            update(model, optimizer, plan.training.optimizer.max_grad_norm)
             found.append(memory.end_step(pause=False))
     memory.stop()
     highest = max(found, key=lambda step: step.peak_bytes)

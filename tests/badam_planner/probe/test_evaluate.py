@@ -238,3 +238,4 @@ def test_work_is_that_of_one_step() -> None:
     assert twice[Phase.STEP].other_bytes == work[Phase.STEP].other_bytes
     trained = plan.partition.blocks[0].parameters
     assert work[Phase.STEP].other_bytes > 28 * trained  # master and moments read and written, gradient read
+    assert work[Phase.STEP].other_bytes < 2 * 28 * trained  # clipping comes on top, but not a second update
