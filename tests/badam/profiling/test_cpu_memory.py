@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from badam.errors import BadamError
-from badam.profiling.allocator_log import AllocatorLog
+from badam.profiling.allocator_log import AllocatorEvent, AllocatorLog, Unreported
 from badam.profiling.cpu_memory import CpuMemory
 from badam.profiling.states import ModelStates, live_cpu_tensors
 from badam.vocabulary import Category, Phase
@@ -142,6 +143,18 @@ def test_nothing_is_lost_between_two_readings() -> None:
     assert [event.nbytes for event in first] == [100]
     assert [event.nbytes for event in second] == [-100]
     assert second[0].address == first[0].address
+
+
+def test_what_was_not_reported_stands_in_its_place_in_time() -> None:
+    log = AllocatorLog()
+    log.start()
+    kept = [torch.empty(100, dtype=torch.uint8)]
+    death = Unreported(time.time_ns(), AllocatorEvent(1, -7))
+    time.sleep(0.001)
+    kept.append(torch.empty(200, dtype=torch.uint8))
+    late = Unreported(time.time_ns() + 10**9, AllocatorEvent(2, -8))
+    early = Unreported(0, AllocatorEvent(3, -9))
+    assert [event.nbytes for event in log.stop([late, death, early])] == [-9, 100, -7, 200, -8]
 
 
 def test_reading_inside_an_open_range_is_safe() -> None:
