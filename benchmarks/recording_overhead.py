@@ -50,8 +50,7 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("three visits of 50 steps", 50, 150),
-    Setting("two visits of 100 steps", 100, 200),
+    Setting("two visits of 50 steps", 50, 100),
     Setting("the demo, 160 steps", 4, 160),
     Setting("the demo cut to one block epoch", 4, 40),
 )
@@ -128,7 +127,7 @@ def main() -> None:
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     plan = load_plan(sys.argv[1])
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 5
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
     results = []
     with tempfile.TemporaryDirectory() as directory:
         inputs = load_inputs(plan, RunOptions(output_dir=Path(directory)), None)

@@ -37,14 +37,9 @@ MARK_BYTES = 8191
 order without comparing clocks. A prime, since tensors of numbers have even sizes."""
 
 
-class AllocatorEvent(NamedTuple):
-    """One thing that happened: a block handed out or taken back, or a mark.
-
-    ``nbytes`` is positive for an allocation, negative for a release and zero for mark number ``address``.
-    """
-
-    address: int
-    nbytes: int
+AllocatorEvent = tuple[int, int]
+"""One thing that happened, as (address, bytes): a block handed out, or taken back where the bytes are negative. With no
+bytes it is a mark, and its number in place of the address. A plain tuple, since a step has ten thousands of them."""
 
 
 class Unreported(NamedTuple):
@@ -106,15 +101,16 @@ class AllocatorLog:
         nodes: list[Any] = result.experimental_event_tree()  # in order of time
         marks, self._marks = deque(self._marks), []
         events: list[AllocatorEvent] = []
+        others = torch.cuda.is_initialized()  # devices whose allocators report to the profiler too
         for begin, end, then in _stretches(nodes, unreported):
             for node in nodes[begin:end]:
-                fields = node.extra_fields  # each look into a node makes objects, and there are ten thousands
-                if type(fields) is not _ExtraFields_Allocation or not _is_on_cpu(fields):
+                fields = node.extra_fields  # each look into a node makes an object, so there are no more than needed
+                if type(fields) is not _ExtraFields_Allocation or (others and fields.device.type != "cpu"):
                     continue
                 address, nbytes = fields.ptr, fields.alloc_size
                 if nbytes == MARK_BYTES and marks and address == marks[0][0]:
                     address, nbytes = marks.popleft()[1], 0
-                events.append(AllocatorEvent(address, nbytes))
+                events.append((address, nbytes))
             events += then
         return events
 
@@ -129,10 +125,6 @@ def _stretches(
         yield begin, end, [one.event]
         begin = end
     yield begin, len(nodes), []
-
-
-def _is_on_cpu(fields: Any) -> bool:
-    return not torch.cuda.is_initialized() or fields.device.type == "cpu"
 
 
 @contextmanager

@@ -67,7 +67,8 @@ class CpuMemory:
             return
         self._log.start()
         for death in self._take_deaths():
-            self._account.release(death.event.address)
+            address, _ = death.event
+            self._account.release(address)
         states = self._states
         named = (*states.parameters(), *states.optimizer_states(), *states.gradients())
         self._account.forget_absent({one.address: (one.nbytes, one.category) for one in named}, NAMED)
@@ -128,4 +129,4 @@ def _by_address(named: Iterable[Named]) -> dict[int, Category]:
 
 
 def _note_death(deaths: list[Unreported], address: int, nbytes: int) -> None:
-    deaths.append(Unreported(time.time_ns(), AllocatorEvent(address, -nbytes)))
+    deaths.append(Unreported(time.time_ns(), (address, -nbytes)))
