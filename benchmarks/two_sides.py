@@ -55,7 +55,7 @@ class Sides:
 
 @contextlib.contextmanager
 def both_sides(worker: str, badam14: Path) -> Iterator[Sides]:
-    """A process of the module ``worker`` for each side; ``badam14``: an unpacked wheel or an interpreter that has it."""
+    """A process of the module ``worker`` for each side; ``badam14``: an unpacked wheel or an interpreter with it."""
     with contextlib.ExitStack() as stack:
 
         def start(side: SideName, interpreter: str, path: str) -> subprocess.Popen[str]:
