@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from badam.profiling.memory import StepMemory
+from badam.profiling.memory import Boundary, StepMemory
 from badam.vocabulary import Category, Phase
 
 
@@ -19,10 +19,12 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point between two events: where a phase begins, or where blocks at some addresses are recognized."""
+    """A point between two events: where a phase begins, where blocks at some addresses are recognized, or a boundary
+    whose memory is asked for."""
 
     phase: Phase | None = None
     known: Mapping[int, Category] = field(default_factory=dict)
+    boundary: bool = False
 
 
 class Account:
@@ -85,11 +87,16 @@ class Account:
         changes: list[tuple[Block, int]] = []
         peaks = {self._phase: self.live_bytes}
         highest, changes_to_peak = self.live_bytes, 0
+        boundaries: list[Boundary] = []
+        since_boundary = self.live_bytes
         for _, address, nbytes in events:
             if nbytes == 0:
                 mark = marks[address]
                 self.recognize(mark.known)
                 self._phase = mark.phase or self._phase
+                if mark.boundary:
+                    boundaries.append(Boundary(self.live_bytes, since_boundary))
+                    since_boundary = self.live_bytes
             else:
                 # An address that is handed out again, or taken back, ends the life of the block that was there. One
                 # that is taken back without having been counted was never ours.
@@ -99,6 +106,7 @@ class Account:
                 if nbytes > 0:
                     self.take_in(address, nbytes)
                     changes.append((self._live[address], nbytes))
+            since_boundary = max(since_boundary, self.live_bytes)
             if self.live_bytes > peaks.get(self._phase, -1):
                 peaks[self._phase] = self.live_bytes
                 if self.live_bytes > highest:
@@ -107,4 +115,5 @@ class Account:
         by_category: dict[Category, int] = {}
         for block, change in (*((block, block.nbytes) for block in at_start), *changes[:changes_to_peak]):
             by_category[block.category] = by_category.get(block.category, 0) + change
-        return StepMemory(peaks, {category: size for category, size in by_category.items() if size})
+        shares = {category: size for category, size in by_category.items() if size}
+        return StepMemory(peaks, shares, boundaries=tuple(boundaries))

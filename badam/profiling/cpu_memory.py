@@ -23,6 +23,8 @@ from badam.profiling.memory import StepMemory
 from badam.profiling.states import NAMED, ModelStates, Named, live_cpu_tensors
 from badam.vocabulary import Category, Phase
 
+BOUNDARY = Mark(boundary=True)
+
 
 class CpuMemory:
     """Measures the CPU memory of the thread that starts it; a badam.profiling.memory.MemorySource."""
@@ -76,6 +78,10 @@ class CpuMemory:
         """Set a mark; once backward is over, with the gradients that it left."""
         self._set_mark(phase, self._states.gradients() if phase is Phase.STEP and self._states else ())
 
+    def boundary(self) -> None:
+        """Set a mark."""
+        self._mark(BOUNDARY)
+
     def end_step(self, *, pause: bool) -> StepMemory:
         """Read the reports since the previous step's end, or since :meth:`begin_step`, and find the peak."""
         self._set_mark(None, self._states.optimizer_states() if self._states else ())
@@ -100,8 +106,11 @@ class CpuMemory:
         return self._account.replay(events, marks)
 
     def _set_mark(self, phase: Phase | None, named: Iterable[Named]) -> None:
+        self._mark(Mark(phase, _by_address(named)))
+
+    def _mark(self, mark: Mark) -> None:
         self._log.mark(len(self._marks))
-        self._marks.append(Mark(phase, _by_address(named)))
+        self._marks.append(mark)
 
     def _take_in(self, tensors: Iterable[tuple[Tensor, Category]]) -> None:
         for tensor, category in tensors:
