@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badam.plan import Plan
+from badam.plan import Plan, Target
 from badam.vocabulary import Phase
 from badam_planner.events import Allocation, Recording
 from badam_planner.family import Family, NoFamily, SizeRange, ranges_of
 from badam_planner.probe import evaluate
 from badam_planner.probe.evaluate import Evaluator
-from tests.badam_planner.probe.plans import GPT2, LLAMA, QWEN3_MOE, plan_of
+from tests.badam_planner.probe.plans import CPU, GPT2, LLAMA, QWEN3_MOE, plan_of
 
+CARD = Target(gpu="card", total_bytes=2**40, usable_bytes=2**40, context_bytes=2**28, workspace_bytes=2**23)
 BATCHES, LENGTHS = (1, 2, 3, 5, 8), (128, 256, 384, 512, 640, 768)
 
 
@@ -52,6 +53,20 @@ def test_recordings_of_a_family_are_the_rehearsals(
         assert sized(found) == sized(expected)
         assert found.flops == expected.flops
         assert together.peaks(each, 1) == one_by_one.peaks(each, 1)
+
+
+@pytest.mark.parametrize("target", [CPU, CARD], ids=["cpu", "card"])
+def test_forecasts_at_the_sizes_of_a_family_are_those_of_rehearsals(target: Target) -> None:
+    plan, tree = plan_of(LLAMA, 7, strategy="attn-mlp", checkpointing=True, target=target)
+    one_by_one, together = Evaluator(tree), Evaluator(tree)
+    together.expect_sizes(BATCHES, LENGTHS)
+    for size in ((1, 512), (3, 256), (8, 640)):
+        each = at_size(plan, *size)
+        expected, found = one_by_one.worst_block(each), together.worst_block(each)
+        assert replace(found.worst, largest=()) == replace(expected.worst, largest=())  # names want shapes
+        assert replace(found, worst=expected.worst) == expected
+    patterns = {id(rehearsed) for rehearsed, _ in together._rehearsed.values()}
+    assert len(patterns) < len(together._rehearsed)
 
 
 def test_a_range_of_sizes_takes_a_few_rehearsals(monkeypatch: pytest.MonkeyPatch) -> None:
