@@ -81,6 +81,13 @@ def train(
         Literal["truncate", "drop", "refuse"], typer.Option(help="What happens to examples longer than planned.")
     ] = "truncate",
     seed: Annotated[int, typer.Option(min=0, help="Of random weights and the order of the data.")] = 0,
+    profile: Annotated[
+        Literal["normal", "full"],
+        typer.Option(
+            help="full also records each module's time and memory, and on CUDA a snapshot for torch's memory viewer; "
+            "slow."
+        ),
+    ] = "normal",
     report_to: Annotated[
         list[str] | None, typer.Option(help="Also log to tensorboard, wandb, ... as transformers can.")
     ] = None,
@@ -130,6 +137,7 @@ def train(
             padding=pad_to,
             on_long=on_long,
             seed=seed,
+            profile=profile,
             report_to=tuple(report_to or ()),
         )
         command = shlex.join(["badam-train", *sys.argv[1:]])
