@@ -83,13 +83,11 @@ class ModelStates:
         """What decides the memory of the coming step, as far as model and optimizer know."""
         done = getattr(self.optimizer, "steps_in_visit", None)  # None: this optimizer has no visits
         length = getattr(self.optimizer, "switch_block_every", getattr(self.optimizer, "switch_every", 0))
-        return ComingStep(
-            block=self.active_block(),
-            visit_begins=done == 0,
-            visit_ends=done is not None and done + 1 == length,
-            states=self.states_kept(),
-            active=sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad),
-        )
+        begins, ends = done == 0, done is not None and done + 1 == length
+        active = 0
+        if begins or ends:  # asked before every step, and most are neither
+            active = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return ComingStep(self.active_block(), begins, ends, self.states_kept(), active)
 
 
 def masters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Tensor]]:
