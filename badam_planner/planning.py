@@ -31,8 +31,10 @@ from badam.plan import (
     Target,
     Training,
 )
+from badam.training.assemble import model_config
 from badam.training.methods import METHODS, method_of
-from badam.units import format_bytes
+from badam.training.tasks import TRAINED_HERE, input_positions
+from badam.units import format_batch, format_bytes
 from badam.vocabulary import Phase
 from badam_planner.duration import Effort, mean_efforts, step_seconds
 from badam_planner.probe.cards import CardsEvaluator, smallest_number, with_traffic
@@ -61,6 +63,7 @@ class Request:
     active_modules: tuple[str, ...] = ()
     batch_size: int = 1
     seq_len: int = 512
+    decoder_len: int | None = None
     grad_accum: int = 1
     dtype: Dtype = "bfloat16"
     checkpointing: str = "auto"
@@ -87,6 +90,11 @@ class Request:
                 f"Only --method badam can be planned for several cards, not {self.method}"
                 + (" beside other methods." if self.compare_methods else "."),
                 advice="Plan other methods with --engine single.",
+            )
+        if self.target.engine != "single" and self.spec.task not in TRAINED_HERE:
+            raise InputError(
+                f"Training for {self.spec.task} can be planned for one card only, not for several.",
+                advice="Plan it with --engine single.",
             )
 
 
@@ -129,6 +137,8 @@ def _made(request: Request, progress: Progress, workers: int) -> Answer:
         seq_len=request.seq_len,
         candidates=candidates,
         left_out=tuple(left_out),
+        task=request.spec.task,
+        decoder_len=request.decoder_len,
     )
     if not fits[best]:
         return Answer(result, None, _refusal(request, tried, evaluator, progress))
@@ -188,6 +198,7 @@ def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTr
         training=Training(
             batch_size=request.batch_size,
             seq_len=request.seq_len,
+            decoder_len=request.decoder_len,
             grad_accum=request.grad_accum,
             dtype=request.dtype,
             checkpointing=setting.checkpointing,
@@ -298,6 +309,10 @@ def _in_words(setting: Setting) -> str:
     return f"checkpointing {setting.checkpointing}, {setting.loss} loss"
 
 
+def _batch_in_words(request: Request) -> str:
+    return format_batch(request.spec.task, request.batch_size, request.seq_len, request.decoder_len)
+
+
 def _headroom(request: Request, forecast: PlanForecast) -> int:
     return request.target.usable_bytes - forecast.worst.peak_device_bytes
 
@@ -398,7 +413,7 @@ def _refusal(
     message = (
         f"{request.spec.id} needs {format_bytes(worst.peak_device_bytes)} at its leanest "
         f"({plan.partition.strategy} blocks, {_in_words(Setting(training.checkpointing, training.loss))}, "
-        f"batch {request.batch_size} of {request.seq_len} tokens), {request.target.gpu} offers "
+        f"batch {_batch_in_words(request)}), {request.target.gpu} offers "
         f"{format_bytes(request.target.usable_bytes)}: {format_bytes(-_headroom(request, forecast))} too much. "
         f"The largest part is {category}, {format_bytes(size)}, at the peak in {worst.peak_phase}."
     )
@@ -418,12 +433,14 @@ def _refusal(
 
 def _what_would_fit(request: Request, evaluator: Evaluator, progress: Progress) -> str | None:
     """The options of the mildest change with which the request fits, as the user would type them."""
-    sizes = list(relief(request.batch_size, request.seq_len))
+    fixed = input_positions(model_config(request.spec), request.spec.task) is not None
+    sizes = list(relief(request.batch_size, request.seq_len, **({"shortest": request.seq_len} if fixed else {})))
     kinds = strategies(request.method, "auto")
 
     def resized(size: Relief) -> Request:
-        progress(f"trying batch {size.batch_size} of {size.seq_len} tokens")
-        return replace(request, batch_size=size.batch_size, seq_len=size.seq_len, checkpointing="auto", loss="auto")
+        smaller = replace(request, batch_size=size.batch_size, seq_len=size.seq_len)
+        progress(f"trying batch {_batch_in_words(smaller)}")
+        return replace(smaller, checkpointing="auto", loss="auto")
 
     if not any(_fits_at_its_leanest(resized(sizes[-1]), strategy, evaluator) for strategy in reversed(kinds)):
         return None

@@ -39,6 +39,7 @@ from badam.training.out_of_memory import explained
 from badam.training.preparing import prepare_trainer
 from badam.training.processes import Processes, apart, join_processes, place, whole_weights
 from badam.training.progress import MetricsFile, ProgressDisplay
+from badam.training.tasks import TRAINED_HERE
 from badam.training.weights import locate_weights, tokenizer_source
 
 if TYPE_CHECKING:
@@ -173,6 +174,12 @@ def _best(trainer: PlanLoop) -> BestEvaluation | None:
 
 
 def _check_runnable(plan: Plan, options: RunOptions, device: torch.device) -> None:
+    if plan.model.task not in TRAINED_HERE:
+        raise InputError(
+            f"badam-train trains language models and classifiers of texts; this plan is for {plan.model.task}.",
+            advice="Train it in a loop of your own with badam.BlockOptimizer and badam.training.step.forward_loss; "
+            "badam.profiling.record(optimizer, model, plan=plan) measures it.",
+        )
     method = method_of(plan.method)
     method.check(plan)
     method.check_device(device)

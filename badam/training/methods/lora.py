@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from badam.errors import InputError
 from badam.plan import Method, Plan
 from badam.training.methods.base import TrainingMethod, adamw_options, parameter_groups
+from badam.training.tasks import CLASSIFICATIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,7 @@ class Lora(TrainingMethod):
 
         options = plan.training.options
         rank = options.rank or DEFAULT_RANK
-        heads = _heads(model) if plan.model.task == "sequence-classification" else []
+        heads = _heads(model) if plan.model.task in CLASSIFICATIONS else []
         names = [name for name, child in model.named_children() if child in heads]
         config = LoraConfig(
             r=rank,
