@@ -8,6 +8,7 @@ from badam.plan import Target
 from badam.vocabulary import Category, Phase
 from badam_planner.allocator import ROUNDING, CachingAllocator
 from badam_planner.events import GIVEN, NEVER, Allocation, Recording
+from badam_planner.expandable import ExpandableAllocator
 from badam_planner.timeline import Timeline
 
 
@@ -39,7 +40,7 @@ def forecast(recording: Recording, target: Target, *, head_module: str, largest:
     else:
         recording = with_workspace(recording, target.workspace_bytes)
         tensors = Timeline(recording, head_module, granularity=ROUNDING, on_card=True)
-        allocator, sizes = replay(tensors)
+        allocator, sizes = replay(tensors, expandable_segments=target.expandable_segments)
         blocks = tensors.resized(sizes)
         reserved = allocator.peak_reserved
     by_phase = blocks.peak_by_phase()
@@ -78,8 +79,10 @@ def with_workspace(recording: Recording, nbytes: int) -> Recording:
     return replace(recording, allocations=[*recording.allocations, workspace]) if nbytes else recording
 
 
-def replay(timeline: Timeline, capacity: int | None = None) -> tuple[CachingAllocator, list[int]]:
-    """Run a timeline through the simulated allocator.
+def replay(
+    timeline: Timeline, capacity: int | None = None, *, expandable_segments: bool = False
+) -> tuple[CachingAllocator | ExpandableAllocator, list[int]]:
+    """Run a timeline through the simulated allocator, or through the one with expandable segments.
 
     Returns:
         The allocator after the last event, and the bytes of the block that each allocation got.
@@ -87,7 +90,7 @@ def replay(timeline: Timeline, capacity: int | None = None) -> tuple[CachingAllo
     Raises:
         AllocationRefused: if ``capacity`` bytes of segments are not enough.
     """
-    allocator = CachingAllocator(capacity)
+    allocator = ExpandableAllocator(capacity) if expandable_segments else CachingAllocator(capacity)
     sizes = [0] * len(timeline.sizes)
     for _, change, index in timeline.events():
         if change >= 0:

@@ -208,7 +208,11 @@ def _plan_facts(plan: Plan) -> tuple[tuple[str, str], ...]:
     training = plan.training
     return (
         ("model", f"{plan.model.id}, {format_count(plan.model.parameters)} parameters"),
-        ("card", f"{plan.target.gpu}, {format_bytes(plan.target.usable_bytes)} usable"),
+        (
+            "card",
+            f"{plan.target.gpu}, {format_bytes(plan.target.usable_bytes)} usable"
+            + (", expandable segments" if plan.target.expandable_segments else ""),
+        ),
         ("method", f"{plan.method}, {len(plan.partition.blocks)} blocks by {plan.partition.strategy}"),
         ("batch", f"{training.batch_size} x {training.seq_len} tokens, {training.grad_accum} per optimizer step"),
         ("checkpointing", training.checkpointing),
