@@ -61,7 +61,7 @@ class Forecaster:
         """Predict the block's peaks.
 
         Args:
-            target: gives the context's bytes and the kind of segments; otherwise like the one that the forecaster was made for.
+            target: gives the context's bytes and the kind of segments; otherwise like the forecaster's own.
             numbers: what the recording's bytes are places in, if it is the pattern of a family.
             largest: how many of the live tensors at the peak to name.
         """
