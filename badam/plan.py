@@ -74,6 +74,7 @@ class Target(Record):
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
     context_bytes: Bytes = 0  # taken by the process's device context, outside torch
     workspace_bytes: Bytes = 0  # matrix-multiplication workspace, allocated through torch
+    expandable_segments: bool = False  # torch's allocator grows few segments by pages instead of taking many
     rates: Rates | None = None  # None: nothing is known of its speed
 
 

@@ -65,6 +65,7 @@ class Request:
     dtype: Dtype = "bfloat16"
     checkpointing: str = "auto"
     loss: str = "auto"
+    expandable_segments: str = "auto"
     attention: Attention = "sdpa"
     switch_every: int | None = None
     switch_mode: SwitchMode = "random"
@@ -140,7 +141,7 @@ def _made(request: Request, progress: Progress, workers: int) -> Answer:
 
 def _rehearse_ahead(request: Request, asked_for: Sequence[Cut], evaluator: CardsEvaluator, progress: Progress) -> None:
     """What the search is going to ask for if the fastest setting fits, on all workers at a time."""
-    fastest = ladder(request.checkpointing, request.loss, evaluator.tree.can_chunk)[0]
+    fastest = _ladder(request, evaluator.tree)[0]
     progress(f"rehearsing {', '.join(asked_for)} blocks, {_in_words(fastest)}")
     plans = [staged_plan(request, strategy, fastest, evaluator.tree) for strategy in asked_for]
     plans = [plan for plan in plans if method_of(plan.method).composes]
@@ -177,7 +178,7 @@ def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTr
     blocks = [block.model_copy(update={"checkpointed_layers": layers}) for block in blocks]
     return Plan(
         model=request.spec,
-        target=request.target,
+        target=request.target.model_copy(update={"expandable_segments": setting.expandable_segments}),
         method=request.method,
         partition=Partition(strategy=strategy, blocks=tuple(blocks), active_modules=_always_active(request)),
         schedule=Schedule(
@@ -287,7 +288,7 @@ def _first_that_fits(
     request: Request, strategy: Cut, evaluator: Evaluator, progress: Progress
 ) -> tuple[Plan, PlanForecast]:
     """The fastest setting of a partition that fits, or the leanest one, which is the ladder's last."""
-    *faster, leanest = ladder(request.checkpointing, request.loss, evaluator.tree.can_chunk)
+    *faster, leanest = _ladder(request, evaluator.tree)
     for setting in faster:
         progress(f"rehearsing {strategy} blocks, {_in_words(setting)}")
         plan = staged_plan(request, strategy, setting, evaluator.tree)
@@ -299,8 +300,15 @@ def _first_that_fits(
     return plan, evaluator.worst_block(plan)
 
 
+def _ladder(request: Request, tree: ModelTree) -> tuple[Setting, ...]:
+    """The settings that the request leaves open; the CPU's allocator has no segments."""
+    grows = "off" if request.target.gpu == "cpu" else request.expandable_segments
+    return ladder(request.checkpointing, request.loss, tree.can_chunk, expandable_segments=grows)
+
+
 def _in_words(setting: Setting) -> str:
-    return f"checkpointing {setting.checkpointing}, {setting.loss} loss"
+    words = f"checkpointing {setting.checkpointing}, {setting.loss} loss"
+    return f"{words}, expandable segments" if setting.expandable_segments else words
 
 
 def _headroom(request: Request, forecast: PlanForecast) -> int:
@@ -330,6 +338,7 @@ def _candidate(request: Request, plan: Plan, forecast: PlanForecast, *, recommen
         fits=_headroom(request, forecast) >= 0,
         recommended=recommended,
         largest=worst.largest,
+        expandable_segments=plan.target.expandable_segments,
     )
 
 
@@ -399,10 +408,11 @@ def _refusal(
     """Why nothing fits, and the mildest change that would make it fit."""
     plan, forecast = min(tried, key=lambda pair: pair[1].worst.peak_device_bytes)
     worst, training = forecast.worst, plan.training
+    setting = Setting(training.checkpointing, training.loss, plan.target.expandable_segments)
     category, size = max(worst.by_category.items(), key=lambda item: item[1])
     message = (
         f"{request.spec.id} needs {format_bytes(worst.peak_device_bytes)} at its leanest "
-        f"({plan.partition.strategy} blocks, {_in_words(Setting(training.checkpointing, training.loss))}, "
+        f"({plan.partition.strategy} blocks, {_in_words(setting)}, "
         f"batch {request.batch_size} of {request.seq_len} tokens), {request.target.gpu} offers "
         f"{format_bytes(request.target.usable_bytes)}: {format_bytes(-_headroom(request, forecast))} too much. "
         f"The largest part is {category}, {format_bytes(size)}, at the peak in {worst.peak_phase}."
@@ -428,7 +438,8 @@ def _what_would_fit(request: Request, evaluator: Evaluator, progress: Progress) 
 
     def resized(size: Relief) -> Request:
         progress(f"trying batch {size.batch_size} of {size.seq_len} tokens")
-        return replace(request, batch_size=size.batch_size, seq_len=size.seq_len, checkpointing="auto", loss="auto")
+        smaller = replace(request, batch_size=size.batch_size, seq_len=size.seq_len)
+        return replace(smaller, checkpointing="auto", loss="auto", expandable_segments="auto")
 
     if not any(_fits_at_its_leanest(resized(sizes[-1]), strategy, evaluator) for strategy in reversed(kinds)):
         return None
@@ -437,7 +448,9 @@ def _what_would_fit(request: Request, evaluator: Evaluator, progress: Progress) 
             smaller = resized(size)
             if _fits_at_its_leanest(smaller, strategy, evaluator):
                 plan, _ = _first_that_fits(smaller, strategy, evaluator, progress)
-                levers = (f"--checkpointing {plan.training.checkpointing}", f"--loss {plan.training.loss}")
+                levers = [f"--checkpointing {plan.training.checkpointing}", f"--loss {plan.training.loss}"]
+                if plan.target.expandable_segments and request.expandable_segments == "off":
+                    levers.append("--expandable-segments on")
                 partition = () if strategy == "full" else (f"--partition {strategy}",)
                 return " ".join((*size.options, *partition, *levers))
     return None
@@ -445,6 +458,6 @@ def _what_would_fit(request: Request, evaluator: Evaluator, progress: Progress) 
 
 def _fits_at_its_leanest(request: Request, strategy: Cut, evaluator: Evaluator) -> bool:
     """Whether a partition fits with the ladder's last setting; found out with its first block that is too large."""
-    leanest = ladder(request.checkpointing, request.loss, evaluator.tree.can_chunk)[-1]
+    leanest = _ladder(request, evaluator.tree)[-1]
     plan = staged_plan(request, strategy, leanest, evaluator.tree)
     return evaluator.worst_block(plan, give_up_above=request.target.usable_bytes) is not None

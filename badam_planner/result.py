@@ -33,6 +33,7 @@ class Candidate:
     recommended: bool
     largest: tuple[tuple[str, int], ...] = ()  # the largest tensors alive at the peak, by name
     method: str = "badam"
+    expandable_segments: bool = False  # whether torch's allocator is to use them
 
 
 @dataclass(frozen=True, slots=True)

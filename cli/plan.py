@@ -69,6 +69,9 @@ def plan(
     loss: Annotated[
         Literal["auto", "full", "chunked"], typer.Option(help="Logits at once or in chunks; auto only if needed.")
     ] = "auto",
+    expandable_segments: Annotated[
+        Literal["auto", "on", "off"], typer.Option(help="Let torch's allocator grow its segments; auto only if needed.")
+    ] = "auto",
     attention: Annotated[
         Literal["auto", "sdpa", "eager"], typer.Option(help="Attention; auto is sdpa where the model has it.")
     ] = "auto",
@@ -104,6 +107,7 @@ def plan(
             "dtype": dtype,
             "checkpointing": checkpointing,
             "loss": loss,
+            "expandable_segments": expandable_segments,
             "attention": attention,
             "switch_every": _visit_length(switch_every),
             "switch_mode": switch_mode,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from badam._shards import local_part
+from badam.profiling.selection import ComingStep
 from badam.vocabulary import Category
 
 NAMED = (Category.PARAMETER, Category.MASTER, Category.OPTIMIZER_STATE, Category.GRADIENT)
@@ -80,10 +81,17 @@ class ModelStates:
         """How many parameters have optimizer states now, those of blocks that are away included."""
         return len(self.base_optimizer.state) + len(_host_states(self.optimizer))
 
-    def position(self) -> tuple[bool, bool]:
-        """Whether the coming step is the first of its visit, and whether it is the last."""
-        done = int(getattr(self.optimizer, "steps_in_visit", 0))
-        return done == 0, done + 1 == int(getattr(self.optimizer, "switch_block_every", 0))
+    def coming_step(self) -> ComingStep:
+        """What decides the memory of the coming step, as far as model and optimizer know."""
+        done = getattr(self.optimizer, "steps_in_visit", None)  # None: this optimizer has no visits
+        length = getattr(self.optimizer, "switch_block_every", getattr(self.optimizer, "switch_every", 0))
+        return ComingStep(
+            block=self.active_block(),
+            visit_begins=done == 0,
+            visit_ends=done is not None and done + 1 == length,
+            states=self.states_kept(),
+            active=sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad),
+        )
 
 
 def masters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,19 @@ from badam.vocabulary import Phase
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerControl
 
-BeforeStep = Callable[[Sequence[Mapping[str, Tensor]]], None]
 
 FULL_LENGTH_STEPS = 2
 """With padding "auto", so many steps at the start of each visit use the plan's full length: the second is the first
 in which the block's moments exist, so whether the plan fits is known as early as can be."""
 
 LOSS_SCALE = "loss_scale.json"
+
+
+class BeforeStep(Protocol):
+    """Told of each optimizer step before its forward; badam.profiling.recorder.Recorder.next_step is one."""
+
+    def __call__(self, batches: Sequence[Mapping[str, Tensor]], *, full_length: bool) -> None:
+        """The step's micro-batches, and whether they and those of the visit's second step are padded to the plan."""
 
 
 class PlanLoop(Trainer):
@@ -249,7 +255,7 @@ class PlanLoop(Trainer):
         if self.micro_batches is not None:
             self.micro_batches.begin_step(batches)
         if self._before_step is not None:
-            self._before_step(batches)
+            self._before_step(batches, full_length=self.collator.full_length)
         return batches, num_items
 
     # Evaluation

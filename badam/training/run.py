@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from badam.block_optimizer import BlockOptimizer
 from badam.errors import InputError
-from badam.plan import Plan, save_record
+from badam.plan import Plan, record_digest, save_record
 from badam.profiling.record import MeasuredRun
 from badam.profiling.recorder import Recorder
 from badam.training.assemble import build_model, prepare_model
@@ -104,8 +104,9 @@ def _run(plan: Plan, options: RunOptions, console: Console, command: str | None,
             _tell(console, f"data: {data.description}" + (f"; {data.skipped:,} skipped" if data.skipped else ""))
     with ExitStack() as stack:
         stack.enter_context(_own_display())
-        recorder = Recorder(device, every_step=False)
+        recorder = Recorder(device, every_step=False, profile=options.profile)
         recorder.start()
+        stack.callback(_save_profile, recorder, plan, options, console)  # also of a run that memory has ended
         stack.callback(recorder.stop)
         model = _model(plan, options, weights)
         place(model, plan, processes)
@@ -164,6 +165,12 @@ def _measured(trainer: PlanLoop, recorder: Recorder, command: str | None) -> Mea
         return measured
     adapted = {"batch_size": micro.rows, "grad_accum": training.grad_accum * micro.parts}
     return measured.model_copy(update={"training": training.model_copy(update=adapted)})
+
+
+def _save_profile(recorder: Recorder, plan: Plan, options: RunOptions, console: Console) -> None:
+    names = [block.name for block in plan.partition.blocks]
+    for path in recorder.save_profile(options.output_dir, names, record_digest(plan)):
+        _tell(console, f"profile: {path}")
 
 
 def _best(trainer: PlanLoop) -> BestEvaluation | None:

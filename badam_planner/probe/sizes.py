@@ -31,7 +31,8 @@ def map_sizes(plan: Plan, evaluator: Evaluator, progress: Callable[[str], None] 
     batches = sizes_around(training.batch_size, 1, factors)
     lengths = sizes_around(training.seq_len, SHORTEST, factors)
     lengths = [length for length in lengths if length <= max(_longest(plan), training.seq_len)]
-    settings = ladder("auto", "auto", evaluator.tree.can_chunk)
+    grows = "on" if plan.target.expandable_segments else "off"
+    settings = ladder("auto", "auto", evaluator.tree.can_chunk, expandable_segments=grows)
     evaluator.expect_sizes(batches, lengths)
     first_open: dict[tuple[int, int], int] = {}  # index of the first setting that fits; len(settings) where none does
     cells = []

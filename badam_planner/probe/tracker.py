@@ -20,7 +20,7 @@ from badam import phases
 from badam.vocabulary import Category, Phase
 from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, MemoryTraffic, Recording
 from badam_planner.probe.accumulation import accumulates_in_place, holders_of_a_sum
-from badam_planner.probe.shapes import answer, moved_bytes
+from badam_planner.probe.shapes import Maker, answer, moved_bytes
 from badam_planner.scratch import FLASH_BACKWARD, FOUR_BIT_PRODUCT, flash_backward_bytes, unpacked_bytes
 from badam_planner.timeline import LOSS_MODULE
 
@@ -74,7 +74,7 @@ class StorageTracker(TorchDispatchMode):
             mode: of the fake tensors, whose operators are then answered from memory where that is possible.
         """
         super().__init__()
-        self._mode = mode
+        self._maker = None if mode is None else Maker(mode)
         self._layers = frozenset(layers)
         self.recording = Recording()
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -101,7 +101,7 @@ class StorageTracker(TorchDispatchMode):
         if self._phase is Phase.BACKWARD and accumulates_in_place(func, args, self._unshared):
             self._count(func, args, kwargs, args[0], moved_bytes(func, args, kwargs, args[0]))
             return args[0]  # there is no data to add
-        output, moved = answer(self._mode, func, args, kwargs)
+        output, moved = answer(self._maker, func, args, kwargs)
         name = str(func)
         for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
             if isinstance(leaf, Tensor):

@@ -84,9 +84,10 @@ SCRIPT = """
       hoverlabel: {align: "left", bgcolor: colour.raised, bordercolor: colour.dim, font: {color: colour.ink}},
     }, copy.layout);
     layout.font = {color: colour.ink, size: 13, family: "system-ui, sans-serif"};
-    layout.xaxis = Object.assign({}, axis, layout.xaxis);
-    layout.yaxis = Object.assign({}, axis, layout.yaxis);
-    for (const one of [layout.xaxis, layout.yaxis]) if (one.title) one.title.standoff = 8;
+    for (const name of new Set(["xaxis", "yaxis", ...Object.keys(layout).filter((key) => /^[xy]axis/.test(key))])) {
+      layout[name] = Object.assign({}, axis, layout[name]);
+      if (layout[name].title) layout[name].title.standoff = 8;
+    }
     for (const shape of layout.shapes || []) {
       if (shape.type === "line") shape.line.color = colour.ink;
     }
@@ -95,6 +96,7 @@ SCRIPT = """
     }
     for (const trace of copy.traces) {
       if (trace.meta === "ink") trace.line.color = colour.ink;
+      if (trace.meta === "thin") continue;
       if (trace.type === "bar" || (trace.marker && trace.marker.size >= 9)) {
         trace.marker.line = {width: 1, color: colour.ink};
       }
