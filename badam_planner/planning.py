@@ -262,9 +262,14 @@ def visit_length(request: Request, blocks: int) -> int:
     return min(max((request.samples or 0) // per_step, 50), 100)
 
 
-def formula_bytes(plan: Plan, trained: int) -> int:
-    """Closed form of the model states that the plan's method keeps, with ``trained`` entries trained at a time."""
-    whole = method_of(plan.method).state_bytes(plan.model.parameters, trained, len(plan.partition.blocks))
+def formula_bytes(plan: Plan, forecast: PlanForecast) -> int:
+    """Closed form of the model states that the plan's method keeps, with the entries that ``forecast`` counts."""
+    whole = method_of(plan.method).state_bytes(
+        plan.model.parameters,
+        forecast.trained_entries,
+        len(plan.partition.blocks),
+        quantized=forecast.quantized_entries,
+    )
     return -(-whole // plan.target.num_gpus) if plan.target.engine == "fsdp2" else whole
 
 
@@ -334,7 +339,7 @@ def _candidate(request: Request, plan: Plan, forecast: PlanForecast, *, recommen
         largest_block_parameters=forecast.trained_entries,
         checkpointing=plan.training.checkpointing,
         loss=plan.training.loss,
-        formula_bytes=formula_bytes(plan, forecast.trained_entries),
+        formula_bytes=formula_bytes(plan, forecast),
         peak_allocated_bytes=worst.peak_allocated_bytes,
         peak_reserved_bytes=worst.peak_reserved_bytes,
         peak_device_bytes=worst.peak_device_bytes,
@@ -385,7 +390,7 @@ def with_prediction(plan: Plan, forecast: PlanForecast, samples: int | None = No
         peak_allocated_bytes=worst.peak_allocated_bytes,
         peak_reserved_bytes=worst.peak_reserved_bytes,
         peak_device_bytes=worst.peak_device_bytes,
-        formula_bytes=formula_bytes(plan, forecast.trained_entries),
+        formula_bytes=formula_bytes(plan, forecast),
         by_category=worst.by_category,
         by_phase=worst.by_phase,
         peak_phase=worst.peak_phase,

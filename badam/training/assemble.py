@@ -6,6 +6,7 @@ model, optimizer or checkpointing is described anywhere else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -50,13 +51,16 @@ def model_config(spec: ModelSpec) -> PretrainedConfig:
         ) from error
 
 
-def build_model(spec: ModelSpec, training: Training, *, weights: str | None = None) -> PreTrainedModel:
+def build_model(
+    spec: ModelSpec, training: Training, *, weights: str | None = None, loading: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """Build a plan's model in training mode, in the plan's dtype, with its attention implementation.
 
     Args:
         spec: which model.
         training: dtype and attention.
         weights: a Hub id or directory to load safetensors from; None initializes at random.
+        loading: more options for loading them, see ``loading_options`` of a method.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, training.dtype), "attn_implementation": training.attention}
     config = model_config(spec)
@@ -66,7 +70,7 @@ def build_model(spec: ModelSpec, training: Training, *, weights: str | None = No
         if weights is None:
             model = auto.from_config(config, **options)
         else:
-            model = auto.from_pretrained(weights, config=config, use_safetensors=True, **options)
+            model = auto.from_pretrained(weights, config=config, use_safetensors=True, **options, **(loading or {}))
     except ValueError as error:
         if "attention implementation" not in str(error):
             raise

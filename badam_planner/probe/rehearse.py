@@ -15,7 +15,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -118,6 +118,7 @@ def rehearse(
         prepare_model(model, plan)
         tracker = StorageTracker(model, layers, mode=mode)
         _label_weights(model, tracker, layers, without)
+        tracker.label(method.unnamed_weights(model), Category.PARAMETER)
         on_host = list(method.resident_states(model, plan, block)) if plan.target.gpu == "cpu" else []
         tracker.label(on_host, Category.OPTIMIZER_STATE)
         with tracker.watching():
@@ -157,14 +158,22 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def trained_entries(plan: Plan) -> int:
-    """Entries that the plan's method trains at a time."""
+class Entries(NamedTuple):
+    """How many numbers a method treats in its own ways."""
+
+    trained: int  # at a time
+    quantized: int  # kept in fewer than 16 bits
+
+
+def count_entries(plan: Plan) -> Entries:
+    """Entries that the plan's method trains at a time, and those that it quantizes."""
     method = method_of(plan.method)
     with fake_world():
         model = fake_model(plan.model, plan.training)
         prepare_model(model, plan)
         staged, start = method.rehearsed_plan(plan, 0)
-        return method.trained_entries(model, build_optimizer(model, staged, start_block=start))
+        trained = method.trained_entries(model, build_optimizer(model, staged, start_block=start))
+        return Entries(trained, method.quantized_entries(model))
 
 
 def _of_one_visit(plan: Plan, without: Collection[str]) -> Plan:

@@ -14,7 +14,7 @@ from badam.units import format_bytes, format_count, format_seconds
 from badam.vocabulary import Category, Phase
 from badam_planner.duration import ONCE_PER_VISIT
 from badam_planner.report.bars import Bar, StackedBars
-from badam_planner.report.formulas import LETTERS, formula_of, formulas_in_words
+from badam_planner.report.formulas import formula_of, formulas_in_words, letters_in_words
 from badam_planner.report.text import SizeUnit, clean, shorten, unit_for
 from badam_planner.result import Candidate, SearchResult
 
@@ -37,7 +37,8 @@ def render_candidates(result: SearchResult) -> RenderableType:
     states = _states_title(result.candidates)
     words = f"{states}: model states only"
     if states == SEVERAL_FORMULAS:
-        words = f"States only: {formulas_in_words(one.method for one in result.candidates)}; {LETTERS}"
+        methods = [one.method for one in result.candidates]
+        words = f"States only: {formulas_in_words(methods)}; {letters_in_words(methods)}"
     explanation = Text(f"Sizes in {unit.name}. {words}. {EXPLANATION}")
     growing = [_blocks_of(one) for one in result.candidates if one.expandable_segments]
     notes = [Text(f"With expandable segments: {', '.join(growing)}. {EXPANDABLE}")] if growing else []
