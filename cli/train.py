@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from badam.errors import InputError
+from badam_cli._allocator import configure_allocator
 from badam_cli._app import reporting_errors, say
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -104,6 +105,7 @@ def train(
         loaded = load_plan(plan)
         columns = _columns(column or [])
         _quiet()
+        configure_allocator(loaded.target)
         from rich.console import Console
 
         from badam.training.checkpoints import new_run_directory

@@ -49,8 +49,10 @@ class ModelStates:
         self.base_optimizer: torch.optim.Optimizer = base_of(self.optimizer)
 
     def parameters(self) -> list[Named]:
-        """The model's parameters and buffers."""
-        return [Named(tensor, Category.PARAMETER) for tensor in (*self.model.parameters(), *self.model.buffers())]
+        """The model's parameters and buffers, and what quantized parameters keep to be unpacked with."""
+        scales = (tensor for parameter in self.model.parameters() for tensor in _quantization(parameter))
+        every = (*self.model.parameters(), *self.model.buffers(), *scales)
+        return [Named(tensor, Category.PARAMETER) for tensor in every]
 
     def optimizer_states(self) -> list[Named]:
         """Master copies, where they are not the parameters themselves, and the base optimizer's state tensors.
@@ -157,6 +159,14 @@ def _host_states(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """What an optimizer keeps in host memory, by parameter; most keep nothing there."""
     kept: dict[str, dict[str, Any]] = getattr(optimizer, "host_states", {})
     return kept
+
+
+def _quantization(parameter: Tensor) -> Iterator[Tensor]:
+    """The scales that bitsandbytes hangs onto a parameter in 4 bits, and the scales of those."""
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        yield from _tensors(state)
+        state = getattr(state, "state2", None)
 
 
 def _has_cpu_memory(tensor: Tensor) -> bool:

@@ -278,7 +278,10 @@ class PlanLoop(Trainer):
             self._tell(f"the best checkpoint, of step {self.state.best_global_step}, is not whole; the last one stays")
             return
         self.state.best_model_checkpoint = str(best)
-        super()._load_best_model()
+        if self.method.keeps_base:
+            self.method.load(self.model, best)
+        else:
+            super()._load_best_model()
         self.has_best_weights = True
 
     def _best_checkpoint(self) -> Path | None:
@@ -306,12 +309,20 @@ class PlanLoop(Trainer):
             keep_newest(output, self._keep, besides=self._best_checkpoint())
 
     def _save_besides(self, directory: Path) -> None:
-        """What transformers does not know: where the best checkpoint will lie, and the scale of losses."""
+        """What transformers does not know: where the best checkpoint will lie, the losses' scale, the method's own."""
+        self.method.save_besides(self.model, directory)
         if (best := self._best_checkpoint()) is not None:
             self.state.best_model_checkpoint = str(best)
             self.state.save_to_json(str(directory / "trainer_state.json"))
         if self._scaler is not None:
             (directory / LOSS_SCALE).write_text(json.dumps(self._scaler.state_dict()), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The weights of a checkpoint, or what the method keeps in their place."""
+        if self.method.keeps_base:
+            self.method.load(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The optimizer's and scheduler's state, and the scale of losses."""

@@ -39,6 +39,7 @@ from badam.training.out_of_memory import explained
 from badam.training.preparing import prepare_trainer
 from badam.training.processes import Processes, apart, join_processes, place, whole_weights
 from badam.training.progress import MetricsFile, ProgressDisplay
+from badam.training.tasks import TRAINED_HERE
 from badam.training.weights import locate_weights, tokenizer_source
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def _run(plan: Plan, options: RunOptions, console: Console, command: str | None,
     device = _device(plan)
     prepare_output(options.output_dir, resume=options.resume)
     checkpoint = _checkpoint_to_resume(options)
-    weights = None if checkpoint else locate_weights(plan.model, options.init)
+    has_all = checkpoint is not None and not method_of(plan.method).keeps_base
+    weights = None if has_all else locate_weights(plan.model, options.init)
     tokenizer_from = str(checkpoint) if checkpoint else tokenizer_source(plan.model, weights)
     inputs = load_inputs(plan, options, tokenizer_from)
     for data in (inputs.training, inputs.evaluation):
@@ -113,7 +115,7 @@ def _run(plan: Plan, options: RunOptions, console: Console, command: str | None,
         trainer = prepared.trainer
         _tell(console, f"lengths: {prepared.sentence}")
         total_steps = _total_steps(trainer, options, checkpoint)
-        check_space(options.output_dir, _bytes_to_write(model, options))
+        check_space(options.output_dir, _bytes_to_write(plan, model, options))
         _warn(plan, device, total_steps, console)
         interruption = Interruption()
         if processes.count == 1:
@@ -180,6 +182,12 @@ def _best(trainer: PlanLoop) -> BestEvaluation | None:
 
 
 def _check_runnable(plan: Plan, options: RunOptions, device: torch.device) -> None:
+    if plan.model.task not in TRAINED_HERE:
+        raise InputError(
+            f"badam-train trains language models and classifiers of texts; this plan is for {plan.model.task}.",
+            advice="Train it in a loop of your own with badam.BlockOptimizer and badam.training.step.forward_loss; "
+            "badam.profiling.record(optimizer, model, plan=plan) measures it.",
+        )
     method = method_of(plan.method)
     method.check(plan)
     method.check_device(device)
@@ -210,8 +218,9 @@ def _device(plan: Plan) -> torch.device:
 
 def _model(plan: Plan, options: RunOptions, weights: str | None) -> PreTrainedModel:
     set_seed(options.seed)
+    loading = method_of(plan.method).loading_options(plan) if weights else None
     try:
-        model = build_model(plan.model, plan.training, weights=weights)
+        model = build_model(plan.model, plan.training, weights=weights, loading=loading)
     except (OSError, ValueError, RuntimeError) as error:
         if weights is None or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -260,9 +269,12 @@ def _total_steps(trainer: PlanLoop, options: RunOptions, checkpoint: Path | None
     return total
 
 
-def _bytes_to_write(model: PreTrainedModel, options: RunOptions) -> int:
+def _bytes_to_write(plan: Plan, model: PreTrainedModel, options: RunOptions) -> int:
     """The model at the end, and one checkpoint, whose weights are most of it."""
-    return int(model.get_memory_footprint()) * (2 if options.checkpoint_steps or options.keep_best else 1)
+    saved = model.get_memory_footprint()
+    if method_of(plan.method).keeps_base:
+        saved = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return int(saved) * (2 if options.checkpoint_steps or options.keep_best else 1)
 
 
 def _planned_bytes(plan: Plan) -> int | None:
