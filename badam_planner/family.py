@@ -2,8 +2,9 @@
 
 The same code on a larger batch makes the same allocations, in the same order, of other sizes. Each number in a
 recording (bytes of an allocation, operations of a module) then is (a S² + b S + c) Bⁱ, with batch size B and length S.
-Recordings at four lengths and at the largest batch say which; they must be alike event by event, and one length and two
-corners are the proof. What does not fit is no family: its sizes are rehearsed one by one.
+Recordings at three lengths of the smallest batch say which parabola it is; one of the largest batch at the greatest
+length says which power, and proves both. All must be alike event by event. What does not fit is no family: its sizes
+are rehearsed one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from badam_planner.events import Allocation, Recording
 GRID = 128
 """Lengths that are multiples of this can be a family: kernels round their scratch up to it."""
 
-PROBED_LENGTHS = 4
+PROBES = 4
 MOST_BATCH_POWER = 2
 
 Size = tuple[int, int]
@@ -43,9 +44,8 @@ class SizeRange:
     long: int
 
     def probes(self) -> tuple[Size, ...]:
-        """The sizes to rehearse."""
-        along = tuple((self.few, length) for length in (self.short, *self.middle, self.long))
-        return along if self.few == self.many else (*along, (self.many, self.short), (self.many, self.long))
+        """The sizes to rehearse: three lengths of the smallest batch and the corner that is farthest from them."""
+        return (*((self.few, length) for length in (self.short, *self.middle)), (self.many, self.long))
 
     def has(self, size: Size) -> bool:
         """Whether a size is in the range."""
@@ -55,7 +55,7 @@ class SizeRange:
 def ranges_of(batch_sizes: Sequence[int], lengths: Sequence[int]) -> tuple[SizeRange, ...]:
     """The ranges in which most of the given sizes lie, if that saves rehearsals: more than four lengths on the grid."""
     regular = sorted({length for length in lengths if length % GRID == 0})
-    if len(regular) <= PROBED_LENGTHS:
+    if len(regular) <= PROBES:
         return ()
     middle = len(regular) // 2
     ends = (regular[0], (regular[middle - 1], regular[middle]), regular[-1])
@@ -101,13 +101,22 @@ class Family:
             NoFamily: if they are not alike, or a number grows in another way.
         """
         probed = [recordings[size] for size in sizes.probes()]
-        self._first = probed[0]
-        if any(_likeness(other) != _likeness(self._first) for other in probed[1:]):
+        first = probed[0]
+        if any(_likeness(other) != _likeness(first) for other in probed[1:]):
             raise NoFamily("other events at other sizes")
         rows = list(zip(*(_numbers(recording) for recording in probed), strict=True))
         place = {row: number for number, row in enumerate(dict.fromkeys(rows))}
         self._growths = [_growth(row, sizes) for row in place]  # few: layers repeat each other's numbers
-        self._which = [place[row] for row in rows]  # by allocation, then by place of operations
+        self.pattern = with_numbers(first, [place[row] for row in rows])
+        """The recording of every size, with places in :meth:`numbers_at` instead of bytes and of operations."""
+
+    def numbers_at(self, size: Size) -> list[int]:
+        """The distinct numbers of the recording at a size.
+
+        Raises:
+            NoFamily: if one would not be whole.
+        """
+        return [growth.at(size) for growth in self._growths]
 
     def at(self, size: Size) -> Recording:
         """The recording of a rehearsal at ``size``. Shapes of tensors and traffic are not in it.
@@ -115,18 +124,25 @@ class Family:
         Raises:
             NoFamily: if a number would not be whole.
         """
-        known = [growth.at(size) for growth in self._growths]
-        numbers = [known[number] for number in self._which]
-        first, count = self._first, len(self._first.allocations)
-        allocations = [
-            Allocation(
-                nbytes, one.born, one.died, one.phase, one.module, one.operation, (), one.dtype, one.category,
-                one.label, one.card_only,
-            )
-            for nbytes, one in zip(numbers, first.allocations, strict=False)
-        ]  # fmt: skip
-        flops = dict(zip(first.flops, numbers[count:], strict=True))
-        return replace(first, allocations=allocations, flops=flops, traffic={})
+        return filled_in(self.pattern, self.numbers_at(size))
+
+
+def filled_in(pattern: Recording, numbers: Sequence[int]) -> Recording:
+    """A family's pattern, composed or not, with the ``numbers`` of one size in their places."""
+    return with_numbers(pattern, [numbers[place] for place in _numbers(pattern)])
+
+
+def with_numbers(recording: Recording, numbers: Sequence[int]) -> Recording:
+    """The recording with other bytes, one by allocation, followed by operations; without shapes and traffic."""
+    allocations = [
+        Allocation(
+            nbytes, one.born, one.died, one.phase, one.module, one.operation, (), one.dtype, one.category,
+            one.label, one.card_only,
+        )
+        for nbytes, one in zip(numbers, recording.allocations, strict=False)
+    ]  # fmt: skip
+    flops = dict(zip(recording.flops, numbers[len(allocations) :], strict=True))
+    return replace(recording, allocations=allocations, flops=flops, traffic={})
 
 
 def _likeness(recording: Recording) -> tuple[object, ...]:
@@ -145,13 +161,14 @@ def _numbers(recording: Recording) -> Iterator[int]:
 
 
 def _growth(row: tuple[int, ...], sizes: SizeRange) -> _Growth:
-    """What gives the numbers ``row`` at the probes: through three lengths, proved by the fourth and by the corners."""
-    lengths = (sizes.short, sizes.middle[0], sizes.long)
-    square, factor, rest = _through(lengths, (row[0], row[1], row[PROBED_LENGTHS - 1]))
+    """What gives the numbers ``row`` at the probes: the parabola through three lengths, with the power that the far
+    corner has it by. Only few powers are tried, so that any other growth is found out there.
+    """
+    square, factor, rest = _through((sizes.short, *sizes.middle), (row[0], row[1], row[2]))
     for power in range(1 if sizes.few == sizes.many else MOST_BATCH_POWER + 1):
         scale = sizes.few**power
         growth = _Growth(square / scale, factor / scale, rest / scale, power)
-        if all(growth.exactly_at(size) == number for size, number in zip(sizes.probes(), row, strict=True)):
+        if growth.exactly_at((sizes.many, sizes.long)) == row[-1]:
             return growth
     raise NoFamily(f"{row} at {sizes.probes()} grow in no simple way")
 

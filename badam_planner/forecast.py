@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from badam.plan import Target
 from badam.vocabulary import Category, Phase
 from badam_planner.allocator import ROUNDING, CachingAllocator
 from badam_planner.events import GIVEN, NEVER, Allocation, Recording
-from badam_planner.timeline import Timeline
+from badam_planner.expandable import ExpandableAllocator
+from badam_planner.timeline import Peak, Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,38 +28,78 @@ class Forecast:
 
 
 def forecast(recording: Recording, target: Target, *, head_module: str, largest: int = 10) -> Forecast:
-    """Predict a block's peaks on ``target`` from its rehearsal.
+    """Predict a block's peaks on ``target`` from its rehearsal; see :class:`Forecaster`."""
+    return Forecaster(recording, target, head_module=head_module).forecast(target, largest=largest)
+
+
+class Forecaster:
+    """Forecasts of a recording; what does not depend on bytes is found once.
 
     Formula: allocated = bytes of the caching allocator's blocks that are taken, one of them by the workspace of matrix
     multiplication; reserved = bytes of its segments; device = reserved + context. On the CPU there is no caching
     allocator: all three are the live bytes.
     Not counted: other processes on the card, memory-mapped weights on the host.
     """
-    if target.gpu == "cpu":
-        tensors = blocks = Timeline(recording, head_module)
-        reserved = tensors.peak().nbytes
-    else:
-        recording = with_workspace(recording, target.workspace_bytes)
-        tensors = Timeline(recording, head_module, granularity=ROUNDING, on_card=True)
-        allocator, sizes = replay(tensors)
-        blocks = tensors.resized(sizes)
-        reserved = allocator.peak_reserved
-    by_phase = blocks.peak_by_phase()
-    peak = max(by_phase.values(), key=lambda at: at.nbytes)
-    alive = tensors.live_at(peak.tick)
-    categories = tensors.by_category(peak.tick)
-    if rest := peak.nbytes - sum(categories.values()):
-        categories[Category.CACHE] = rest  # ends of blocks that are too small to be split off
-    return Forecast(
-        peak_allocated_bytes=peak.nbytes,
-        peak_reserved_bytes=reserved,
-        peak_device_bytes=reserved + target.context_bytes,
-        peak_phase=peak.phase,
-        peak_module=peak.module,
-        by_category=categories,
-        by_phase={phase: at.nbytes for phase, at in by_phase.items()},
-        largest=tuple((allocation.describe(), nbytes) for allocation, _, nbytes in alive[:largest]),
-    )
+
+    def __init__(self, recording: Recording, target: Target, *, head_module: str) -> None:
+        """Read a recording at full depth.
+
+        Args:
+            recording: of a rehearsal.
+            target: a card, whose workspace counts, or the CPU.
+            head_module: path of the output projection.
+        """
+        self._on_card = target.gpu != "cpu"
+        self._workspace_bytes = target.workspace_bytes if self._on_card else 0
+        if self._on_card:
+            recording = with_workspace(recording, self._workspace_bytes)
+        self._tensors = Timeline(
+            recording, head_module, granularity=ROUNDING if self._on_card else 1, on_card=self._on_card
+        )
+
+    def forecast(self, target: Target, numbers: Sequence[int] | None = None, *, largest: int = 10) -> Forecast:
+        """Predict the block's peaks.
+
+        Args:
+            target: gives the context's bytes and the kind of segments; otherwise like the forecaster's own.
+            numbers: what the recording's bytes are places in, if it is the pattern of a family.
+            largest: how many of the live tensors at the peak to name.
+        """
+        tensors = self._tensors if numbers is None else self._tensors.resized(self._sizes(numbers))
+        by_phase, reserved = _on_a_card(tensors, target) if self._on_card else (tensors.peak_by_phase(), None)
+        peak = max(by_phase.values(), key=lambda at: at.nbytes)
+        reserved = peak.nbytes if reserved is None else reserved
+        alive = tensors.live_at(peak.tick)
+        categories: dict[Category, int] = {}
+        for _, category, size in alive:
+            categories[category] = categories.get(category, 0) + size
+        if rest := peak.nbytes - sum(categories.values()):
+            categories[Category.CACHE] = rest  # ends of blocks that are too small to be split off
+        return Forecast(
+            peak_allocated_bytes=peak.nbytes,
+            peak_reserved_bytes=reserved,
+            peak_device_bytes=reserved + target.context_bytes,
+            peak_phase=peak.phase,
+            peak_module=peak.module,
+            by_category=categories,
+            by_phase={phase: at.nbytes for phase, at in by_phase.items()},
+            largest=tuple((allocation.describe(), nbytes) for allocation, _, nbytes in alive[:largest]),
+        )
+
+    def _sizes(self, numbers: Sequence[int]) -> list[int]:
+        """Rounded bytes by allocation; those of the workspace, which come last, are no place in ``numbers``."""
+        granularity = self._tensors.granularity
+        rounded = [-(-number // granularity) * granularity for number in numbers]
+        allocations = self._tensors.recording.allocations
+        tensors = allocations[:-1] if self._workspace_bytes else allocations
+        sizes = [0 if one.card_only and not self._on_card else rounded[one.nbytes] for one in tensors]
+        return [*sizes, self._tensors.sizes[-1]] if self._workspace_bytes else sizes
+
+
+def _on_a_card(tensors: Timeline, target: Target) -> tuple[dict[Phase, Peak], int | None]:
+    """The peaks of the allocator's blocks by phase, and the bytes of its segments."""
+    allocator, sizes = replay(tensors, expandable_segments=target.expandable_segments)
+    return tensors.resized(sizes).peak_by_phase(), allocator.peak_reserved
 
 
 def with_workspace(recording: Recording, nbytes: int) -> Recording:
@@ -78,8 +120,10 @@ def with_workspace(recording: Recording, nbytes: int) -> Recording:
     return replace(recording, allocations=[*recording.allocations, workspace]) if nbytes else recording
 
 
-def replay(timeline: Timeline, capacity: int | None = None) -> tuple[CachingAllocator, list[int]]:
-    """Run a timeline through the simulated allocator.
+def replay(
+    timeline: Timeline, capacity: int | None = None, *, expandable_segments: bool = False
+) -> tuple[CachingAllocator | ExpandableAllocator, list[int]]:
+    """Run a timeline through the simulated allocator, or through the one with expandable segments.
 
     Returns:
         The allocator after the last event, and the bytes of the block that each allocation got.
@@ -87,7 +131,7 @@ def replay(timeline: Timeline, capacity: int | None = None) -> tuple[CachingAllo
     Raises:
         AllocationRefused: if ``capacity`` bytes of segments are not enough.
     """
-    allocator = CachingAllocator(capacity)
+    allocator = ExpandableAllocator(capacity) if expandable_segments else CachingAllocator(capacity)
     sizes = [0] * len(timeline.sizes)
     for _, change, index in timeline.events():
         if change >= 0:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 from badam.plan import Target
 from badam.vocabulary import Phase
 from badam_planner.allocator import ROUNDING
 from badam_planner.events import Recording
-from badam_planner.passages import NotPeriodic, Passages, times_of_cycle
+from badam_planner.passages import Item, NotPeriodic, Passages, times_of_cycle
 
 FEWEST_CYCLES = 3
 """With two cycles the last releases what the first made, whose sizes nothing has compared with the middle ones'."""
@@ -31,11 +32,11 @@ class BlockPeaks:
     by_phase: dict[Phase, int]
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A change of the live bytes, or the begin of a phase."""
+class _Step(NamedTuple):
+    """A birth (sign 1) or a death (sign -1) of an allocation, or the begin of a phase (sign 0)."""
 
-    change: int
+    allocation: int
+    sign: int
     phase: Phase | None = None
 
 
@@ -66,43 +67,54 @@ class Outline:
         Raises:
             NotPeriodic: if a run cannot be composed.
         """
-        on_card = target.gpu != "cpu"
-        granularity = ROUNDING if on_card else 1
-        sizes = [
-            0 if one.card_only and not on_card else -(-one.nbytes // granularity) * granularity
-            for one in recording.allocations
-        ]
-        workspace = -(-target.workspace_bytes // granularity) * granularity if on_card else 0
+        self._recording = recording
+        self._on_card = target.gpu != "cpu"
+        self._granularity = ROUNDING if self._on_card else 1
+        self._workspace_bytes = target.workspace_bytes if self._on_card else 0
         self._first_phase = recording.phase_starts[0][1]
-        self._stretches = _stretches(recording, runs, sizes, workspace)
+        self._stretches = _stretches(recording, runs)
 
-    def peaks(self, totals: Sequence[int]) -> BlockPeaks:
+    def peaks(self, totals: Sequence[int], numbers: Sequence[int] | None = None) -> BlockPeaks:
         """The peaks with ``totals[i]`` cycles of run ``i``.
+
+        Args:
+            totals: cycles, by run.
+            numbers: what the recording's bytes are places in, if it is the pattern of a family.
 
         Raises:
             NotPeriodic: if a run has fewer than three cycles.
         """
         if any(total < FEWEST_CYCLES for total in totals):
             raise NotPeriodic(f"of {min(totals)} cycles an outline says nothing")
+        sizes = self._sizes(numbers)
         live, phase = 0, self._first_phase
         highest = {phase: 0}
         for stretch in self._stretches:
             times = stretch.times(totals)
             if times:
-                live, phase = _passed(stretch.steps, times, live, phase, highest)
+                live, phase = _passed(stretch.steps, sizes, times, live, phase, highest)
         at = max(highest, key=lambda each: highest[each])
         return BlockPeaks(highest[at], at, highest)
 
+    def _sizes(self, numbers: Sequence[int] | None) -> list[int]:
+        """Rounded bytes by allocation, those of the workspace last."""
+        granularity = self._granularity
+        exact = [
+            (one.nbytes if numbers is None else numbers[one.nbytes]) if self._on_card or not one.card_only else 0
+            for one in self._recording.allocations
+        ]
+        return [-(-nbytes // granularity) * granularity for nbytes in (*exact, self._workspace_bytes)]
+
 
 def _passed(
-    steps: tuple[_Step, ...], times: int, live: int, phase: Phase, highest: dict[Phase, int]
+    steps: tuple[_Step, ...], sizes: Sequence[int], times: int, live: int, phase: Phase, highest: dict[Phase, int]
 ) -> tuple[int, Phase]:
     """Live bytes and phase after ``times`` passages; ``highest`` by phase is brought up to date."""
     begin = live
     risen: dict[Phase, int] = {}
-    for step in steps:
-        phase = step.phase or phase
-        live += step.change
+    for allocation, sign, new_phase in steps:
+        phase = new_phase or phase
+        live += sign * sizes[allocation]
         if phase not in risen or live > risen[phase]:
             risen[phase] = live
     gained = live - begin
@@ -113,9 +125,7 @@ def _passed(
     return begin + times * gained, phase
 
 
-def _stretches(
-    recording: Recording, runs: Sequence[Sequence[tuple[str, ...]]], sizes: Sequence[int], workspace: int
-) -> list[_Stretch]:
+def _stretches(recording: Recording, runs: Sequence[Sequence[tuple[str, ...]]]) -> list[_Stretch]:
     steps: list[_Step] = []
     owners: list[tuple[int, int, int] | None] = []  # by step: run, cycle, number of the span
     for number, cycles in enumerate(runs):
@@ -125,18 +135,18 @@ def _stretches(
         for order, span in enumerate(passages.spans):
             for item in span.items:
                 if number == 0:
-                    steps.append(_step(item.what, item.allocation, item.phase, sizes))
+                    steps.append(_step(item))
                     owners.append(None)
                 if span.cycle is not None:
                     owners[position] = (number, span.cycle, order)
                 position += 1
     if not runs:
         passages = Passages(recording, ())
-        steps = [_step(item.what, item.allocation, item.phase, sizes) for span in passages.spans for item in span.items]
+        steps = [_step(item) for span in passages.spans for item in span.items]
         owners = [None] * len(steps)
     first_forward = next((place for place, step in enumerate(steps) if step.phase is Phase.FORWARD), None)
     if first_forward is not None:
-        steps.insert(first_forward + 1, _Step(workspace))
+        steps.insert(first_forward + 1, _Step(len(recording.allocations), 1))
         owners.insert(first_forward + 1, owners[first_forward])
     stretches = []
     for owner, members in groupby(zip(owners, steps, strict=True), key=lambda pair: pair[0]):
@@ -145,9 +155,7 @@ def _stretches(
     return stretches
 
 
-def _step(what: str, allocation: int, phase: Phase, sizes: Sequence[int]) -> _Step:
-    if what == "birth":
-        return _Step(sizes[allocation])
-    if what == "death":
-        return _Step(-sizes[allocation])
-    return _Step(0, phase if what == "phase" else None)
+def _step(item: Item) -> _Step:
+    if item.what in ("birth", "death"):
+        return _Step(item.allocation, 1 if item.what == "birth" else -1)
+    return _Step(0, 0, item.phase if item.what == "phase" else None)

@@ -31,8 +31,10 @@ from badam.plan import (
     Target,
     Training,
 )
+from badam.training.assemble import model_config
 from badam.training.methods import METHODS, method_of
-from badam.units import format_bytes
+from badam.training.tasks import TRAINED_HERE, input_positions
+from badam.units import format_batch, format_bytes
 from badam.vocabulary import Phase
 from badam_planner.duration import Effort, mean_efforts, step_seconds
 from badam_planner.probe.cards import CardsEvaluator, smallest_number, with_traffic
@@ -61,10 +63,12 @@ class Request:
     active_modules: tuple[str, ...] = ()
     batch_size: int = 1
     seq_len: int = 512
+    decoder_len: int | None = None
     grad_accum: int = 1
     dtype: Dtype = "bfloat16"
     checkpointing: str = "auto"
     loss: str = "auto"
+    expandable_segments: str = "auto"
     attention: Attention = "sdpa"
     switch_every: int | None = None
     switch_mode: SwitchMode = "random"
@@ -87,6 +91,11 @@ class Request:
                 f"Only --method badam can be planned for several cards, not {self.method}"
                 + (" beside other methods." if self.compare_methods else "."),
                 advice="Plan other methods with --engine single.",
+            )
+        if self.target.engine != "single" and self.spec.task not in TRAINED_HERE:
+            raise InputError(
+                f"Training for {self.spec.task} can be planned for one card only, not for several.",
+                advice="Plan it with --engine single.",
             )
 
 
@@ -129,6 +138,8 @@ def _made(request: Request, progress: Progress, workers: int) -> Answer:
         seq_len=request.seq_len,
         candidates=candidates,
         left_out=tuple(left_out),
+        task=request.spec.task,
+        decoder_len=request.decoder_len,
     )
     if not fits[best]:
         return Answer(result, None, _refusal(request, tried, evaluator, progress))
@@ -140,7 +151,7 @@ def _made(request: Request, progress: Progress, workers: int) -> Answer:
 
 def _rehearse_ahead(request: Request, asked_for: Sequence[Cut], evaluator: CardsEvaluator, progress: Progress) -> None:
     """What the search is going to ask for if the fastest setting fits, on all workers at a time."""
-    fastest = ladder(request.checkpointing, request.loss, evaluator.tree.can_chunk)[0]
+    fastest = _ladder(request, evaluator.tree)[0]
     progress(f"rehearsing {', '.join(asked_for)} blocks, {_in_words(fastest)}")
     plans = [staged_plan(request, strategy, fastest, evaluator.tree) for strategy in asked_for]
     plans = [plan for plan in plans if method_of(plan.method).composes]
@@ -177,7 +188,7 @@ def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTr
     blocks = [block.model_copy(update={"checkpointed_layers": layers}) for block in blocks]
     return Plan(
         model=request.spec,
-        target=request.target,
+        target=request.target.model_copy(update={"expandable_segments": setting.expandable_segments}),
         method=request.method,
         partition=Partition(strategy=strategy, blocks=tuple(blocks), active_modules=_always_active(request)),
         schedule=Schedule(
@@ -188,6 +199,7 @@ def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTr
         training=Training(
             batch_size=request.batch_size,
             seq_len=request.seq_len,
+            decoder_len=request.decoder_len,
             grad_accum=request.grad_accum,
             dtype=request.dtype,
             checkpointing=setting.checkpointing,
@@ -250,9 +262,14 @@ def visit_length(request: Request, blocks: int) -> int:
     return min(max((request.samples or 0) // per_step, 50), 100)
 
 
-def formula_bytes(plan: Plan, trained: int) -> int:
-    """Closed form of the model states that the plan's method keeps, with ``trained`` entries trained at a time."""
-    whole = method_of(plan.method).state_bytes(plan.model.parameters, trained, len(plan.partition.blocks))
+def formula_bytes(plan: Plan, forecast: PlanForecast) -> int:
+    """Closed form of the model states that the plan's method keeps, with the entries that ``forecast`` counts."""
+    whole = method_of(plan.method).state_bytes(
+        plan.model.parameters,
+        forecast.trained_entries,
+        len(plan.partition.blocks),
+        quantized=forecast.quantized_entries,
+    )
     return -(-whole // plan.target.num_gpus) if plan.target.engine == "fsdp2" else whole
 
 
@@ -282,7 +299,7 @@ def _first_that_fits(
     request: Request, strategy: Cut, evaluator: Evaluator, progress: Progress
 ) -> tuple[Plan, PlanForecast]:
     """The fastest setting of a partition that fits, or the leanest one, which is the ladder's last."""
-    *faster, leanest = ladder(request.checkpointing, request.loss, evaluator.tree.can_chunk)
+    *faster, leanest = _ladder(request, evaluator.tree)
     for setting in faster:
         progress(f"rehearsing {strategy} blocks, {_in_words(setting)}")
         plan = staged_plan(request, strategy, setting, evaluator.tree)
@@ -294,8 +311,19 @@ def _first_that_fits(
     return plan, evaluator.worst_block(plan)
 
 
+def _ladder(request: Request, tree: ModelTree) -> tuple[Setting, ...]:
+    """The settings that the request leaves open; the CPU's allocator has no segments."""
+    grows = "off" if request.target.gpu == "cpu" else request.expandable_segments
+    return ladder(request.checkpointing, request.loss, tree.can_chunk, expandable_segments=grows)
+
+
 def _in_words(setting: Setting) -> str:
-    return f"checkpointing {setting.checkpointing}, {setting.loss} loss"
+    words = f"checkpointing {setting.checkpointing}, {setting.loss} loss"
+    return f"{words}, expandable segments" if setting.expandable_segments else words
+
+
+def _batch_in_words(request: Request) -> str:
+    return format_batch(request.spec.task, request.batch_size, request.seq_len, request.decoder_len)
 
 
 def _headroom(request: Request, forecast: PlanForecast) -> int:
@@ -311,7 +339,7 @@ def _candidate(request: Request, plan: Plan, forecast: PlanForecast, *, recommen
         largest_block_parameters=forecast.trained_entries,
         checkpointing=plan.training.checkpointing,
         loss=plan.training.loss,
-        formula_bytes=formula_bytes(plan, forecast.trained_entries),
+        formula_bytes=formula_bytes(plan, forecast),
         peak_allocated_bytes=worst.peak_allocated_bytes,
         peak_reserved_bytes=worst.peak_reserved_bytes,
         peak_device_bytes=worst.peak_device_bytes,
@@ -325,6 +353,7 @@ def _candidate(request: Request, plan: Plan, forecast: PlanForecast, *, recommen
         fits=_headroom(request, forecast) >= 0,
         recommended=recommended,
         largest=worst.largest,
+        expandable_segments=plan.target.expandable_segments,
     )
 
 
@@ -361,7 +390,7 @@ def with_prediction(plan: Plan, forecast: PlanForecast, samples: int | None = No
         peak_allocated_bytes=worst.peak_allocated_bytes,
         peak_reserved_bytes=worst.peak_reserved_bytes,
         peak_device_bytes=worst.peak_device_bytes,
-        formula_bytes=formula_bytes(plan, forecast.trained_entries),
+        formula_bytes=formula_bytes(plan, forecast),
         by_category=worst.by_category,
         by_phase=worst.by_phase,
         peak_phase=worst.peak_phase,
@@ -394,11 +423,12 @@ def _refusal(
     """Why nothing fits, and the mildest change that would make it fit."""
     plan, forecast = min(tried, key=lambda pair: pair[1].worst.peak_device_bytes)
     worst, training = forecast.worst, plan.training
+    setting = Setting(training.checkpointing, training.loss, plan.target.expandable_segments)
     category, size = max(worst.by_category.items(), key=lambda item: item[1])
     message = (
         f"{request.spec.id} needs {format_bytes(worst.peak_device_bytes)} at its leanest "
-        f"({plan.partition.strategy} blocks, {_in_words(Setting(training.checkpointing, training.loss))}, "
-        f"batch {request.batch_size} of {request.seq_len} tokens), {request.target.gpu} offers "
+        f"({plan.partition.strategy} blocks, {_in_words(setting)}, "
+        f"batch {_batch_in_words(request)}), {request.target.gpu} offers "
         f"{format_bytes(request.target.usable_bytes)}: {format_bytes(-_headroom(request, forecast))} too much. "
         f"The largest part is {category}, {format_bytes(size)}, at the peak in {worst.peak_phase}."
     )
@@ -418,12 +448,14 @@ def _refusal(
 
 def _what_would_fit(request: Request, evaluator: Evaluator, progress: Progress) -> str | None:
     """The options of the mildest change with which the request fits, as the user would type them."""
-    sizes = list(relief(request.batch_size, request.seq_len))
+    fixed = input_positions(model_config(request.spec), request.spec.task) is not None
+    sizes = list(relief(request.batch_size, request.seq_len, **({"shortest": request.seq_len} if fixed else {})))
     kinds = strategies(request.method, "auto")
 
     def resized(size: Relief) -> Request:
-        progress(f"trying batch {size.batch_size} of {size.seq_len} tokens")
-        return replace(request, batch_size=size.batch_size, seq_len=size.seq_len, checkpointing="auto", loss="auto")
+        smaller = replace(request, batch_size=size.batch_size, seq_len=size.seq_len)
+        progress(f"trying batch {_batch_in_words(smaller)}")
+        return replace(smaller, checkpointing="auto", loss="auto", expandable_segments="auto")
 
     if not any(_fits_at_its_leanest(resized(sizes[-1]), strategy, evaluator) for strategy in reversed(kinds)):
         return None
@@ -432,7 +464,9 @@ def _what_would_fit(request: Request, evaluator: Evaluator, progress: Progress) 
             smaller = resized(size)
             if _fits_at_its_leanest(smaller, strategy, evaluator):
                 plan, _ = _first_that_fits(smaller, strategy, evaluator, progress)
-                levers = (f"--checkpointing {plan.training.checkpointing}", f"--loss {plan.training.loss}")
+                levers = [f"--checkpointing {plan.training.checkpointing}", f"--loss {plan.training.loss}"]
+                if plan.target.expandable_segments and request.expandable_segments == "off":
+                    levers.append("--expandable-segments on")
                 partition = () if strategy == "full" else (f"--partition {strategy}",)
                 return " ".join((*size.options, *partition, *levers))
     return None
@@ -440,6 +474,6 @@ def _what_would_fit(request: Request, evaluator: Evaluator, progress: Progress) 
 
 def _fits_at_its_leanest(request: Request, strategy: Cut, evaluator: Evaluator) -> bool:
     """Whether a partition fits with the ladder's last setting; found out with its first block that is too large."""
-    leanest = ladder(request.checkpointing, request.loss, evaluator.tree.can_chunk)[-1]
+    leanest = _ladder(request, evaluator.tree)[-1]
     plan = staged_plan(request, strategy, leanest, evaluator.tree)
     return evaluator.worst_block(plan, give_up_above=request.target.usable_bytes) is not None

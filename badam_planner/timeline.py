@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 
 from badam.vocabulary import Category, Phase
 from badam_planner.events import NEVER, Allocation, Recording
@@ -44,6 +46,7 @@ class Timeline:
             on_card: count the scratch of the card's kernels too.
         """
         self.recording = recording
+        self.granularity = granularity
         self.sizes = [
             0 if allocation.card_only and not on_card else -(-allocation.nbytes // granularity) * granularity
             for allocation in recording.allocations
@@ -55,6 +58,7 @@ class Timeline:
 
     def resized(self, sizes: Sequence[int]) -> Timeline:
         """The same timeline with other sizes, such as those of the blocks that an allocator gave: one by allocation."""
+        _ = self._by_phase  # found once for all of them
         other = copy(self)
         other.sizes = list(sizes)
         return other
@@ -78,11 +82,20 @@ class Timeline:
 
     def events(self) -> Iterator[tuple[int, int, int]]:
         """(tick, change in bytes, index of the allocation) in order of time."""
-        sized = list(enumerate(zip(self.recording.allocations, self.sizes, strict=True)))
-        changes = [(allocation.born, size, index) for index, (allocation, size) in sized]
-        changes += [(allocation.died, -size, index) for index, (allocation, size) in sized if allocation.died != NEVER]
-        changes.sort(key=lambda change: change[0])
-        return iter(changes)
+        sizes = self.sizes
+        return (
+            (tick, -sizes[~change] if change < 0 else sizes[change], ~change if change < 0 else change)
+            for tick, change in self.changes
+        )
+
+    @cached_property
+    def changes(self) -> list[tuple[int, int]]:
+        """(tick, index of the allocation that is born then, or ``~index`` of the one that dies), in order of time."""
+        allocations = self.recording.allocations
+        changes = [(one.born, index) for index, one in enumerate(allocations)]
+        changes += [(one.died, ~index) for index, one in enumerate(allocations) if one.died != NEVER]
+        changes.sort(key=itemgetter(0))
+        return changes
 
     def peak(self) -> Peak:
         """The highest live bytes."""
@@ -94,23 +107,30 @@ class Timeline:
         A phase begins with what is alive when it begins, so its peak is at least that.
         """
         best: dict[Phase, Peak] = {}
-
-        def consider(tick: int, live: int, phase: Phase, module: str) -> None:
-            if phase not in best or live > best[phase].nbytes:
-                best[phase] = Peak(live, tick, phase, module)
-
-        live = 0
-        boundaries = list(zip(self._starts, self._phases, strict=True))
-        upcoming = 0
-        for tick, change, index in self.events():
-            while upcoming < len(boundaries) and boundaries[upcoming][0] <= tick:
-                consider(boundaries[upcoming][0], live, boundaries[upcoming][1], "")
-                upcoming += 1
-            live += change
-            consider(tick, live, self._phases[upcoming - 1], self.recording.allocations[index].module)
-        for tick, phase in boundaries[upcoming:]:
-            consider(tick, live, phase, "")
+        sizes, live = self.sizes, 0
+        for begin, phase, changes in self._by_phase:
+            top, tick, where = live, begin, ""
+            for when, change in changes:
+                if change < 0:
+                    live -= sizes[~change]
+                else:
+                    live += sizes[change]
+                    if live > top:
+                        top, tick, where = live, when, self.recording.allocations[change].module
+            if phase not in best or top > best[phase].nbytes:
+                best[phase] = Peak(top, tick, phase, where)
         return best
+
+    @cached_property
+    def _by_phase(self) -> list[tuple[int, Phase, list[tuple[int, int]]]]:
+        """The phases in order, each with the tick when it began and the changes from then on."""
+        starts = [bisect_left(self.changes, (begin,)) for begin in self._starts]
+        starts[0] = 0
+        pieces = zip(starts, [*starts[1:], len(self.changes)], strict=True)
+        return [
+            (begin, phase, self.changes[first:end])
+            for begin, phase, (first, end) in zip(self._starts, self._phases, pieces, strict=True)
+        ]
 
     def live_at(self, tick: int) -> list[tuple[Allocation, Category, int]]:
         """What is alive just after ``tick``, with its category and bytes, largest first."""

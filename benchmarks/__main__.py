@@ -12,7 +12,14 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-ALONE = ("cpu_accuracy", "backward_blocks", "published", "checkpointing_backward", "planning_time")
+ALONE = (
+    "cpu_accuracy",
+    "backward_blocks",
+    "published",
+    "checkpointing_backward",
+    "planning_time",
+    "many_settings",
+)
 """Those that need neither arguments nor another installation."""
 
 

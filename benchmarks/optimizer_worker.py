@@ -1,23 +1,22 @@
 """One side of the comparison in ``optimizer_step.py``, in a process of its own.
 
-badam 1.4 and this project are the same import package, so each side has its own process and ``PYTHONPATH``. The
-parent writes a measurement's name to standard input; this process answers with a list of numbers: CPU seconds of this
-process, which other work on the machine hardly lengthens, or bytes per active parameter.
+Asked by :mod:`benchmarks.two_sides` with a measurement's name and how often; answers with a list of numbers: CPU
+seconds of this process, which other work on the machine hardly lengthens, or bytes per active parameter.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.two_sides import answer
 
 SHAPES = ((1024, 1024),) * 4 + ((2816, 1024),) * 2 + ((1024, 2816),) + ((1024,),) * 2
 """One layer of a Llama of hidden size 1024: 12.8 M entries."""
@@ -90,6 +89,7 @@ class Side:
         self.bare_weights = [nn.Parameter(weight.detach().float()) for weight in layer.weights]
         self.bare = torch.optim.AdamW(self.bare_weights, lr=LEARNING_RATE, fused=True)
         self.gradients = [gradient.float() for gradient in layer.gradients]
+        self.plain = layer
         self.made: dict[str, tuple[Model, Any]] = {}
 
     def bare_step(self) -> float:
@@ -205,8 +205,12 @@ class New(Side):
         return sum(self._step("compiled", update="compiled"))
 
     def _step(self, name: str, **options: Any) -> tuple[float, float]:
+        """Backward's share, which is what its backward takes longer than that of a layer nobody collects from."""
         model, optimizer = self.optimizer(name, **options)
-        return seconds(model.layers[0].backward), seconds(optimizer.step)
+        alone = seconds(lambda: self.plain.backward(allocate=True))
+        for weight in self.plain.weights:
+            weight.grad = None
+        return seconds(lambda: model.layers[0].backward(allocate=True)) - alone, seconds(optimizer.step)
 
     def switch(self) -> float:
         """Leave a block (rounded to nearest), enter the other one, and make its masters."""
@@ -258,16 +262,15 @@ class New(Side):
 
 
 def main() -> None:
-    """Answer until standard input ends: the measurement's name and how often on each line."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    """Answer requests: a measurement's name, and how often."""
     with contextlib.redirect_stdout(sys.stderr):
         side = {"old": Old, "new": New}[sys.argv[1]]()
-    for line in sys.stdin:
-        name, count = line.split()
-        with contextlib.redirect_stdout(sys.stderr):
-            results = [getattr(side, name)() for _ in range(int(count))]
-        print(json.dumps(results), flush=True)
+
+    def measure(request: str) -> list[float]:
+        name, count = request.split()
+        return [getattr(side, name)() for _ in range(int(count))]
+
+    answer(measure)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from badam.errors import InputError
+from badam_cli._allocator import configure_allocator
 from badam_cli._app import reporting_errors, say
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -83,6 +84,13 @@ def train(
     ] = "truncate",
     seed: Annotated[int, typer.Option(min=0, help="Of random weights and the order of the data.")] = 0,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by deepspeed's launcher.")] = 0,
+    profile: Annotated[
+        Literal["normal", "full"],
+        typer.Option(
+            help="full also records each module's time and memory, and on CUDA a snapshot for torch's memory viewer; "
+            "slow."
+        ),
+    ] = "normal",
     report_to: Annotated[
         list[str] | None, typer.Option(help="Also log to tensorboard, wandb, ... as transformers can.")
     ] = None,
@@ -99,6 +107,7 @@ def train(
         loaded = load_plan(plan)
         columns = _columns(column or [])
         _quiet()
+        configure_allocator(loaded.target)
         from rich.console import Console
 
         from badam.training.checkpoints import new_run_directory
@@ -132,6 +141,7 @@ def train(
             padding=pad_to,
             on_long=on_long,
             seed=seed,
+            profile=profile,
             report_to=tuple(report_to or ()),
         )
         command = shlex.join(["badam-train", *sys.argv[1:]])

@@ -27,7 +27,7 @@ from badam.profiling.record import MeasuredRun
 ROOT = Path(__file__).parent.parent
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = {"badam-plan": "badam_cli.plan", "badam-train": "badam_cli.train", "badam-report": "badam_cli.report"}
-HEAVY = {"accelerate", "datasets", "numpy", "peft", "plotly", "pynvml", "torch", "transformers", "trl"}
+HEAVY = {"accelerate", "datasets", "numpy", "peft", "pynvml", "torch", "transformers", "trl"}
 
 COMPOSING = {"badam_planner.planning"}  # joins the pure core and the edge: the one that may import both
 
@@ -39,7 +39,6 @@ MAY_IMPORT = {
     "accelerate": ("badam",),
     "pynvml": ("badam.profiling", "badam_planner.probe.nvml"),
     "rich": ("badam.training", "badam_planner.report", "badam_cli"),
-    "plotly": ("badam_planner.report",),
     "typer": ("badam_cli",),
 }
 """Which packages may import a library directly; for what pure modules must not even reach, see .importlinter."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from badam.plan import Plan
-    from badam.profiling.recorder import Recording
+    from badam.profiling.recorder import Profile, Recording
 
 __all__ = ["record"]
 
@@ -24,8 +24,10 @@ __all__ = ["record"]
 importlib.import_module("badam.profiling.record")
 
 
-def record(optimizer: Optimizer, model: nn.Module, *, plan: Plan | None = None) -> AbstractContextManager[Recording]:
+def record(
+    optimizer: Optimizer, model: nn.Module, *, plan: Plan | None = None, profile: Profile = "normal"
+) -> AbstractContextManager[Recording]:
     """Measure a training loop of one's own within a ``with`` block; see :func:`badam.profiling.recorder.record`."""
     from badam.profiling import recorder
 
-    return recorder.record(optimizer, model, plan=plan)
+    return recorder.record(optimizer, model, plan=plan, profile=profile)

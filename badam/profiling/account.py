@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from badam.profiling.memory import StepMemory
+from badam.profiling.memory import Boundary, StepMemory
 from badam.vocabulary import Category, Phase
 
 
@@ -19,14 +19,16 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point between two events: where a phase begins, or where blocks at some addresses are recognized."""
+    """A point between two events: where a phase begins, where blocks at some addresses are recognized, or a boundary
+    whose memory is asked for."""
 
     phase: Phase | None = None
     known: Mapping[int, Category] = field(default_factory=dict)
+    boundary: bool = False
 
 
 class Account:
-    """Follows events of (time, address, bytes) and answers with the peak of what it followed."""
+    """Follows events of (address, bytes) and answers with the peak of what it followed."""
 
     def __init__(self) -> None:
         self.live_bytes = 0
@@ -74,37 +76,49 @@ class Account:
             else:
                 block.category = here[1]
 
-    def replay(self, events: Iterable[tuple[int, int, int]], marks: Sequence[Mark]) -> StepMemory:
+    def replay(self, events: Iterable[tuple[int, int]], marks: Sequence[Mark]) -> StepMemory:
         """Follow events in order of time.
 
         Args:
-            events: (time, address, change in bytes); with a change of 0, address is the number of a mark.
+            events: (address, change in bytes), in order of time; with a change of 0, address is the number of a mark.
             marks: those that the events refer to.
         """
-        at_start = list(self._live.values())
+        live, phase, total = self._live, self._phase, self.live_bytes  # local, and no calls: events come in thousands
+        at_start = list(live.values())
         changes: list[tuple[Block, int]] = []
-        peaks = {self._phase: self.live_bytes}
-        highest, changes_to_peak = self.live_bytes, 0
-        for _, address, nbytes in events:
+        peaks = {phase: total}
+        highest = since_boundary = total
+        changes_to_peak = 0
+        boundaries: list[Boundary] = []
+        for address, nbytes in events:
             if nbytes == 0:
                 mark = marks[address]
                 self.recognize(mark.known)
-                self._phase = mark.phase or self._phase
-            else:
-                # An address that is handed out again, or taken back, ends the life of the block that was there. One
-                # that is taken back without having been counted was never ours.
-                ended = self.release(address)
-                if ended is not None:
-                    changes.append((ended, -ended.nbytes))
-                if nbytes > 0:
-                    self.take_in(address, nbytes)
-                    changes.append((self._live[address], nbytes))
-            if self.live_bytes > peaks.get(self._phase, -1):
-                peaks[self._phase] = self.live_bytes
-                if self.live_bytes > highest:
-                    highest, changes_to_peak = self.live_bytes, len(changes)
+                phase = mark.phase or phase
+                peaks[phase] = max(peaks.get(phase, -1), total)
+                if mark.boundary:
+                    boundaries.append(Boundary(total, since_boundary))
+                    since_boundary = total
+                continue
+            # An address that is handed out again, or taken back, ends the life of the block that was there. One that is
+            # taken back without having been counted was never ours.
+            ended = live.pop(address, None)
+            if ended is not None:
+                total -= ended.nbytes
+                changes.append((ended, -ended.nbytes))
+            if nbytes > 0:
+                live[address] = block = Block(nbytes)
+                total += nbytes
+                changes.append((block, nbytes))
+                since_boundary = max(since_boundary, total)
+                if total > peaks[phase]:
+                    peaks[phase] = total
+                    if total > highest:
+                        highest, changes_to_peak = total, len(changes)
+        self._phase, self.live_bytes = phase, total
         # Blocks are summed only now: some were recognized after the peak.
         by_category: dict[Category, int] = {}
         for block, change in (*((block, block.nbytes) for block in at_start), *changes[:changes_to_peak]):
             by_category[block.category] = by_category.get(block.category, 0) + change
-        return StepMemory(peaks, {category: size for category, size in by_category.items() if size})
+        shares = {category: size for category, size in by_category.items() if size}
+        return StepMemory(peaks, shares, boundaries=tuple(boundaries))

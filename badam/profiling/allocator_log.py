@@ -13,8 +13,9 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,8 +26,8 @@ from torch._C._profiler import (
     ProfilerConfig,
     ProfilerState,
     RecordScope,
-    _EventType,
     _ExperimentalConfig,
+    _ExtraFields_Allocation,
 )
 
 from badam.errors import BadamError
@@ -36,15 +37,16 @@ MARK_BYTES = 8191
 order without comparing clocks. A prime, since tensors of numbers have even sizes."""
 
 
-class AllocatorEvent(NamedTuple):
-    """One thing that happened: a block handed out or taken back, or a mark.
+AllocatorEvent = tuple[int, int]
+"""One thing that happened, as (address, bytes): a block handed out, or taken back where the bytes are negative. With no
+bytes it is a mark, and its number in place of the address. A plain tuple, since a step has ten thousands of them."""
 
-    ``nbytes`` is positive for an allocation, negative for a release and zero for mark number ``address``.
-    """
 
-    time_ns: int  # since the Unix epoch
-    address: int
-    nbytes: int
+class Unreported(NamedTuple):
+    """Something that happened without a report, and when, in nanoseconds since the Unix epoch."""
+
+    time_ns: int
+    event: AllocatorEvent
 
 
 class AllocatorLog:
@@ -78,37 +80,51 @@ class AllocatorLog:
         probe = torch.empty(MARK_BYTES, dtype=torch.uint8, device="cpu")
         self._marks.append((probe.data_ptr(), number))
 
-    def drain(self) -> list[AllocatorEvent]:
-        """What was reported since the last call, in order of time; goes on listening."""
+    def drain(self, unreported: Sequence[Unreported] = ()) -> list[AllocatorEvent]:
+        """What was reported since the last call, in order of time, with ``unreported`` in its place; goes on."""
         with _no_collection():  # between stop and start nobody listens, and a collection would release tensors unseen
             result = _disable_profiler()
             atexit.unregister(self.stop)
             self.start()
-            return self._events(result)
+            return self._events(result, unreported)
 
-    def stop(self) -> list[AllocatorEvent]:
-        """What was reported since the last call; ends listening. Does nothing if it had ended."""
+    def stop(self, unreported: Sequence[Unreported] = ()) -> list[AllocatorEvent]:
+        """What :meth:`drain` returns; ends listening. Does nothing if it had ended."""
         if not self.running:
             return []
         self.running = False
         atexit.unregister(self.stop)
         with _no_collection():
-            return self._events(_disable_profiler())
+            return self._events(_disable_profiler(), unreported)
 
-    def _events(self, result: Any) -> list[AllocatorEvent]:
-        reports = [
-            (node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size)
-            for node in result.experimental_event_tree()
-            if node.tag == _EventType.Allocation and node.extra_fields.device.type == "cpu"
-        ]
-        reports.sort(key=lambda report: report[0])
+    def _events(self, result: Any, unreported: Sequence[Unreported]) -> list[AllocatorEvent]:
+        nodes: list[Any] = result.experimental_event_tree()  # in order of time
         marks, self._marks = deque(self._marks), []
         events: list[AllocatorEvent] = []
-        for time_ns, address, nbytes in reports:
-            if marks and nbytes == MARK_BYTES and address == marks[0][0]:
-                address, nbytes = marks.popleft()[1], 0
-            events.append(AllocatorEvent(time_ns, address, nbytes))
+        others = torch.cuda.is_initialized()  # devices whose allocators report to the profiler too
+        for begin, end, then in _stretches(nodes, unreported):
+            for node in nodes[begin:end]:
+                fields = node.extra_fields  # each look into a node makes an object, so there are no more than needed
+                if type(fields) is not _ExtraFields_Allocation or (others and fields.device.type != "cpu"):
+                    continue
+                address, nbytes = fields.ptr, fields.alloc_size
+                if nbytes == MARK_BYTES and marks and address == marks[0][0]:
+                    address, nbytes = marks.popleft()[1], 0
+                events.append((address, nbytes))
+            events += then
         return events
+
+
+def _stretches(
+    nodes: Sequence[Any], unreported: Sequence[Unreported]
+) -> Iterator[tuple[int, int, list[AllocatorEvent]]]:
+    """Begin and end of the reports between two unreported events, with the event that follows them."""
+    begin = 0
+    for one in sorted(unreported, key=lambda one: one.time_ns):
+        end = bisect_right(nodes, one.time_ns, lo=begin, key=lambda node: node.start_time_ns)
+        yield begin, end, [one.event]
+        begin = end
+    yield begin, len(nodes), []
 
 
 @contextmanager

@@ -90,6 +90,50 @@ class CudaClock:
         return found
 
 
+class Ticks(Protocol):
+    """Moments on the clock of the device."""
+
+    def tick(self) -> None:
+        """Note this moment."""
+
+    def take_seconds(self) -> list[float]:
+        """The moments noted since the last call, in seconds after the first of them; may wait for the device."""
+
+
+class WallTicks:
+    """Moments on the host's clock."""
+
+    def __init__(self) -> None:
+        self._moments: list[float] = []
+
+    def tick(self) -> None:
+        """Note this moment."""
+        self._moments.append(time.perf_counter())
+
+    def take_seconds(self) -> list[float]:
+        """The moments noted since the last call, in seconds after the first of them."""
+        moments, self._moments = self._moments, []
+        return [moment - moments[0] for moment in moments]
+
+
+class CudaTicks:
+    """Moments at which the GPU gets to a place on the current stream."""
+
+    def __init__(self) -> None:
+        self._events: list[torch.cuda.Event] = []
+
+    def tick(self) -> None:
+        """Put an event on the stream."""
+        self._events.append(_event())
+
+    def take_seconds(self) -> list[float]:
+        """The moments noted since the last call, in seconds after the first of them; waits for the GPU."""
+        events, self._events = self._events, []
+        if events:
+            torch.cuda.synchronize()
+        return [events[0].elapsed_time(event) / 1e3 for event in events]
+
+
 def _event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()

@@ -18,10 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 from badam._shards import local_part
 from badam.profiling.account import Account, Mark
-from badam.profiling.allocator_log import AllocatorEvent, AllocatorLog
+from badam.profiling.allocator_log import AllocatorEvent, AllocatorLog, Unreported
 from badam.profiling.memory import StepMemory
 from badam.profiling.states import NAMED, ModelStates, Named, live_cpu_tensors
 from badam.vocabulary import Category, Phase
+
+BOUNDARY = Mark(boundary=True)
 
 
 class CpuMemory:
@@ -34,7 +36,7 @@ class CpuMemory:
         self._log = AllocatorLog()
         self._account = Account()
         self._marks: list[Mark] = []
-        self._deaths: list[AllocatorEvent] = []  # of memory that was taken in
+        self._deaths: list[Unreported] = []  # of memory that was taken in
         self._states: ModelStates | None = None
         self._hook: RemovableHandle | None = None
 
@@ -51,7 +53,7 @@ class CpuMemory:
 
     def attach(self, states: ModelStates) -> None:
         """Learn the model and its optimizer; parameters mapped from a file are taken in here."""
-        self._read(self._log.drain())
+        self._read(self._log.drain(self._take_deaths()))
         self._states = states
         named = (*states.parameters(), *states.optimizer_states())
         self._take_in(named)
@@ -64,9 +66,9 @@ class CpuMemory:
         if self._log.running or self._states is None:
             return
         self._log.start()
-        for _, address, _ in self._deaths:
+        for death in self._take_deaths():
+            address, _ = death.event
             self._account.release(address)
-        self._deaths.clear()
         states = self._states
         named = (*states.parameters(), *states.optimizer_states(), *states.gradients())
         self._account.forget_absent({one.address: (one.nbytes, one.category) for one in named}, NAMED)
@@ -76,10 +78,15 @@ class CpuMemory:
         """Set a mark; once backward is over, with the gradients that it left."""
         self._set_mark(phase, self._states.gradients() if phase is Phase.STEP and self._states else ())
 
+    def boundary(self) -> None:
+        """Set a mark."""
+        self._mark(BOUNDARY)
+
     def end_step(self, *, pause: bool) -> StepMemory:
         """Read the reports since the previous step's end, or since :meth:`begin_step`, and find the peak."""
         self._set_mark(None, self._states.optimizer_states() if self._states else ())
-        return self._read(self._log.stop() if pause else self._log.drain())
+        deaths = self._take_deaths()
+        return self._read(self._log.stop(deaths) if pause else self._log.drain(deaths))
 
     def stop(self) -> None:
         """Stop listening and let go of the optimizer."""
@@ -92,16 +99,21 @@ class CpuMemory:
         if self._states is not None and self._log.running:
             self._set_mark(None, self._states.gradients())
 
+    def _take_deaths(self) -> list[Unreported]:
+        deaths = self._deaths[:]
+        del self._deaths[: len(deaths)]  # the list itself is what the weak references tell
+        return deaths
+
     def _read(self, events: list[AllocatorEvent]) -> StepMemory:
-        if self._deaths:
-            events = sorted([*events, *self._deaths], key=lambda event: event.time_ns)
-            self._deaths.clear()
         marks, self._marks = self._marks, []
         return self._account.replay(events, marks)
 
     def _set_mark(self, phase: Phase | None, named: Iterable[Named]) -> None:
+        self._mark(Mark(phase, _by_address(named)))
+
+    def _mark(self, mark: Mark) -> None:
         self._log.mark(len(self._marks))
-        self._marks.append(Mark(phase, _by_address(named)))
+        self._marks.append(mark)
 
     def _take_in(self, tensors: Iterable[tuple[Tensor, Category]]) -> None:
         for tensor, category in tensors:
@@ -116,5 +128,5 @@ def _by_address(named: Iterable[Named]) -> dict[int, Category]:
     return {one.address: one.category for one in named}
 
 
-def _note_death(deaths: list[AllocatorEvent], address: int, nbytes: int) -> None:
-    deaths.append(AllocatorEvent(time.time_ns(), address, -nbytes))
+def _note_death(deaths: list[Unreported], address: int, nbytes: int) -> None:
+    deaths.append(Unreported(time.time_ns(), (address, -nbytes)))

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from badam.profiling.memory import StepMemory
+from badam.profiling.memory import Boundary, StepMemory
 from badam.profiling.nvml import DeviceMeter
 from badam.profiling.states import ModelStates, distinct_bytes
 from badam.vocabulary import Category, Phase
@@ -35,6 +35,8 @@ class CudaMemory:
         self._gradient_bytes = 0
         self._held: dict[Category, int] = {}
         self._reserved_bytes = 0
+        self._boundaries: list[Boundary] = []
+        self._since_boundary = 0
         self.description = f"torch.cuda memory statistics by phase; {self._meter.description}"
 
     @property
@@ -57,18 +59,18 @@ class CudaMemory:
 
     def phase_begins(self, phase: Phase) -> None:
         """Book the peak of the phase that ends."""
-        statistics = torch.cuda.memory_stats_as_nested_dict()
-        peak = statistics["allocated_bytes"]["all"]["peak"]
-        if peak > max(self._peaks.values(), default=0):
-            self._peak_gradient_bytes = self._gradient_bytes
-        self._peaks[self._phase] = max(self._peaks.get(self._phase, 0), peak)
-        self._reserved_bytes = max(self._reserved_bytes, statistics["reserved_bytes"]["all"]["peak"])
-        torch.cuda.reset_peak_memory_stats()
+        self._book_peak()
         self._phase = phase
         # Between the layers of a checkpointed backward the gradients are not worth counting: none of a layer exists
         # while it is recomputed, and the peak within backward comes before most of them.
         if phase is not Phase.RECOMPUTE and self._states is not None:
             self._gradient_bytes = distinct_bytes(self._states.gradients()).get(Category.GRADIENT, 0)
+
+    def boundary(self) -> None:
+        """Note what is allocated, and the peak since the last boundary."""
+        live_bytes = self._book_peak()
+        self._boundaries.append(Boundary(live_bytes, self._since_boundary))
+        self._since_boundary = 0
 
     def end_step(self, *, pause: bool) -> StepMemory:
         """The peaks since the previous step's end."""
@@ -80,11 +82,25 @@ class CudaMemory:
             by_category = {Category.ACTIVATION: max(peaks.values())}
         reserved, self._reserved_bytes = self._reserved_bytes, 0
         self._held = _held(self._states) if self._states else {}
-        return StepMemory(peaks, by_category, reserved, self._meter.used_bytes())
+        boundaries, self._boundaries = tuple(self._boundaries), []
+        self._since_boundary = 0
+        return StepMemory(peaks, by_category, reserved, self._meter.used_bytes(), boundaries)
 
     def stop(self) -> None:
         """Let go of the driver."""
         self._meter.close()
+
+    def _book_peak(self) -> int:
+        """Book the peak since the last call on the current phase, and begin a new one; the bytes allocated now."""
+        statistics = torch.cuda.memory_stats_as_nested_dict()
+        peak, live = (int(statistics["allocated_bytes"]["all"][kind]) for kind in ("peak", "current"))
+        if peak > max(self._peaks.values(), default=0):
+            self._peak_gradient_bytes = self._gradient_bytes
+        self._peaks[self._phase] = max(self._peaks.get(self._phase, 0), peak)
+        self._since_boundary = max(self._since_boundary, peak)
+        self._reserved_bytes = max(self._reserved_bytes, statistics["reserved_bytes"]["all"]["peak"])
+        torch.cuda.reset_peak_memory_stats()
+        return live
 
 
 def _held(states: ModelStates) -> dict[Category, int]:

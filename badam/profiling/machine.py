@@ -22,7 +22,7 @@ def this_machine(device: torch.device) -> Machine:
         properties = torch.cuda.get_device_properties(device)
         name, total = properties.name, properties.total_memory
     else:
-        name, total = _processor_name(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        name, total = processor_name(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
         device="cuda" if device.type == "cuda" else "cpu",
         device_name=name,
@@ -43,7 +43,7 @@ def provenance(command: str) -> Provenance:
     return Provenance(versions=versions, command=command, date=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from badam.vocabulary import Category, Phase
 
@@ -14,18 +14,27 @@ if TYPE_CHECKING:
     from badam.profiling.states import ModelStates
 
 
+class Boundary(NamedTuple):
+    """Allocated bytes at one moment, and the highest since the boundary before (or since the step began)."""
+
+    live_bytes: int
+    peak_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepMemory:
     """The memory of one optimizer step, in bytes.
 
     ``by_category`` splits the moment of the highest allocated bytes and sums to them. SETUP among the phases is the
-    time between the previous step and this one.
+    time between the previous step and this one. ``boundaries`` answers the calls of :meth:`MemorySource.boundary`, in
+    their order.
     """
 
     peak_by_phase: dict[Phase, int]
     by_category: dict[Category, int]
     reserved_bytes: int | None = None
     device_bytes: int | None = None
+    boundaries: tuple[Boundary, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -59,6 +68,9 @@ class MemorySource(Protocol):
 
     def phase_begins(self, phase: Phase) -> None:
         """``phase`` begins now."""
+
+    def boundary(self) -> None:
+        """Remember this moment of a measured step; its :class:`Boundary` is told by :meth:`end_step`."""
 
     def end_step(self, *, pause: bool) -> StepMemory:
         """The step that has just ended; with ``pause``, nothing is measured until :meth:`begin_step`."""

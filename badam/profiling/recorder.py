@@ -19,7 +19,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from badam import phases
 from badam.errors import BadamError
 from badam.plan import Plan, record_digest, save_record
 from badam.profiling.clocks import CudaClock, PhaseClock, WallClock
+from badam.profiling.full_profile import FullProfile
 from badam.profiling.machine import provenance, this_machine
 from badam.profiling.memory import MemorySource, StepMemory
 from badam.profiling.record import MeasuredRun
@@ -35,6 +38,8 @@ from badam.profiling.selection import StepSelection
 from badam.profiling.states import ModelStates
 from badam.profiling.summary import RunLog, StepRecord, summarize
 from badam.vocabulary import Phase
+
+Profile = Literal["normal", "full"]
 
 
 class Recorder:
@@ -48,6 +53,8 @@ class Recorder:
         device: where the model trains.
         every_step: measure memory in every step. Otherwise, where that takes time, only in those that can show a
             higher peak, see badam.profiling.selection; the loop must then call :meth:`next_step`.
+        profile: ``full`` also follows the steps that can show a higher peak module by module, and on CUDA keeps the
+            allocator's history of the highest; that is slow, and :meth:`save_profile` writes it.
         memory, clock: what measures; by default what fits the device.
     """
 
@@ -56,6 +63,7 @@ class Recorder:
         device: torch.device,
         *,
         every_step: bool,
+        profile: Profile = "normal",
         memory: MemorySource | None = None,
         clock: PhaseClock | None = None,
     ) -> None:
@@ -65,6 +73,9 @@ class Recorder:
         self._measuring = True
         self._selection = StepSelection()
         self._clock = clock or (CudaClock() if device.type == "cuda" else WallClock())
+        self._full = FullProfile(device, self._memory) if profile == "full" else None
+        self._following = True  # the coming step, in full mode; a loop that tells of no steps has all followed
+        self._steps_ended = 0
         self._states: ModelStates | None = None
         self._stack = ExitStack()
         self._awaiting_seconds: list[tuple[int, StepMemory | None]] = []
@@ -76,12 +87,17 @@ class Recorder:
         """Begin to measure memory; before the model is built, so that nothing escapes."""
         self._memory.start()
         self._stack.callback(self._memory.stop)
+        if self._full is not None:
+            self._full.start()
+            self._stack.callback(self._full.stop)
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Begin to record steps of ``model`` under ``optimizer``."""
         self._states = ModelStates(model, optimizer)
         self._memory.attach(self._states)
         self._block = self._states.active_block()
+        if self._full is not None:
+            self._full.attach(model)
         self._clock.resume()
         self._stack.enter_context(phases.listening(self._phase_changes))
 
@@ -99,15 +115,22 @@ class Recorder:
         """Call ``listener`` with the block of every optimizer step that ends, and its memory if that was measured."""
         self._listeners.append(listener)
 
-    def next_step(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Tell the micro-batches of the coming optimizer step, before its forward."""
+    def next_step(self, batches: Iterable[Mapping[str, Tensor]], *, full_length: bool = False) -> None:
+        """Tell the micro-batches of the coming optimizer step, before its forward.
+
+        Args:
+            batches: the tensors that go into the model.
+            full_length: they are as large as batches get, and those of the visit's second step will be too.
+        """
         assert self._states is not None, "steps begin after attach()"
         tensors = [tensor for batch in batches for tensor in batch.values()]
-        first, last = self._states.position()
-        size = max((tensor.numel() for tensor in tensors), default=0)
-        self._measuring = self._every_step or self._selection.pick(
-            self._block, first=first, last=last, states=self._states.states_kept(), batch_size=size
+        picked = self._selection.pick(
+            self._states.coming_step(),
+            batch_size=max((tensor.numel() for tensor in tensors), default=0),
+            full_length=full_length,
         )
+        self._measuring = self._every_step or picked
+        self._following = picked
         if self._measuring:
             self._clock.phase_begins(phases.current())
             self._memory.begin_step(tensors)
@@ -144,24 +167,44 @@ class Recorder:
             provenance=provenance(" ".join(sys.argv) if command is None else command),
         )
 
+    def save_profile(self, directory: Path, block_names: Sequence[str] = (), plan_digest: str = "") -> list[Path]:
+        """Write what full mode recorded beside the measured run; the files written, none in normal mode.
+
+        Raises:
+            PlanError: if a file cannot be written.
+        """
+        return [] if self._full is None else self._full.save(directory, block_names, plan_digest)
+
     def _phase_changes(self, previous: Phase, phase: Phase) -> None:
         self._clock.phase_begins(phase)
         if self._measuring:
             self._memory.phase_begins(phase)
-        if previous is Phase.STEP and phase not in (Phase.SWITCH, Phase.BACKWARD):
+        ends = previous is Phase.STEP and phase not in (Phase.SWITCH, Phase.BACKWARD)
+        if self._full is not None and not ends:
+            self._full.phase_begins(previous, phase, follow=self._following)
+        if ends:
             self._end_step()
             self._clock.resume()  # reading the allocator's reports is no part of training
 
     def _end_step(self) -> None:
         assert self._states is not None, "phases are followed after attach() only"
-        memory = self._memory.end_step(pause=not self._every_step) if self._measuring else None
+        memory = self._step_memory() if self._measuring else None
         self._measuring = self._every_step
+        self._steps_ended += 1
         self._clock.end_step()
         block, self._block = self._block, self._states.active_block()
         self._awaiting_seconds.append((block, memory))
         self._collect()
         for listener in self._listeners:
             listener(block, memory)
+
+    def _step_memory(self) -> StepMemory:
+        if self._full is None:
+            return self._memory.end_step(pause=not self._every_step)
+        self._full.end_step()
+        memory = self._memory.end_step(pause=not self._every_step)
+        self._full.take(self._steps_ended, self._block, memory)
+        return replace(memory, boundaries=())  # their place is the step that was kept
 
     def _collect(self, *, wait: bool = False) -> None:
         """Join memory with the seconds that have become known."""
@@ -205,12 +248,22 @@ class Recording:
         return self._recorder.measured_run(self._plan)
 
     def save(self, path: str | Path) -> None:
-        """Write the record as JSON."""
+        """Write the record as JSON, and beside it what full mode recorded."""
         save_record(self.measured_run(), path)
+        self.save_profile(Path(path).parent)
+
+    def save_profile(self, directory: str | Path) -> list[Path]:
+        """Write what full mode recorded into ``directory``; the files written, none in normal mode."""
+        if self._plan is None:
+            return self._recorder.save_profile(Path(directory))
+        names = [block.name for block in self._plan.partition.blocks]
+        return self._recorder.save_profile(Path(directory), names, record_digest(self._plan))
 
 
 @contextmanager
-def record(optimizer: torch.optim.Optimizer, model: nn.Module, *, plan: Plan | None = None) -> Iterator[Recording]:
+def record(
+    optimizer: torch.optim.Optimizer, model: nn.Module, *, plan: Plan | None = None, profile: Profile = "normal"
+) -> Iterator[Recording]:
     """Measure a training loop of one's own within the ``with`` block.
 
     The loop need not announce phases: FORWARD begins with the model's call, BACKWARD when the call returns (a loss
@@ -221,8 +274,10 @@ def record(optimizer: torch.optim.Optimizer, model: nn.Module, *, plan: Plan | N
         optimizer: the optimizer, of this package or any other.
         model: the model; the device is that of its parameters.
         plan: the plan that the loop runs, to write a measured run; without it ``run.steps`` is all there is.
+        profile: ``full`` also follows every step module by module, and on CUDA keeps the allocator's history of the
+            highest, which is slow; ``run.save_profile`` writes both, and so does ``run.save``.
     """
-    recorder = Recorder(next(model.parameters()).device, every_step=True)
+    recorder = Recorder(next(model.parameters()).device, every_step=True, profile=profile)
     with ExitStack() as stack:
         recorder.start()
         stack.callback(recorder.stop)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,19 @@ from badam.vocabulary import Phase
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerControl
 
-BeforeStep = Callable[[Sequence[Mapping[str, Tensor]]], None]
 
 FULL_LENGTH_STEPS = 2
 """With padding "auto", so many steps at the start of each visit use the plan's full length: the second is the first
 in which the block's moments exist, so whether the plan fits is known as early as can be."""
 
 LOSS_SCALE, SCHEDULER = "loss_scale.json", "scheduler.pt"
+
+
+class BeforeStep(Protocol):
+    """Told of each optimizer step before its forward; badam.profiling.recorder.Recorder.next_step is one."""
+
+    def __call__(self, batches: Sequence[Mapping[str, Tensor]], *, full_length: bool) -> None:
+        """The step's micro-batches, and whether they and those of the visit's second step are padded to the plan."""
 
 
 class PlanLoop(Trainer):
@@ -254,7 +260,7 @@ class PlanLoop(Trainer):
         if self.micro_batches is not None:
             self.micro_batches.begin_step(batches)
         if self._before_step is not None:
-            self._before_step(batches)
+            self._before_step(batches, full_length=self.collator.full_length)
         return batches, num_items
 
     # Evaluation
@@ -280,6 +286,8 @@ class PlanLoop(Trainer):
         self.state.best_model_checkpoint = str(best)
         if self.engine.keeps_shards:
             self.engine.load_weights(best, self.model)
+        elif self.method.keeps_base:
+            self.method.load(self.model, best)
         else:
             super()._load_best_model()
         self.has_best_weights = True
@@ -328,18 +336,26 @@ class PlanLoop(Trainer):
         if self.processes.is_first:
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The weights; of several processes they come with the optimizer's state."""
-        if not self.engine.keeps_shards:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
     def _save_besides(self, directory: Path) -> None:
-        """What transformers does not know: where the best checkpoint will lie, and the scale of losses."""
+        """What transformers does not know: where the best checkpoint will lie, the losses' scale, the method's own."""
+        self.method.save_besides(self.model, directory)
         if (best := self._best_checkpoint()) is not None:
             self.state.best_model_checkpoint = str(best)
             self.state.save_to_json(str(directory / "trainer_state.json"))
         if self._scaler is not None:
             (directory / LOSS_SCALE).write_text(json.dumps(self._scaler.state_dict()), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The weights of a checkpoint, or what the method keeps in their place; of several processes they come later.
+
+        Those are written and read together with the optimizer's state.
+        """
+        if self.engine.keeps_shards:
+            return
+        if self.method.keeps_base:
+            self.method.load(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The optimizer's and scheduler's state, and the scale of losses."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from badam.errors import InputError
+from badam.profiling.recorder import Profile
 from badam.training import demo_data
 from badam.training.batches import OnLong, Padding
 from badam.training.weights import PRETRAINED
@@ -40,6 +41,7 @@ class RunOptions:
     padding: Padding = "auto"
     on_long: OnLong = "truncate"
     seed: int = 0
+    profile: Profile = "normal"
     report_to: tuple[str, ...] = ()
 
     @property

@@ -199,7 +199,7 @@ def shared_options(options: RunOptions, console: Console, processes: Processes) 
     directory = processes.first(lambda: options.output_dir)
     if processes.is_first:
         return options, console
-    return replace(options, output_dir=directory, report_to=()), Console(quiet=True)
+    return replace(options, output_dir=directory, report_to=(), profile="normal"), Console(quiet=True)
 
 
 @contextmanager

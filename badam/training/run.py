@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from badam.block_optimizer import BlockOptimizer
 from badam.errors import InputError
-from badam.plan import Plan, save_record
+from badam.plan import Plan, record_digest, save_record
 from badam.profiling.record import MeasuredRun, of_all_cards
 from badam.profiling.recorder import Recorder
 from badam.training.assemble import build_model, prepare_model
@@ -41,6 +41,7 @@ from badam.training.out_of_memory import explained
 from badam.training.preparing import prepare_trainer
 from badam.training.processes import Processes, join_processes, noticing_losses, shared_options, shared_plan
 from badam.training.progress import MetricsFile, ProgressDisplay
+from badam.training.tasks import TRAINED_HERE
 from badam.training.weights import locate_weights, tokenizer_source
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def _run(plan: Plan, options: RunOptions, console: Console, command: str | None,
     device, engine = _device(plan), engine_of(plan)
     processes.first(lambda: prepare_output(options.output_dir, resume=options.resume))
     checkpoint = processes.first(lambda: _checkpoint_to_resume(options, engine))
-    weights = None if checkpoint else locate_weights(plan.model, options.init)
+    has_all = checkpoint is not None and not method_of(plan.method).keeps_base
+    weights = None if has_all else locate_weights(plan.model, options.init)
     tokenizer_from = str(checkpoint) if checkpoint else tokenizer_source(plan.model, weights)
     inputs = load_inputs(plan, options, tokenizer_from)
     for data in (inputs.training, inputs.evaluation):
@@ -112,8 +114,9 @@ def _run(plan: Plan, options: RunOptions, console: Console, command: str | None,
             _tell(console, f"data: {data.description}" + (f"; {data.skipped:,} skipped" if data.skipped else ""))
     with ExitStack() as stack:
         stack.enter_context(_own_display())
-        recorder = Recorder(device, every_step=False)
+        recorder = Recorder(device, every_step=False, profile=options.profile)
         recorder.start()
+        stack.callback(_save_profile, recorder, plan, options, console)  # also of a run that memory has ended
         stack.callback(recorder.stop)
         model = _model(plan, options, weights)
         engine.place(model)
@@ -122,7 +125,7 @@ def _run(plan: Plan, options: RunOptions, console: Console, command: str | None,
         trainer = prepared.trainer
         _tell(console, f"lengths: {prepared.sentence}")
         total_steps = _total_steps(trainer, options, checkpoint)
-        needed_bytes = _bytes_to_write(model, options)
+        needed_bytes = _bytes_to_write(plan, model, options)
         processes.first(lambda: check_space(options.output_dir, needed_bytes))
         _warn(plan, device, total_steps, console)
         interruption = stack.enter_context(Interruption())
@@ -176,6 +179,12 @@ def _measured(trainer: PlanLoop, recorder: Recorder, command: str | None) -> Mea
     return measured.model_copy(update={"training": training.model_copy(update=adapted)})
 
 
+def _save_profile(recorder: Recorder, plan: Plan, options: RunOptions, console: Console) -> None:
+    names = [block.name for block in plan.partition.blocks]
+    for path in recorder.save_profile(options.output_dir, names, record_digest(plan)):
+        _tell(console, f"profile: {path}")
+
+
 def _best(trainer: PlanLoop) -> BestEvaluation | None:
     state = trainer.state
     if not trainer.has_best_weights or state.best_global_step is None or state.best_metric is None:
@@ -184,6 +193,12 @@ def _best(trainer: PlanLoop) -> BestEvaluation | None:
 
 
 def _check_runnable(plan: Plan, options: RunOptions, device: torch.device) -> None:
+    if plan.model.task not in TRAINED_HERE:
+        raise InputError(
+            f"badam-train trains language models and classifiers of texts; this plan is for {plan.model.task}.",
+            advice="Train it in a loop of your own with badam.BlockOptimizer and badam.training.step.forward_loss; "
+            "badam.profiling.record(optimizer, model, plan=plan) measures it.",
+        )
     method = method_of(plan.method)
     method.check(plan)
     method.check_device(device)
@@ -215,8 +230,9 @@ def _device(plan: Plan) -> torch.device:
 
 def _model(plan: Plan, options: RunOptions, weights: str | None) -> PreTrainedModel:
     set_seed(options.seed)
+    loading = method_of(plan.method).loading_options(plan) if weights else None
     try:
-        model = build_model(plan.model, plan.training, weights=weights)
+        model = build_model(plan.model, plan.training, weights=weights, loading=loading)
     except (OSError, ValueError, RuntimeError) as error:
         if weights is None or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -265,9 +281,12 @@ def _total_steps(trainer: PlanLoop, options: RunOptions, checkpoint: Path | None
     return total
 
 
-def _bytes_to_write(model: PreTrainedModel, options: RunOptions) -> int:
+def _bytes_to_write(plan: Plan, model: PreTrainedModel, options: RunOptions) -> int:
     """The model at the end, and one checkpoint, whose weights are most of it."""
-    return int(model.get_memory_footprint()) * (2 if options.checkpoint_steps or options.keep_best else 1)
+    saved = model.get_memory_footprint()
+    if method_of(plan.method).keeps_base:
+        saved = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return int(saved) * (2 if options.checkpoint_steps or options.keep_best else 1)
 
 
 def _planned_bytes(plan: Plan) -> int | None:

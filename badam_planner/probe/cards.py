@@ -7,6 +7,7 @@ from collections.abc import Callable
 from badam.naming import belongs
 from badam.plan import Plan
 from badam_planner.events import Recording
+from badam_planner.forecast import Forecast, forecast
 from badam_planner.outline import BlockPeaks, Outline
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.roles import trained_prefixes
@@ -29,6 +30,11 @@ class CardsEvaluator(Evaluator):
         if plan.target.engine == "single":
             return super().peaks(plan, index)
         return Outline(self.recording(plan, index), (), plan.target).peaks(())
+
+    def _forecast(self, plan: Plan, index: int) -> Forecast:
+        if plan.target.engine == "single":
+            return super()._forecast(plan, index)
+        return forecast(self.recording(plan, index), plan.target, head_module=self.tree.head_module)
 
     def traffic(self, plan: Plan, index: int) -> tuple[Traffic, Traffic] | None:
         """What the cards send in a step with one block active, and what they would if all were; None for one card."""

@@ -9,15 +9,16 @@ ones and are composed to full depth (badam_planner.compose); with ``exact`` each
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
-from badam.plan import Dtype, Plan, Rates, Target
+from badam.plan import Plan
 from badam.training.methods import method_of
 from badam.vocabulary import Phase
-from badam_planner.compose import KEPT_CYCLES, NotPeriodic, Run, compose, composed_work, find_runs
+from badam_planner.compose import KEPT_CYCLES, NotPeriodic, Run, find_runs
 from badam_planner.duration import Effort, Pace
 from badam_planner.events import Flops, Recording
 from badam_planner.family import Family, NoFamily, Size, SizeRange, ranges_of
@@ -27,7 +28,10 @@ from badam_planner.probe.model_tree import ModelTree
 from badam_planner.probe.relative_backward import backward_of_all, backward_relative
 from badam_planner.probe.roles import Roles
 from badam_planner.probe.workers import run_all
-from badam_planner.renaming import renamed, renamed_work
+from badam_planner.rehearsed import Rehearsal, Rehearsed
+
+if TYPE_CHECKING:
+    from badam_planner.probe.rehearse import Entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,33 +42,13 @@ class PlanForecast:
     worst: Forecast
     backward_relative: tuple[float, ...]  # by block: backward work over that of training everything
     trained_entries: int = 0  # entries trained at a time, at most
+    quantized_entries: int = 0  # entries of the weights that are kept in fewer than 16 bits
     blocks: tuple[BlockPeaks, ...] = ()  # by block, or empty if only the worst was asked for
     efforts: tuple[dict[Phase, Effort], ...] = ()  # by block: of one optimizer step; the switch of a whole visit
 
 
-@dataclass(slots=True)
-class _Rehearsed:
-    """A rehearsal with four cycles of each run of equal layers."""
-
-    recording: Recording
-    names: list[str]  # its layers in order, see _names
-    runs: list[tuple[tuple[str, ...], ...]]  # the four cycles of each run, by these names
-    outlines: dict[Hashable, Outline] = field(default_factory=dict)
-    paces: dict[Hashable, Pace] = field(default_factory=dict)
-
-    def outline(self, target: Target) -> Outline:
-        """Its outline for a device, read once."""
-        key = (target.gpu == "cpu", target.workspace_bytes)
-        if key not in self.outlines:
-            self.outlines[key] = Outline(self.recording, self.runs, target)
-        return self.outlines[key]
-
-    def pace(self, rates: Rates | None, dtype: Dtype) -> Pace:
-        """Its pace at given rates, read once."""
-        key = (rates and rates.model_dump_json(), dtype)
-        if key not in self.paces:
-            self.paces[key] = Pace(self.recording, self.runs, rates, dtype)
-        return self.paces[key]
+_Sized = tuple[Rehearsed, Sequence[int] | None]
+"""A rehearsal, or the pattern of many sizes and the numbers of one of them."""
 
 
 class Evaluator:
@@ -81,11 +65,12 @@ class Evaluator:
         self.tree = tree
         self.workers = workers
         self.exact = exact
-        self._rehearsed: dict[Hashable, _Rehearsed] = {}
-        self._trained: dict[str, int] = {}
+        self._rehearsed: dict[Hashable, _Sized] = {}
+        self._whole: dict[Hashable, Recording] = {}  # rehearsed at full depth
+        self._counted: dict[str, Entries] = {}
         self._roles = Roles(tree)
         self._ranges: tuple[SizeRange, ...] = ()
-        self._families: dict[Hashable, Family | None] = {}
+        self._families: dict[Hashable, tuple[Family, Rehearsed] | None] = {}
 
     @overload
     def worst_block(self, plan: Plan) -> PlanForecast: ...
@@ -131,6 +116,9 @@ class Evaluator:
         )
 
     def _forecast(self, plan: Plan, index: int) -> Forecast:
+        if self._composes(plan):
+            with suppress(NotPeriodic):
+                return self._rehearsal(plan, index).forecast(plan.target, self.tree.head_module)
         return forecast(self.recording(plan, index), plan.target, head_module=self.tree.head_module)
 
     def _without_roles(self, plan: Plan, give_up_above: int | None) -> PlanForecast | None:
@@ -144,15 +132,15 @@ class Evaluator:
         if give_up_above is not None and forecasts[worst].peak_device_bytes > give_up_above:
             return None
         relative = (backward_of_all(self.flops(plan, worst)),) * len(plan.partition.blocks)
-        return PlanForecast(worst, forecasts[worst], relative, self._trained_entries(plan))
+        return PlanForecast(worst, forecasts[worst], relative, *self._entries(plan))
 
-    def _trained_entries(self, plan: Plan) -> int:
-        from badam_planner.probe.rehearse import trained_entries
+    def _entries(self, plan: Plan) -> Entries:
+        from badam_planner.probe.rehearse import count_entries
 
         key = f"{plan.method} {plan.training.options.model_dump_json()}"
-        if key not in self._trained:
-            self._trained[key] = trained_entries(plan)
-        return self._trained[key]
+        if key not in self._counted:
+            self._counted[key] = count_entries(plan)
+        return self._counted[key]
 
     def every_block(self, plan: Plan, known: PlanForecast) -> PlanForecast:
         """The peaks of all blocks of a plan whose worst block is ``known``; none if they are not trained one by one.
@@ -183,75 +171,63 @@ class Evaluator:
     def efforts(self, plan: Plan, index: int) -> dict[Phase, Effort]:
         """Work and time by phase of one optimizer step with one block active; the switch is that of a whole visit."""
         rates, dtype = plan.target.rates, plan.training.dtype
-        if not self.exact and method_of(plan.method).composes:
-            rehearsed, runs = self._rehearsal(plan, index)
-            return rehearsed.pace(rates, dtype).efforts([len(run.cycles) for run in runs])
+        if self._composes(plan):
+            return self._rehearsal(plan, index).efforts(rates, dtype)
         return Pace(self.recording(plan, index), (), rates, dtype).efforts(())
 
     def peaks(self, plan: Plan, index: int) -> BlockPeaks:
         """The highest allocated bytes with one block active: every tensor's bytes, rounded as the device does."""
-        if not self.exact and method_of(plan.method).composes:
-            rehearsed, runs = self._rehearsal(plan, index)
-            try:
-                return rehearsed.outline(plan.target).peaks([len(run.cycles) for run in runs])
-            except NotPeriodic:
-                pass
+        if self._composes(plan):
+            with suppress(NotPeriodic):
+                return self._rehearsal(plan, index).peaks(plan.target)
         return Outline(self.recording(plan, index), (), plan.target).peaks(())
 
     def flops(self, plan: Plan, index: int) -> Flops:
         """Operations of matrix products at full depth, by phase and module."""
-        if not self.exact and method_of(plan.method).composes:
-            rehearsed, runs = self._rehearsal(plan, index)
-            flops = renamed_work(rehearsed.recording.flops, self._new_names(rehearsed, runs))
-            for run in runs:
-                flops = composed_work(flops, run)
-            return flops
-        return self.recording(plan, index).flops
+        return self._rehearsal(plan, index).flops() if self._composes(plan) else self.recording(plan, index).flops
 
     def recording(self, plan: Plan, index: int) -> Recording:
         """The rehearsal of one block at full depth, composed where that is possible and not forbidden."""
-        if not self.exact and method_of(plan.method).composes:
-            rehearsed, runs = self._rehearsal(plan, index)
-            try:
-                recording = renamed(rehearsed.recording, self._new_names(rehearsed, runs))
-                for run in runs:
-                    recording = compose(recording, run)
-                return recording
-            except NotPeriodic:
-                pass
+        if self._composes(plan):
+            with suppress(NotPeriodic):
+                return self._rehearsal(plan, index).recording()
         return self._at_full_depth(plan, index)
+
+    def _composes(self, plan: Plan) -> bool:
+        return not self.exact and method_of(plan.method).composes
 
     def _at_full_depth(self, plan: Plan, index: int) -> Recording:
         from badam_planner.probe.rehearse import rehearse
 
         key = (
-            "full depth",
             plan.partition.blocks[index].model_dump_json(),
             plan.training.model_dump_json(),
             plan.method,
             plan.target.gpu == "cpu",
         )
-        if key not in self._rehearsed:
-            recording = rehearse(plan, index, layers=self.tree.layers)
-            self._rehearsed[key] = _Rehearsed(recording, [], [])
-        return self._rehearsed[key].recording
+        if key not in self._whole:
+            self._whole[key] = rehearse(plan, index, layers=self.tree.layers)
+        return self._whole[key]
 
     def prepare(self, wanted: Iterable[tuple[Plan, int]]) -> None:
         """Rehearse ahead what questions on these blocks (plan, index) will need, on all workers at a time."""
-        jobs: dict[Hashable, Callable[[], _Rehearsed]] = {}
+        jobs: dict[Hashable, tuple[list[Run], Callable[[], Recording]]] = {}
         for plan, index in wanted:
-            if not self.exact and method_of(plan.method).composes:
+            if self._composes(plan):
                 key, runs = self._key_and_runs(plan, index)
                 if key not in self._rehearsed and not self._ranges:  # the probes of a range share the workers
-                    jobs.setdefault(key, partial(self._rehearse, plan, index, runs))
-        self._rehearsed.update(zip(jobs, run_all(list(jobs.values()), self.workers), strict=True))
+                    jobs.setdefault(key, (runs, partial(self._record, plan, index, runs)))
+        recordings = run_all([record for _, record in jobs.values()], self.workers)
+        for (key, (runs, _)), recording in zip(jobs.items(), recordings, strict=True):
+            self._rehearsed[key] = (Rehearsed.of(recording, self.tree.layers, runs), None)
 
-    def _rehearsal(self, plan: Plan, index: int) -> tuple[_Rehearsed, list[Run]]:
-        """A rehearsal with four cycles of each run of equal layers, and the runs that it is to be composed to."""
+    def _rehearsal(self, plan: Plan, index: int) -> Rehearsal:
+        """What a rehearsal with four cycles of each run of equal layers says of a block."""
         key, runs = self._key_and_runs(plan, index)
         if key not in self._rehearsed:
-            self._rehearsed[key] = self._rehearse(plan, index, runs)
-        return self._rehearsed[key], runs
+            self._rehearsed[key] = self._from_family(plan, index, runs) or self._alone(plan, index, runs)
+        rehearsed, numbers = self._rehearsed[key]
+        return Rehearsal(rehearsed, self.tree.layers, runs, numbers)
 
     def _key_and_runs(self, plan: Plan, index: int) -> tuple[Hashable, list[Run]]:
         """Which rehearsal answers for a block, and the runs that it is to be composed to."""
@@ -264,9 +240,8 @@ class Evaluator:
             key = self._roles.question(plan, index, runs)
         return key, runs
 
-    def _rehearse(self, plan: Plan, index: int, runs: Sequence[Run]) -> _Rehearsed:
-        recording = self._from_family(plan, index, runs) or self._record(plan, index, runs)
-        return _Rehearsed(recording, _names(self.tree.layers, runs), [run.stand_ins() for run in runs])
+    def _alone(self, plan: Plan, index: int, runs: Sequence[Run]) -> _Sized:
+        return Rehearsed.of(self._record(plan, index, runs), self.tree.layers, runs), None
 
     def _record(self, plan: Plan, index: int, runs: Sequence[Run]) -> Recording:
         from badam_planner.probe.rehearse import rehearse
@@ -283,8 +258,8 @@ class Evaluator:
         self._families.clear()
         self._ranges = ranges_of(batch_sizes, lengths)
 
-    def _from_family(self, plan: Plan, index: int, runs: Sequence[Run]) -> Recording | None:
-        """The recording at the plan's size as it follows from those of its range; None if it does not."""
+    def _from_family(self, plan: Plan, index: int, runs: Sequence[Run]) -> _Sized | None:
+        """What follows for the plan's size from those of its range; None if it does not."""
         size = (plan.training.batch_size, plan.training.seq_len)
         sizes = next((each for each in self._ranges if each.has(size)), None)
         if sizes is None:
@@ -293,9 +268,10 @@ class Evaluator:
         try:
             if key not in self._families:
                 self._families[key] = None
-                self._families[key] = self._family(plan, index, runs, sizes)
-            family = self._families[key]
-            return None if family is None else family.at(size)
+                family = self._family(plan, index, runs, sizes)
+                self._families[key] = (family, Rehearsed.of(family.pattern, self.tree.layers, runs))
+            known = self._families[key]
+            return None if known is None else (known[1], known[0].numbers_at(size))
         except NoFamily:
             return None
 
@@ -303,9 +279,6 @@ class Evaluator:
         probes = sizes.probes()
         tasks = [partial(self._record, _at_size(plan, size), index, runs) for size in probes]
         return Family(sizes, dict(zip(probes, run_all(tasks, self.workers), strict=True)))
-
-    def _new_names(self, rehearsed: _Rehearsed, runs: Sequence[Run]) -> dict[str, str]:
-        return dict(zip(rehearsed.names, _names(self.tree.layers, runs), strict=True))
 
 
 def _worth_simulating(peaks: Mapping[int, BlockPeaks]) -> list[int]:
@@ -322,16 +295,3 @@ def _worth_simulating(peaks: Mapping[int, BlockPeaks]) -> list[int]:
 def _at_size(plan: Plan, size: Size) -> Plan:
     training = plan.training.model_copy(update={"batch_size": size[0], "seq_len": size[1]})
     return plan.model_copy(update={"training": training})
-
-
-def _names(layers: Sequence[str], runs: Sequence[Run]) -> list[str]:
-    """The layers of a rehearsal in order, runs as the four cycles that they are composed from."""
-    first = {run.cycles[0][0]: run for run in runs}
-    inside = {layer for run in runs for cycle in run.cycles for layer in cycle}
-    names: list[str] = []
-    for layer in layers:
-        if layer in first:
-            names += [each for cycle in first[layer].stand_ins() for each in cycle]
-        elif layer not in inside:
-            names.append(layer)
-    return names

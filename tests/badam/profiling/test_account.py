@@ -18,20 +18,20 @@ def test_replaying_keeps_the_account_of_a_simple_model(script: list[tuple[int, i
     """Six addresses are handed out and taken back in any order, also twice in a row; phases change in between."""
     account = Account()
     live: dict[int, int] = {}
-    events: list[tuple[int, int, int]] = []
+    events: list[tuple[int, int]] = []
     marks: list[Mark] = []
     phase = Phase.SETUP
     peaks = {phase: 0}
-    for time, (address, nbytes, change) in enumerate(script):
+    for address, nbytes, change in script:
         if change is not None:
             phase = change
             marks.append(Mark(phase, {address: Category.GRADIENT}))
-            events.append((time, len(marks) - 1, 0))
+            events.append((len(marks) - 1, 0))
         elif address in live and nbytes % 2:
-            events.append((time, address, -live.pop(address)))
+            events.append((address, -live.pop(address)))
         else:
             live[address] = nbytes
-            events.append((time, address, nbytes))
+            events.append((address, nbytes))
         peaks[phase] = max(peaks.get(phase, 0), sum(live.values()))
     result = account.replay(events, marks)
     assert account.live_bytes == sum(live.values())
@@ -42,7 +42,7 @@ def test_replaying_keeps_the_account_of_a_simple_model(script: list[tuple[int, i
 def test_a_block_recognized_after_the_peak_is_known_at_the_peak() -> None:
     account = Account()
     marks = [Mark(Phase.BACKWARD), Mark(Phase.STEP, {1: Category.GRADIENT})]
-    events = [(0, 0, 0), (1, 1, 100), (2, 2, 50), (3, 2, -50), (4, 1, 0)]
+    events = [(0, 0), (1, 100), (2, 50), (2, -50), (1, 0)]
     result = account.replay(events, marks)
     assert result.peak_by_phase == {Phase.SETUP: 0, Phase.BACKWARD: 150, Phase.STEP: 100}
     assert result.by_category == {Category.GRADIENT: 100, Category.ACTIVATION: 50}
@@ -50,7 +50,7 @@ def test_a_block_recognized_after_the_peak_is_known_at_the_peak() -> None:
 
 def test_an_address_used_again_is_another_block() -> None:
     account = Account()
-    events = [(0, 1, 100), (1, 0, 0), (2, 1, -100), (3, 1, 300)]
+    events = [(1, 100), (0, 0), (1, -100), (1, 300)]
     result = account.replay(events, [Mark(None, {1: Category.MASTER})])
     assert result.by_category == {Category.ACTIVATION: 300}
 
@@ -66,3 +66,12 @@ def test_after_a_pause_named_blocks_are_what_exists_and_others_as_they_were() ->
     assert account.live_bytes == 20 + 30
     assert account.take_in(4, 8, Category.OPTIMIZER_STATE)
     assert not account.take_in(2, 20)
+
+
+def test_a_boundary_tells_what_is_alive_and_the_peak_since_the_one_before() -> None:
+    account = Account()
+    account.take_in(9, 5)
+    boundary = Mark(boundary=True)
+    events = [(1, 100), (1, -100), (0, 0), (2, 20), (1, 0), (9, -5), (2, 0)]
+    result = account.replay(events, [boundary] * 3)
+    assert result.boundaries == ((5, 105), (25, 25), (20, 25))

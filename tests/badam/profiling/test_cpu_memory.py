@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from badam.errors import BadamError
-from badam.profiling.allocator_log import AllocatorLog
+from badam.profiling.allocator_log import AllocatorLog, Unreported
 from badam.profiling.cpu_memory import CpuMemory
 from badam.profiling.states import ModelStates, live_cpu_tensors
 from badam.vocabulary import Category, Phase
@@ -139,9 +140,21 @@ def test_nothing_is_lost_between_two_readings() -> None:
     first = log.drain()
     del kept
     second = log.stop()
-    assert [event.nbytes for event in first] == [100]
-    assert [event.nbytes for event in second] == [-100]
-    assert second[0].address == first[0].address
+    assert [nbytes for _, nbytes in first] == [100]
+    assert [nbytes for _, nbytes in second] == [-100]
+    assert second[0][0] == first[0][0]
+
+
+def test_what_was_not_reported_stands_in_its_place_in_time() -> None:
+    log = AllocatorLog()
+    log.start()
+    kept = [torch.empty(100, dtype=torch.uint8)]
+    death = Unreported(time.time_ns(), (1, -7))
+    time.sleep(0.001)
+    kept.append(torch.empty(200, dtype=torch.uint8))
+    late = Unreported(time.time_ns() + 10**9, (2, -8))
+    early = Unreported(0, (3, -9))
+    assert [nbytes for _, nbytes in log.stop([late, death, early])] == [-9, 100, -7, 200, -8]
 
 
 def test_reading_inside_an_open_range_is_safe() -> None:
@@ -173,7 +186,7 @@ def test_marks_stand_between_the_allocations_that_they_were_set_between(script: 
         else:
             kept.append(torch.empty(nbytes, dtype=torch.uint8))
             expected.append((kept[-1].data_ptr(), nbytes))
-    found = [(event.address, event.nbytes) for event in log.stop() if event.nbytes >= 0]
+    found = [(address, nbytes) for address, nbytes in log.stop() if nbytes >= 0]
     assert found == expected
 
 

@@ -23,13 +23,14 @@ class Card:
 
     def __init__(self) -> None:
         self.peak = 0
+        self.live = 0
         self.reserved = 0
         self.used = 0
         self.resets = 0
 
     def statistics(self) -> dict[str, Any]:
         return {
-            "allocated_bytes": {"all": {"peak": self.peak}},
+            "allocated_bytes": {"all": {"peak": self.peak, "current": self.live}},
             "reserved_bytes": {"all": {"peak": self.reserved}},
         }
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from badam.plan import Target
 from badam.vocabulary import Phase
 from badam_planner import compose as composing
+from badam_planner import rehearsed
 from badam_planner.duration import Pace
 from badam_planner.events import NEVER, Recording
 from badam_planner.outline import Outline
-from badam_planner.probe import evaluate, rehearse, shapes, tracker
+from badam_planner.probe import rehearse, shapes, tracker
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.timeline import Timeline
 from tests.badam_planner.probe.plans import BERT, CPU, GEMMA2, GPT2, LLAMA, QWEN3_MOE, plan_of
@@ -174,7 +175,7 @@ def test_a_run_that_turns_out_not_to_repeat_falls_back_to_full_depth(monkeypatch
 
     plan, tree = plan_of(LLAMA, 8)
     full = Evaluator(tree, exact=True).recording(plan, 0)
-    monkeypatch.setattr(evaluate, "compose", refuse)
+    monkeypatch.setattr(rehearsed, "compose", refuse)
     assert everything_in(Evaluator(tree).recording(plan, 0)) == everything_in(full)
 
 

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badam.plan import Plan
+from badam.plan import Plan, Target
 from badam.vocabulary import Phase
 from badam_planner.events import Allocation, Recording
 from badam_planner.family import Family, NoFamily, SizeRange, ranges_of
 from badam_planner.probe import evaluate
 from badam_planner.probe.evaluate import Evaluator
-from tests.badam_planner.probe.plans import GPT2, LLAMA, QWEN3_MOE, plan_of
+from tests.badam_planner.probe.plans import CPU, GPT2, LLAMA, QWEN3_MOE, plan_of
 
+CARD = Target(gpu="card", total_bytes=2**40, usable_bytes=2**40, context_bytes=2**28, workspace_bytes=2**23)
 BATCHES, LENGTHS = (1, 2, 3, 5, 8), (128, 256, 384, 512, 640, 768)
 
 
@@ -54,6 +55,20 @@ def test_recordings_of_a_family_are_the_rehearsals(
         assert together.peaks(each, 1) == one_by_one.peaks(each, 1)
 
 
+@pytest.mark.parametrize("target", [CPU, CARD], ids=["cpu", "card"])
+def test_forecasts_at_the_sizes_of_a_family_are_those_of_rehearsals(target: Target) -> None:
+    plan, tree = plan_of(LLAMA, 7, strategy="attn-mlp", checkpointing=True, target=target)
+    one_by_one, together = Evaluator(tree), Evaluator(tree)
+    together.expect_sizes(BATCHES, LENGTHS)
+    for size in ((1, 512), (3, 256), (8, 640)):
+        each = at_size(plan, *size)
+        expected, found = one_by_one.worst_block(each), together.worst_block(each)
+        assert replace(found.worst, largest=()) == replace(expected.worst, largest=())  # names want shapes
+        assert replace(found, worst=expected.worst) == expected
+    patterns = {id(rehearsed) for rehearsed, _ in together._rehearsed.values()}
+    assert len(patterns) < len(together._rehearsed)
+
+
 def test_a_range_of_sizes_takes_a_few_rehearsals(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, tree = plan_of(LLAMA, 5)
     made: list[None] = []
@@ -69,7 +84,7 @@ def test_a_range_of_sizes_takes_a_few_rehearsals(monkeypatch: pytest.MonkeyPatch
     for batch in BATCHES:
         for length in LENGTHS:
             evaluator.peaks(at_size(plan, batch, length), 0)
-    assert len(made) == 4 + 6  # of a batch of one: four lengths; of more: these and two corners
+    assert len(made) == 4 + 4  # of a batch of one, and of more
 
 
 def test_sizes_off_the_grid_are_rehearsed() -> None:
@@ -132,6 +147,7 @@ def test_other_events_at_another_size_are_no_family() -> None:
 def test_a_batch_of_one_is_a_range_of_its_own() -> None:
     alone, others = ranges_of(BATCHES, LENGTHS)
     assert alone.probes() == ((1, 128), (1, 384), (1, 512), (1, 768))
+    assert others.probes() == ((2, 128), (2, 384), (2, 512), (8, 768))
     assert not alone.has((2, 128))
     assert others.has((2, 128))
     assert not others.has((1, 128))
