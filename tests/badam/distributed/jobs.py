@@ -420,9 +420,9 @@ def llama_peak(plan_json: str, block: int) -> dict[str, Any]:
     events = log.stop()
     live = peak = 0
     counting = False
-    for event in events:
-        counting = counting or event.nbytes == 0
-        live += event.nbytes
+    for _, nbytes in events:
+        counting = counting or nbytes == 0
+        live += nbytes
         peak = max(peak, live) if counting else 0
     with SentBytes() as counter:
         step()
