@@ -120,9 +120,10 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, st
 
 
 def unwrap(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper, or the optimizer itself."""
+    """The optimizer inside accelerate's wrapper, or the optimizer itself; that for which DeepSpeed's engine steps."""
     inner = getattr(optimizer, "optimizer", None)
-    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+    found: torch.optim.Optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+    return getattr(found, "stands_for", found)
 
 
 def distinct_bytes(named: Iterable[Named]) -> dict[Category, int]:
