@@ -45,6 +45,11 @@ class RunOptions:
     report_to: tuple[str, ...] = ()
 
     @property
+    def data_directory(self) -> Path:
+        """Where large data lies during the run."""
+        return self.output_dir / ".data.partial"
+
+    @property
     def evaluates(self) -> bool:
         """Whether there is evaluation data."""
         return self.eval_data is not None or self.eval_share > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,7 @@ from badam.training.checkpoints import (
     written_whole,
 )
 from badam.training.coverage import coverage
+from badam.training.data import in_directory
 from badam.training.inputs import load_inputs
 from badam.training.interruption import Interruption
 from badam.training.loop import PlanLoop
@@ -88,6 +90,7 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
     with ExitStack() as stack:
         processes = join_processes(plan, options, device)
         options, console = apart(processes, options, console, stack)
+        stack.callback(shutil.rmtree, options.data_directory, ignore_errors=True)
         return _run(plan, options, console, command, processes)
 
 
@@ -110,7 +113,8 @@ def _run(plan: Plan, options: RunOptions, console: Console, command: str | None,
         stack.callback(recorder.stop)
         model = _model(plan, options, weights)
         place(model, plan, processes)
-        prepared = prepare_trainer(plan, options, model, inputs, recorder, lambda text: _tell(console, text))
+        with in_directory(options.data_directory):
+            prepared = prepare_trainer(plan, options, model, inputs, recorder, lambda text: _tell(console, text))
         trainer = prepared.trainer
         _tell(console, f"lengths: {prepared.sentence}")
         total_steps = _total_steps(trainer, options, checkpoint)
