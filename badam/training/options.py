@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +47,8 @@ class RunOptions:
 
     @property
     def data_directory(self) -> Path:
-        """Where large data lies during the run."""
-        return self.output_dir / ".data.partial"
+        """Where this process keeps large data during the run; one that was killed leaves it to the next to remove."""
+        return self.output_dir / f".data-{os.getpid()}.partial"
 
     @property
     def evaluates(self) -> bool:

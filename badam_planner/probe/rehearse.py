@@ -28,6 +28,7 @@ from badam.profiling.states import base_of, masters, state_tensors
 from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing, prepare_model
 from badam.training.methods import method_of
 from badam.training.step import update
+from badam.training.tasks import blank_batch
 from badam.vocabulary import Category, Phase
 from badam_planner.events import Recording
 from badam_planner.probe.kept_layers import build_without, with_left_out
@@ -85,23 +86,6 @@ def _attention_of(target: Target) -> Iterator[None]:
 def fake_model(spec: ModelSpec, training: Training) -> PreTrainedModel:
     """The plan's model without weights; call inside :func:`fake_world`."""
     return build_model(spec, training)
-
-
-def fake_batch(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
-    """A batch of the plan's size, int64: input_ids [B, S] and labels [B, S] ([B] for classification)."""
-    training = plan.training
-    shape = (training.batch_size, training.seq_len)
-    tokens = torch.zeros(shape, dtype=torch.int64)
-    if plan.model.task == "causal-lm":
-        return {"input_ids": tokens, "labels": torch.zeros(shape, dtype=torch.int64)}
-    batch = {
-        "input_ids": tokens,
-        "attention_mask": torch.ones(shape, dtype=torch.int64),
-        "labels": torch.zeros(shape[:1], dtype=torch.int64),
-    }
-    if getattr(model.config, "type_vocab_size", 0) > 1:
-        batch["token_type_ids"] = torch.zeros(shape, dtype=torch.int64)
-    return batch
 
 
 def rehearse(
@@ -225,7 +209,7 @@ def _training_step(
 ) -> None:
     """One optimizer step as transformers' Trainer makes it: micro-batches, clipping, step, zero_grad."""
     for _ in range(plan.training.grad_accum):
-        batch = fake_batch(plan, model)
+        batch = blank_batch(plan, model.config)
         tracker.label(batch.items(), Category.ACTIVATION, "batch")
         loss = method.loss(model, batch, plan, optimizer, torch.zeros((), dtype=torch.int64))
         del batch

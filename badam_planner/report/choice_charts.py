@@ -64,7 +64,9 @@ def methods_chart(result: SearchResult) -> Chart | None:
     layout = {
         "barmode": "stack",
         "xaxis": {
-            "title": {"text": f"peak on the device ({scale.unit}); dashed: limit {format_bytes(result.usable_bytes)}"},
+            "title": {
+                "text": f"peak on the device ({scale.unit})<br>dashed: limit {format_bytes(result.usable_bytes)}"
+            },
             "range": [0, scale(edge) * 1.02],
         },
         "yaxis": {"autorange": "reversed", "ticklabelposition": "outside", "type": "category"},
@@ -100,7 +102,7 @@ def methods_chart(result: SearchResult) -> Chart | None:
     )
     summary = (
         f"{len(fitting)} of {len(chosen)} methods fit into {format_bytes(result.usable_bytes)} at batch "
-        f"{result.batch_size} x {result.seq_len}, each with its fastest setting that fits{least}.{left_out}"
+        f"{result.batch}, each with its fastest setting that fits{least}.{left_out}"
     )
     return Chart(
         "methods", "Methods compared on this card", summary, tuple(traces), layout, table, 140 + 34 * len(chosen)

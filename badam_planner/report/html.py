@@ -7,7 +7,7 @@ from pathlib import Path
 from badam.errors import InputError
 from badam.plan import Plan, Provenance
 from badam.profiling.module_record import ModuleTimelines
-from badam.units import format_bytes, format_count, format_seconds
+from badam.units import format_batch, format_bytes, format_count, format_seconds
 from badam_planner.compare import Accuracy, Comparison, block_rows, explain
 from badam_planner.report.chart import Chart, TableData
 from badam_planner.report.choice_charts import methods_chart, sizes_chart
@@ -214,6 +214,7 @@ def _totals_table(comparison: Comparison) -> TableData:
 
 def _plan_facts(plan: Plan) -> tuple[tuple[str, str], ...]:
     training = plan.training
+    batch = format_batch(plan.model.task, training.batch_size, training.seq_len, training.decoder_len)
     return (
         ("model", f"{plan.model.id}, {format_count(plan.model.parameters)} parameters"),
         (
@@ -222,7 +223,8 @@ def _plan_facts(plan: Plan) -> tuple[tuple[str, str], ...]:
             + (", expandable segments" if plan.target.expandable_segments else ""),
         ),
         ("method", f"{plan.method}, {len(plan.partition.blocks)} blocks by {plan.partition.strategy}"),
-        ("batch", f"{training.batch_size} x {training.seq_len} tokens, {training.grad_accum} per optimizer step"),
+        ("task", plan.model.task),
+        ("batch", f"{batch}, {training.grad_accum} per optimizer step"),
         ("checkpointing", training.checkpointing),
         ("loss and attention", f"{training.loss}, {training.attention}, {training.dtype}"),
     )

@@ -32,9 +32,7 @@ EXPANDABLE = (
 def render_candidates(result: SearchResult) -> RenderableType:
     """The table of candidates with a line on what the columns mean, for ``console.print``."""
     heading = Text(f"{clean(result.model_id)} on {clean(result.gpu_name)}", style="bold")
-    heading.append(
-        f", {format_bytes(result.usable_bytes)} usable, batch {result.batch_size} x {result.seq_len} tokens", "not bold"
-    )
+    heading.append(f", {format_bytes(result.usable_bytes)} usable, batch {result.batch}", "not bold")
     unit = unit_for(max(candidate.peak_device_bytes for candidate in result.candidates))
     states = _states_title(result.candidates)
     words = f"{states}: model states only"

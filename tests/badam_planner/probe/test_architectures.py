@@ -10,7 +10,7 @@ from badam.errors import InputError
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.model_source import specify
 from tests.badam_planner.probe.measuring import measure
-from tests.badam_planner.probe.plans import plan_of
+from tests.badam_planner.probe.plans import DEBERTA, MODERNBERT, plan_of
 
 SCALARS_BYTES = 128
 """Not predicted: 8 bytes of host memory for each Python number that multiplies a tensor inside autograd's reach."""
@@ -43,6 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon": {"vocab_size": 768, "hidden_size": 32, "num_attention_heads": 4},
     "bloom": {"vocab_size": 768, "hidden_size": 32, "n_head": 4},
     "mixtral": {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen3_moe": {**GROUPED, **EXPERTS, "num_experts": 4},
     "gpt_oss": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
     "deepseek_v3": {
         **SMALL, **EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
@@ -79,6 +80,18 @@ def test_composed_exact_and_measured_are_the_same_bytes(model_type: str, checkpo
     assert 0 <= measured - exact.peak_allocated_bytes <= SCALARS_BYTES
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("config", [DEBERTA, MODERNBERT], ids=["deberta-v3", "modernbert"])
+def test_encoders_are_predicted_to_the_byte_where_kernels_take_no_scratch(
+    config: dict[str, Any], checkpointing: bool
+) -> None:
+    """In bf16 oneDNN packs matrices for a product, in memory that no operator returns; in fp32 nothing does."""
+    config = {**config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    plan, tree = plan_of(config, 4, checkpointing=checkpointing, dtype="float32")
+    known = Evaluator(tree).worst_block(plan)
+    assert measure(plan, known.worst_block).peak_bytes == known.worst.peak_allocated_bytes
+
+
 @pytest.mark.parametrize("model_type", SEES_IMAGES)
 def test_of_a_model_that_also_sees_images_the_text_part_is_trained(model_type: str) -> None:
     config = {"model_type": model_type, "architectures": ["SomeForConditionalGeneration"], **SEES_IMAGES[model_type]}
@@ -94,14 +107,13 @@ def test_of_a_model_that_also_sees_images_the_text_part_is_trained(model_type: s
 @pytest.mark.parametrize(
     ("model_type", "architecture"),
     [
-        ("t5", "T5ForConditionalGeneration"),
         ("t5", "T5ForSequenceClassification"),
-        ("vit", "ViTForImageClassification"),
-        ("whisper", "WhisperForConditionalGeneration"),
+        ("speecht5", "SpeechT5ForSpeechToText"),
+        ("resnet", "ResNetForImageClassification"),
     ],
 )
 def test_models_for_other_tasks_are_refused_by_name(model_type: str, architecture: str) -> None:
-    config = {"model_type": model_type, "architectures": [architecture], "num_hidden_layers": 2}
+    config = {"model_type": model_type, "architectures": [architecture]}
     with pytest.raises(InputError, match=f"is a {architecture}, which cannot be planned") as caught:
         specify("acme/model", "config", config)
     assert "next token" in str(caught.value.advice)
