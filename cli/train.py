@@ -159,9 +159,8 @@ def train(
     say(f"loss {measurement.first_loss:.3f} -> {measurement.last_loss:.3f} in {measurement.steps} steps")
     if cards := result.measured.cards:
         fullest = max(cards, key=lambda card: card.peak_allocated_bytes)
-        say(
-            f"fullest of {len(cards)} cards: {fullest.rank}, with a peak of {format_bytes(fullest.peak_allocated_bytes)}"
-        )
+        peak = format_bytes(fullest.peak_allocated_bytes)
+        say(f"fullest of {len(cards)} cards: {fullest.rank}, with a peak of {peak}")
     if result.best is not None:
         say(f"best evaluation: {result.best.figure:.3f} after step {result.best.step}, whose weights the model has")
     say(f"model: {result.model_path}")

@@ -29,7 +29,6 @@ SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = {"badam-plan": "badam_cli.plan", "badam-train": "badam_cli.train", "badam-report": "badam_cli.report"}
 HEAVY = {"accelerate", "datasets", "numpy", "peft", "pynvml", "torch", "transformers", "trl"}
 
-COMPOSING = {"badam_planner.planning"}  # joins the pure core and the edge: the one that may import both
 
 MAY_IMPORT = {
     "torch": ("badam", "badam_planner.probe"),
@@ -59,7 +58,7 @@ def test_every_planner_module_is_held_to_be_pure_or_stands_at_the_edge() -> None
     contracts.read(ROOT / ".importlinter")
     pure = set(contracts["importlinter:contract:pure"]["source_modules"].split())
     modules = {f"badam_planner.{path.stem}" for path in (ROOT / "badam_planner").glob("*.py")}
-    assert modules - pure == {"badam_planner.__init__", *COMPOSING}
+    assert modules - pure == {"badam_planner.__init__"}
 
 
 @pytest.mark.parametrize("library", MAY_IMPORT)

@@ -116,7 +116,7 @@ def rehearse(
     with fake_world() as mode, _attention_of(plan.target), _without_garbage_collection():
         model = build_without(lambda: fake_model(plan.model, plan.training), layers, classes, without)
         prepare_model(model, plan)
-        tracker = StorageTracker(model, layers, mode=mode)
+        tracker = StorageTracker(model, layers, mode=mode, on_cpu=plan.target.gpu == "cpu")
         _label_weights(model, tracker, layers, without)
         tracker.label(method.unnamed_weights(model), Category.PARAMETER)
         on_host = list(method.resident_states(model, plan, block)) if plan.target.gpu == "cpu" else []
