@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 
 _BOOT = """if True:
     import datetime, importlib, os, pickle, sys
