@@ -190,7 +190,7 @@ class Evaluator:
         return self._at_full_depth(plan, index)
 
     def _composes(self, plan: Plan) -> bool:
-        return not self.exact and method_of(plan.method).composes
+        return not self.exact and method_of(plan.method).rehearses_few_layers
 
     def _at_full_depth(self, plan: Plan, index: int) -> Recording:
         from badam_planner.probe.rehearse import rehearse
@@ -228,7 +228,8 @@ class Evaluator:
     def _key_and_runs(self, plan: Plan, index: int) -> tuple[Hashable, list[Run]]:
         """Which rehearsal answers for a block, and the runs that it is to be composed to."""
         roles = self._roles.of(plan, plan.partition.blocks[index])
-        runs = find_runs(self.tree.layers, [None if role.active else role for role in roles])
+        trained_too = method_of(plan.method).repeats_trained_layers
+        runs = find_runs(self.tree.layers, [None if role.active and not trained_too else role for role in roles])
         key = self._roles.question(plan, index, runs)
         complete = all(len(run.cycles) >= KEPT_CYCLES for run in runs)
         if key not in self._rehearsed and not complete:

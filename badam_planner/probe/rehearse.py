@@ -141,9 +141,9 @@ def rehearse(
             prepare_checkpointing(model, optimizer, staged)
             if method.keeps_gradients:
                 _first_update(model, optimizer, tracker)
-                tracker.recording.traffic.clear()  # its memory is there to stay, its work is no part of a step's
             else:
                 label_states(model, optimizer, tracker)
+            tracker.recording.traffic.clear()  # memory so far is there to stay, work so far is no part of a step's
             _training_step(plan, method, model, optimizer, tracker)
         del on_host  # only now: it stays allocated throughout
         return tracker.recording

@@ -27,7 +27,7 @@ def map_sizes(plan: Plan, evaluator: Evaluator, progress: Callable[[str], None] 
     leave open, and not at all once a smaller one did not fit.
     """
     training = plan.training
-    factors = FACTORS if method_of(plan.method).composes else FEW_FACTORS
+    factors = FACTORS if method_of(plan.method).rehearses_few_layers else FEW_FACTORS
     batches = sizes_around(training.batch_size, 1, factors)
     lengths = sizes_around(training.seq_len, SHORTEST, factors)
     lengths = [length for length in lengths if length <= max(_longest(plan), training.seq_len)]

@@ -6,6 +6,7 @@ import atexit
 import gc
 
 import pytest
+
 from badam_cli import plan as command
 
 

@@ -29,6 +29,8 @@ class TrainingMethod(ABC):
         clips: whether the gradients exist together, so that their joint norm can be bounded.
         keeps_gradients: whether the optimizer's step finds gradients, as opposed to what backward has done by itself.
         composes: whether a block's rehearsal may leave out frozen layers and repeat their equals instead.
+        repeats_trained_layers: whether a rehearsal may also leave out layers that are trained, since all that happens
+            to the weights of a layer happens while backward is in it or in its neighbour.
     """
 
     name: ClassVar[Method]
@@ -37,6 +39,12 @@ class TrainingMethod(ABC):
     clips: ClassVar[bool] = True
     keeps_gradients: ClassVar[bool] = True
     composes: ClassVar[bool] = False
+    repeats_trained_layers: ClassVar[bool] = False
+
+    @property
+    def rehearses_few_layers(self) -> bool:
+        """Whether its rehearsal may leave layers out, of whichever kind."""
+        return self.composes or self.repeats_trained_layers
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan that asks of the method what it cannot do.
