@@ -260,6 +260,11 @@ class BlockVisits(Optimizer):
         self._zero3 = ZeroThree(engine, self)
         self._ranks = self._zero3.ranks
 
+    @property
+    def driven_by(self) -> ZeroThree | None:
+        """The adapter through which DeepSpeed drives this optimizer, if it does."""
+        return self._zero3
+
     def user_groups(self) -> list[list[nn.Parameter]]:
         """The model's parameters by group, as the base optimizer was built on them."""
         return [list(parameters) for parameters in self._user_groups]

@@ -20,6 +20,7 @@ from badam.vocabulary import Category, Phase
 
 SCHEMA_VERSION: Final = 1
 
+Task = Literal["causal-lm", "sequence-classification", "sequence-to-sequence", "image-classification", "speech-to-text"]
 Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
 Engine = Literal["single", "ddp", "fsdp2", "zero3"]
 Strategy = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
@@ -50,7 +51,7 @@ class ModelSpec(Record):
     source: Literal["catalogue", "hub", "directory", "config"]
     config: dict[str, Any]  # the transformers configuration, as written by to_dict()
     config_digest: str  # sha256 of the configuration, see config_digest()
-    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
+    task: Task = "causal-lm"
     parameters: PositiveInt  # entries of all distinct parameters; tied ones count once
 
 
@@ -74,6 +75,7 @@ class Target(Record):
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
     context_bytes: Bytes = 0  # taken by the process's device context, outside torch
     workspace_bytes: Bytes = 0  # matrix-multiplication workspace, allocated through torch
+    expandable_segments: bool = False  # torch's allocator grows few segments by pages instead of taking many
     rates: Rates | None = None  # None: nothing is known of its speed
 
 
@@ -137,7 +139,8 @@ class Training(Record):
     """What one optimizer step consists of."""
 
     batch_size: PositiveInt
-    seq_len: PositiveInt
+    seq_len: PositiveInt  # positions of an input: tokens, or what an image or a recording is cut into
+    decoder_len: PositiveInt | None = None  # tokens of the text that a decoder with an input of its own learns to write
     grad_accum: PositiveInt = 1
     dtype: Dtype = "bfloat16"
     checkpointing: Checkpointing = "all"

@@ -58,3 +58,17 @@ def parse_bytes(text: str) -> int:
     if size <= 0:
         raise InputError(f"{text!r} is not a size of memory.", advice="Write a number with a unit, such as 24GiB.")
     return size
+
+
+def format_batch(task: str, batch_size: int, seq_len: int, decoder_len: int | None = None) -> str:
+    """What is in a micro-batch, such as ``8 x 512 tokens``.
+
+    Args:
+        task: of the plan.
+        batch_size: examples.
+        seq_len: positions of an example.
+        decoder_len: tokens that a decoder learns to write for it; None where there is no decoder of its own.
+    """
+    things = {"image-classification": "images of {} positions", "speech-to-text": "recordings of {} positions"}
+    text = f"{batch_size} {things.get(task, 'x {} tokens').format(seq_len)}"
+    return text if decoder_len is None else f"{text} into {decoder_len}"

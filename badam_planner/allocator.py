@@ -11,7 +11,9 @@ Source: comments and constants of ``c10/cuda/CUDACachingAllocator.cpp`` in PyTor
 * a freed block merges with its free neighbours in the segment; segments stay reserved until ``empty_cache`` or until
   a new one cannot be had, when the wholly free ones are given back.
 
-Not counted: more than one stream, ``expandable_segments``, ``max_split_size_mb``, ``garbage_collection_threshold`` and
+With ``expandable_segments`` the rules are others, see :mod:`badam_planner.expandable`.
+
+Not counted: more than one stream, ``max_split_size_mb``, ``garbage_collection_threshold`` and
 rounding to powers of two, all of which are off by default. Where the driver puts a segment is not known: a segment's
 address is its number, the first one being the lowest.
 """

@@ -9,6 +9,7 @@ from badam.plan import Target
 from badam.vocabulary import Category, Phase
 from badam_planner.allocator import ROUNDING, CachingAllocator
 from badam_planner.events import GIVEN, NEVER, Allocation, Recording
+from badam_planner.expandable import ExpandableAllocator
 from badam_planner.timeline import Peak, Timeline
 
 
@@ -60,12 +61,12 @@ class Forecaster:
         """Predict the block's peaks.
 
         Args:
-            target: gives the context's bytes; otherwise like the one that the forecaster was made for.
+            target: gives the context's bytes and the kind of segments; otherwise like the forecaster's own.
             numbers: what the recording's bytes are places in, if it is the pattern of a family.
             largest: how many of the live tensors at the peak to name.
         """
         tensors = self._tensors if numbers is None else self._tensors.resized(self._sizes(numbers))
-        by_phase, reserved = _on_a_card(tensors) if self._on_card else (tensors.peak_by_phase(), None)
+        by_phase, reserved = _on_a_card(tensors, target) if self._on_card else (tensors.peak_by_phase(), None)
         peak = max(by_phase.values(), key=lambda at: at.nbytes)
         reserved = peak.nbytes if reserved is None else reserved
         alive = tensors.live_at(peak.tick)
@@ -95,9 +96,9 @@ class Forecaster:
         return [*sizes, self._tensors.sizes[-1]] if self._workspace_bytes else sizes
 
 
-def _on_a_card(tensors: Timeline) -> tuple[dict[Phase, Peak], int | None]:
+def _on_a_card(tensors: Timeline, target: Target) -> tuple[dict[Phase, Peak], int | None]:
     """The peaks of the allocator's blocks by phase, and the bytes of its segments."""
-    allocator, sizes = replay(tensors)
+    allocator, sizes = replay(tensors, expandable_segments=target.expandable_segments)
     return tensors.resized(sizes).peak_by_phase(), allocator.peak_reserved
 
 
@@ -119,8 +120,10 @@ def with_workspace(recording: Recording, nbytes: int) -> Recording:
     return replace(recording, allocations=[*recording.allocations, workspace]) if nbytes else recording
 
 
-def replay(timeline: Timeline, capacity: int | None = None) -> tuple[CachingAllocator, list[int]]:
-    """Run a timeline through the simulated allocator.
+def replay(
+    timeline: Timeline, capacity: int | None = None, *, expandable_segments: bool = False
+) -> tuple[CachingAllocator | ExpandableAllocator, list[int]]:
+    """Run a timeline through the simulated allocator, or through the one with expandable segments.
 
     Returns:
         The allocator after the last event, and the bytes of the block that each allocation got.
@@ -128,7 +131,7 @@ def replay(timeline: Timeline, capacity: int | None = None) -> tuple[CachingAllo
     Raises:
         AllocationRefused: if ``capacity`` bytes of segments are not enough.
     """
-    allocator = CachingAllocator(capacity)
+    allocator = ExpandableAllocator(capacity) if expandable_segments else CachingAllocator(capacity)
     sizes = [0] * len(timeline.sizes)
     for _, change, index in timeline.events():
         if change >= 0:

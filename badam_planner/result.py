@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from badam.errors import DoesNotFit
-from badam.plan import Plan
+from badam.plan import Plan, Task
+from badam.units import format_batch
 from badam.vocabulary import Category, Phase
 
 
@@ -33,6 +34,7 @@ class Candidate:
     recommended: bool
     largest: tuple[tuple[str, int], ...] = ()  # the largest tensors alive at the peak, by name
     method: str = "badam"
+    expandable_segments: bool = False  # whether torch's allocator is to use them
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,14 @@ class SearchResult:
     seq_len: int
     candidates: tuple[Candidate, ...]
     left_out: tuple[tuple[str, str], ...] = ()  # methods that were to be compared and cannot be planned, and why
+    task: Task = "causal-lm"
+    decoder_len: int | None = None
+
+    @property
+    def batch(self) -> str:
+        """What is in a micro-batch, in words; of other tasks than a language model's the task too."""
+        words = format_batch(self.task, self.batch_size, self.seq_len, self.decoder_len)
+        return words if self.task in ("causal-lm", "sequence-classification") else f"{words}, {self.task}"
 
 
 @dataclass(frozen=True, slots=True)

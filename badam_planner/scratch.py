@@ -1,6 +1,6 @@
-"""Memory that a card's kernel takes for itself while it runs, which never becomes a tensor that anyone sees. Pure.
+"""Memory that a kernel takes for itself while it runs, which never becomes a tensor that anyone sees. Pure.
 
-Only what is large is listed: scratch that grows with batch and length.
+Only what is large is listed: scratch that grows with batch and length, or is as large as a weight.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 FLASH_BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
 """The fake CPU operator that stands for the card's flash attention in backward."""
+
+FOUR_BIT_PRODUCT = "bitsandbytes.gemm_4bit.default"
+"""The product with a weight in 4 bits."""
 
 _SEQUENCE_ROUNDING = 128
 _FP32 = 4
@@ -35,6 +38,22 @@ def flash_backward_bytes(query: Sequence[int], key: Sequence[int], itemsize: int
         return row_sums, accumulator
     expanded = batch * heads * key[2] * size * itemsize
     return row_sums, accumulator, expanded, expanded
+
+
+def unpacked_bytes(shape: Sequence[int], blocksize: int, itemsize: int) -> tuple[int, ...]:
+    """Scratch of a product with a weight in 4 bits, allocation by allocation.
+
+    Formula: the weight in the type of the product, and the fp32 scale of each block. Units: bytes. Source:
+    ``_gemm_4bit_default_impl`` of bitsandbytes 0.50, which is what a CPU runs, and a card, too, unless the batch has so
+    few tokens that a kernel unpacks on the way: then nothing of this is taken, and the figure is an upper bound.
+
+    Args:
+        shape: of the weight, [outputs, inputs].
+        blocksize: entries that share a scale.
+        itemsize: bytes per entry of the product's type.
+    """
+    entries = shape[0] * shape[1]
+    return entries * itemsize, -(-entries // blocksize) * _FP32
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -17,22 +17,25 @@ PREFERENCE: tuple[Cut, ...] = ("layer", "attn-mlp", "matrix")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The two memory levers: what they save costs time and nothing else."""
+    """The memory levers: what they save costs time and nothing else."""
 
     checkpointing: Checkpointing
     loss: Loss
+    expandable_segments: bool = False
 
 
-def ladder(checkpointing: str, loss: str, can_chunk: bool) -> tuple[Setting, ...]:
+def ladder(checkpointing: str, loss: str, can_chunk: bool, *, expandable_segments: str = "off") -> tuple[Setting, ...]:
     """The settings to try, fastest first and leanest last. "auto" opens a lever, if the model's loss can be chunked.
 
-    The chunked loss costs one more projection, checkpointing one more forward of every layer: hence the order.
+    Expandable segments cost nothing that is seen in a step; the chunked loss costs one more projection, checkpointing
+    one more forward of every layer: hence the order.
     """
     levers: tuple[Checkpointing, ...] = ("none", "all") if checkpointing == "auto" else (_as(checkpointing),)
     losses: tuple[Loss, ...] = ("full", "chunked") if can_chunk else ("full",)
     if loss != "auto":
         losses = ("chunked" if loss == "chunked" else "full",)
-    return tuple(Setting(lever, each) for lever in levers for each in losses)
+    allocators = (False, True) if expandable_segments == "auto" else (expandable_segments == "on",)
+    return tuple(Setting(lever, each, grows) for lever in levers for each in losses for grows in allocators)
 
 
 def _as(checkpointing: str) -> Checkpointing:

@@ -61,6 +61,7 @@ def predict(run: dict[str, Any], attention: Attention) -> Candidate:
         checkpointing=run["checkpointing"],
         loss=run["loss"],
         attention=attention,
+        expandable_segments="off",
         options=MethodOptions(**run.get("options", {})),
     )
     return make_plan(request, workers=available_workers()).result.candidates[0]

@@ -47,7 +47,14 @@ def plan(
         list[str] | None, typer.Option(help="A module to train in every visit, besides its block.")
     ] = None,
     task: Annotated[
-        Literal["auto", "causal-lm", "sequence-classification"],
+        Literal[
+            "auto",
+            "causal-lm",
+            "sequence-classification",
+            "sequence-to-sequence",
+            "image-classification",
+            "speech-to-text",
+        ],
         typer.Option(help="What to train for; auto is what the model's configuration says."),
     ] = "auto",
     num_labels: Annotated[int | None, typer.Option(min=2, help="Classes of a classification; two by default.")] = None,
@@ -61,7 +68,17 @@ def plan(
     ] = None,
     sampled_layers: Annotated[int, typer.Option(min=1, help="lisa: layers trained at a time.")] = 2,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per micro-batch.")] = 1,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 512,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per sequence, 512 by default; images and speech have their own.")
+    ] = None,
+    decoder_len: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens that a decoder beside an encoder learns to write; by default as many as the encoder reads, "
+            "of speech as many as it can.",
+        ),
+    ] = None,
     grad_accum: Annotated[int, typer.Option(min=1, help="Micro-batches per optimizer step.")] = 1,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Type of the weights.")] = "bfloat16",
     checkpointing: Annotated[
@@ -69,6 +86,9 @@ def plan(
     ] = "auto",
     loss: Annotated[
         Literal["auto", "full", "chunked"], typer.Option(help="Logits at once or in chunks; auto only if needed.")
+    ] = "auto",
+    expandable_segments: Annotated[
+        Literal["auto", "on", "off"], typer.Option(help="Let torch's allocator grow its segments; auto only if needed.")
     ] = "auto",
     attention: Annotated[
         Literal["auto", "sdpa", "eager"], typer.Option(help="Attention; auto is sdpa where the model has it.")
@@ -101,10 +121,12 @@ def plan(
             "active_modules": tuple(active_module or ()),
             "batch_size": batch_size,
             "seq_len": seq_len,
+            "decoder_len": decoder_len,
             "grad_accum": grad_accum,
             "dtype": dtype,
             "checkpointing": checkpointing,
             "loss": loss,
+            "expandable_segments": expandable_segments,
             "attention": attention,
             "switch_every": _visit_length(switch_every),
             "switch_mode": switch_mode,
@@ -138,12 +160,15 @@ def _answer(
     if answer is None:
         gc.disable()  # nearly all that is made from here on, modules included, lives to the end, which is seconds away
         from badam.plan import MethodOptions
-        from badam.training.assemble import choose_attention
+        from badam.training.assemble import choose_attention, model_config
+        from badam.training.tasks import chosen_lengths
         from badam_planner.planning import Request, make_plan
         from badam_planner.probe.workers import available_workers
 
         spec = specify(*source, **purpose)
-        options = {**options, "options": MethodOptions(**options["options"])}
+        lengths = chosen_lengths(spec, model_config(spec), options["seq_len"], options["decoder_len"])
+        options = {**options, **dict(zip(("seq_len", "decoder_len"), lengths, strict=True))}
+        options["options"] = MethodOptions(**options["options"])
         if options["attention"] == "auto":
             options = {**options, "attention": choose_attention(spec)}
         request = Request(spec=spec, target=target, command=command, **options)

@@ -120,7 +120,7 @@ def _show(accuracy: Accuracy, *, as_json: bool) -> None:
 
 
 def _write_html(accuracy: Accuracy, measured: Path, html: Path) -> None:
-    from badam_planner.report.gather import read_curve, rehearse_step
+    from badam_planner.report.gather import read_curve, read_modules, rehearse_step
     from badam_planner.report.html import write_accuracy_html, write_comparison_html
 
     if len(accuracy.comparisons) > 1:
@@ -133,7 +133,12 @@ def _write_html(accuracy: Accuracy, measured: Path, html: Path) -> None:
     except BadamError as error:  # the rest of the report stands without this chart
         say(f"no timeline in the report: {error.message}")
         timeline = None
-    write_comparison_html(comparison, html, timeline=timeline, curve=read_curve(measured))
+    try:
+        modules = read_modules(measured, comparison.run.plan_digest)
+    except BadamError as error:
+        say(f"no modules in the report: {error.message}")
+        modules = None
+    write_comparison_html(comparison, html, timeline=timeline, curve=read_curve(measured), modules=modules)
 
 
 def _calibrate(accuracy: Accuracy) -> None:

@@ -6,12 +6,14 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from badam.errors import InputError
+from badam_cli._allocator import configure_allocator
 from badam_cli._app import reporting_errors, say
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -81,6 +83,7 @@ def train(
         Literal["truncate", "drop", "refuse"], typer.Option(help="What happens to examples longer than planned.")
     ] = "truncate",
     seed: Annotated[int, typer.Option(min=0, help="Of random weights and the order of the data.")] = 0,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by deepspeed's launcher.")] = 0,
     profile: Annotated[
         Literal["normal", "full"],
         typer.Option(
@@ -104,6 +107,7 @@ def train(
         loaded = load_plan(plan)
         columns = _columns(column or [])
         _quiet()
+        configure_allocator(loaded.target)
         from rich.console import Console
 
         from badam.training.checkpoints import new_run_directory
@@ -142,6 +146,8 @@ def train(
         )
         command = shlex.join(["badam-train", *sys.argv[1:]])
         result = run_plan(loaded, options, Console(stderr=True), command=command)
+    if result.stopped_by is not None and not result.speaks:
+        raise typer.Exit(128 + result.stopped_by)
     if not result.speaks:
         return
     if result.stopped_by is not None:
@@ -170,6 +176,7 @@ def _quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # installed or not, most runs have no use for it
     # Where DeepSpeed is installed transformers imports it; it sets its own level, and warns on the standard output.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    warnings.filterwarnings("ignore", r".*Please use `torch\.distributed", FutureWarning)  # DeepSpeed calls old names
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

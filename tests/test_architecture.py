@@ -27,9 +27,8 @@ from badam.profiling.record import MeasuredRun
 ROOT = Path(__file__).parent.parent
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = {"badam-plan": "badam_cli.plan", "badam-train": "badam_cli.train", "badam-report": "badam_cli.report"}
-HEAVY = {"accelerate", "datasets", "numpy", "peft", "plotly", "pynvml", "torch", "transformers", "trl"}
+HEAVY = {"accelerate", "datasets", "numpy", "peft", "pynvml", "torch", "transformers", "trl"}
 
-COMPOSING = {"badam_planner.planning"}  # joins the pure core and the edge: the one that may import both
 
 MAY_IMPORT = {
     "torch": ("badam", "badam_planner.probe"),
@@ -39,7 +38,6 @@ MAY_IMPORT = {
     "accelerate": ("badam",),
     "pynvml": ("badam.profiling", "badam_planner.probe.nvml"),
     "rich": ("badam.training", "badam_planner.report", "badam_cli"),
-    "plotly": ("badam_planner.report",),
     "typer": ("badam_cli",),
 }
 """Which packages may import a library directly; for what pure modules must not even reach, see .importlinter."""
@@ -60,7 +58,7 @@ def test_every_planner_module_is_held_to_be_pure_or_stands_at_the_edge() -> None
     contracts.read(ROOT / ".importlinter")
     pure = set(contracts["importlinter:contract:pure"]["source_modules"].split())
     modules = {f"badam_planner.{path.stem}" for path in (ROOT / "badam_planner").glob("*.py")}
-    assert modules - pure == {"badam_planner.__init__", *COMPOSING}
+    assert modules - pure == {"badam_planner.__init__"}
 
 
 @pytest.mark.parametrize("library", MAY_IMPORT)

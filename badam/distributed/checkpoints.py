@@ -89,6 +89,17 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: B
     optimizer.load_state_dict(cast("dict[str, Any]", _with_tensors(rest, "", tensors)))
 
 
+def load_weights(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Read the weights alone of what :func:`save_checkpoint` wrote. Collective.
+
+    Raises:
+        StateError: if they belong to another model.
+    """
+    weights = get_model_state_dict(model)
+    _load({"model": weights}, Path(path))
+    set_model_state_dict(model, weights)
+
+
 def save_whole_model(path: str | os.PathLike[str], model: nn.Module) -> Path:
     """Write the whole model for ``from_pretrained``: safetensors and configuration. Collective.
 

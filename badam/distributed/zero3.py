@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from badam._ranks import ProcessRanks
-from badam._shards import seed_of_shard
+from badam._shards import seed_of_shard, shape_of
 from badam.errors import InputError
 from badam.functional import round_stochastically_
 
@@ -72,6 +73,43 @@ class ZeroThree:
                 generator = generators.setdefault(narrow.device, torch.Generator(narrow.device).manual_seed(seed))
                 round_stochastically_(narrow.detach(), source, generator)
 
+    def gathered_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Master and optimizer state of an active parameter, whole; on every process. Collective.
+
+        Returns:
+            ``master`` and what the base optimizer keeps per entry, of the parameter's shape; its scalars as they are.
+        """
+        flat, offset, count = self._place_of(parameter)
+
+        def gathered(value: Tensor) -> Tensor:
+            if value.shape != flat.shape:
+                return value
+            whole: Tensor = self._engine._fp32_state_allgather(parameter, value.detach().narrow(0, offset, count))
+            return whole
+
+        state = self._engine.optimizer.state.get(flat, {})
+        return {key: gathered(value) for key, value in {"master": flat, **state}.items() if isinstance(value, Tensor)}
+
+    def take_state(self, parameter: nn.Parameter, whole: dict[str, Tensor]) -> None:
+        """Keep this process's part of what :meth:`gathered_state` gave, there or among other processes."""
+        flat, offset, count = self._place_of(parameter)
+        state = self._engine.optimizer.state[flat]
+        for key, value in whole.items():
+            if key != "master" and tuple(value.shape) != shape_of(parameter):
+                state[key] = value.clone()
+                continue
+            if key != "master" and key not in state:
+                state[key] = torch.zeros_like(flat, requires_grad=False)
+            target = flat.data if key == "master" else state[key]
+            rank = self._engine._get_param_partition_rank(parameter)
+            part = value.flatten()[rank * count : (rank + 1) * count]
+            target.narrow(0, offset, len(part)).copy_(part)  # the last process's part is padded
+
+    def _place_of(self, parameter: nn.Parameter) -> tuple[Tensor, int, int]:
+        """The flat fp32 tensor that holds this process's part of ``parameter``, and where in it."""
+        group, offset, count = self._engine.grad_position[self._engine.get_param_id(parameter)]
+        return self._engine.fp32_partitioned_groups_flat[group], offset, count
+
     def leave_block(self) -> None:
         """Let go of the hooks, copies and buffers of the parameters that were trained."""
         engine = self._engine
@@ -116,20 +154,31 @@ class ZeroThree:
         engine.create_reduce_and_remove_grad_hooks()
         engine.debug_fp16_grads = [{} for _ in engine.fp16_groups]
         engine._link_all_hp_params()
-        engine.parameter_offload.get_param_coordinator()._invalidate_trace()
+        coordinator = engine.parameter_offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():  # as it is before the first forward, of a run that is resumed
+            coordinator._invalidate_trace()
 
 
-def _check(engine: Any) -> None:
+def check_version() -> None:
+    """Refuse a DeepSpeed whose private methods were not tried.
+
+    Raises:
+        InputError: with the versions that were.
+    """
     import deepspeed
 
-    if type(engine).__name__ != "DeepSpeedZeroOptimizer_Stage3":
-        raise InputError(
-            f"ds_optimizer is a {type(engine).__name__}; blocks are trained on DeepSpeed's ZeRO stage 3.",
-            advice='Set "stage": 3 in the configuration of "zero_optimization", and pass engine.optimizer.',
-        )
     if not deepspeed.__version__.startswith(KNOWN_VERSIONS):
         raise InputError(
             f"DeepSpeed {deepspeed.__version__} is not known to work: switching blocks needs private parts of it, "
             f"and those of {', '.join(version + 'x' for version in KNOWN_VERSIONS)} were tried.",
             advice="Install deepspeed==0.19.8, or train on FSDP2.",
         )
+
+
+def _check(engine: Any) -> None:
+    if type(engine).__name__ != "DeepSpeedZeroOptimizer_Stage3":
+        raise InputError(
+            f"ds_optimizer is a {type(engine).__name__}; blocks are trained on DeepSpeed's ZeRO stage 3.",
+            advice='Set "stage": 3 in the configuration of "zero_optimization", and pass engine.optimizer.',
+        )
+    check_version()

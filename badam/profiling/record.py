@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +53,16 @@ class Measurement(Record):
     tokens_per_second: float = Field(ge=0)
 
 
+class CardMeasurement(Record):
+    """What one of several cards needed."""
+
+    rank: NonNegativeInt
+    peak_allocated_bytes: Bytes
+    peak_reserved_bytes: Bytes | None = None
+    peak_device_bytes: Bytes | None = None
+    step_seconds: Seconds
+
+
 class MeasuredRun(Record):
     """One run: which plan, on which machine, with which versions, and what was measured."""
 
@@ -63,6 +74,20 @@ class MeasuredRun(Record):
     measurement: Measurement
     machine: Machine
     provenance: Provenance
+    cards: tuple[CardMeasurement, ...] = ()  # of several: all of them, while measurement is that of the worst
+
+
+def of_all_cards(runs: Sequence[MeasuredRun]) -> MeasuredRun:
+    """One record of what each of several cards measured, by rank: that of the highest peak, and a line for each."""
+    if len(runs) == 1:
+        return runs[0]
+    worst = max(runs, key=lambda run: run.measurement.peak_allocated_bytes)
+    names = [name for name in CardMeasurement.model_fields if name != "rank"]
+    cards = tuple(
+        CardMeasurement(rank=rank, **{name: getattr(run.measurement, name) for name in names})
+        for rank, run in enumerate(runs)
+    )
+    return worst.model_copy(update={"cards": cards})
 
 
 def load_measured(path: str | Path) -> MeasuredRun:

@@ -13,7 +13,7 @@ class ComingStep(NamedTuple):
     visit_begins: bool  # its optimizer has visits, and this is the first step of one
     visit_ends: bool  # the block is left after it
     states: int  # how many parameters have optimizer states
-    active: int  # how many elements are trained
+    active: int  # how many elements are trained; of a step that neither begins nor ends a visit nobody asks
 
 
 class StepSelection:

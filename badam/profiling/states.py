@@ -49,8 +49,10 @@ class ModelStates:
         self.base_optimizer: torch.optim.Optimizer = base_of(self.optimizer)
 
     def parameters(self) -> list[Named]:
-        """The model's parameters and buffers."""
-        return [Named(tensor, Category.PARAMETER) for tensor in (*self.model.parameters(), *self.model.buffers())]
+        """The model's parameters and buffers, and what quantized parameters keep to be unpacked with."""
+        scales = (tensor for parameter in self.model.parameters() for tensor in _quantization(parameter))
+        every = (*self.model.parameters(), *self.model.buffers(), *scales)
+        return [Named(tensor, Category.PARAMETER) for tensor in every]
 
     def optimizer_states(self) -> list[Named]:
         """Master copies, where they are not the parameters themselves, and the base optimizer's state tensors.
@@ -83,13 +85,11 @@ class ModelStates:
         """What decides the memory of the coming step, as far as model and optimizer know."""
         done = getattr(self.optimizer, "steps_in_visit", None)  # None: this optimizer has no visits
         length = getattr(self.optimizer, "switch_block_every", getattr(self.optimizer, "switch_every", 0))
-        return ComingStep(
-            block=self.active_block(),
-            visit_begins=done == 0,
-            visit_ends=done is not None and done + 1 == length,
-            states=self.states_kept(),
-            active=sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad),
-        )
+        begins, ends = done == 0, done is not None and done + 1 == length
+        active = 0
+        if begins or ends:  # asked before every step, and most are neither
+            active = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return ComingStep(self.active_block(), begins, ends, self.states_kept(), active)
 
 
 def masters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -120,9 +120,10 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, st
 
 
 def unwrap(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper, or the optimizer itself."""
+    """The optimizer inside accelerate's wrapper, or the optimizer itself; that for which DeepSpeed's engine steps."""
     inner = getattr(optimizer, "optimizer", None)
-    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+    found: torch.optim.Optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+    return getattr(found, "stands_for", found)
 
 
 def distinct_bytes(named: Iterable[Named]) -> dict[Category, int]:
@@ -159,6 +160,14 @@ def _host_states(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """What an optimizer keeps in host memory, by parameter; most keep nothing there."""
     kept: dict[str, dict[str, Any]] = getattr(optimizer, "host_states", {})
     return kept
+
+
+def _quantization(parameter: Tensor) -> Iterator[Tensor]:
+    """The scales that bitsandbytes hangs onto a parameter in 4 bits, and the scales of those."""
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        yield from _tensors(state)
+        state = getattr(state, "state2", None)
 
 
 def _has_cpu_memory(tensor: Tensor) -> bool:

@@ -6,6 +6,7 @@ model, optimizer or checkpointing is described anywhere else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from badam.checkpointing import checkpoint_layers
 from badam.errors import InputError, in_one_line, near_matches
 from badam.plan import Attention, ModelSpec, Plan, Training
 from badam.training.methods import method_of
+from badam.training.tasks import builder_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -49,23 +51,26 @@ def model_config(spec: ModelSpec) -> PretrainedConfig:
         ) from error
 
 
-def build_model(spec: ModelSpec, training: Training, *, weights: str | None = None) -> PreTrainedModel:
+def build_model(
+    spec: ModelSpec, training: Training, *, weights: str | None = None, loading: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """Build a plan's model in training mode, in the plan's dtype, with its attention implementation.
 
     Args:
         spec: which model.
         training: dtype and attention.
         weights: a Hub id or directory to load safetensors from; None initializes at random.
+        loading: more options for loading them, see ``loading_options`` of a method.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, training.dtype), "attn_implementation": training.attention}
     config = model_config(spec)
-    auto = _auto_class(spec, config)
+    _, auto = builder_of(spec, config)
     config.use_cache = False  # a key-value cache has no use in training and would be held through the step
     try:
         if weights is None:
             model = auto.from_config(config, **options)
         else:
-            model = auto.from_pretrained(weights, config=config, use_safetensors=True, **options)
+            model = auto.from_pretrained(weights, config=config, use_safetensors=True, **options, **(loading or {}))
     except ValueError as error:
         if "attention implementation" not in str(error):
             raise
@@ -73,52 +78,29 @@ def build_model(spec: ModelSpec, training: Training, *, weights: str | None = No
             f"{spec.id} has no {training.attention} attention in transformers {_version('transformers')}.",
             advice="Use --attention auto or --attention eager.",
         ) from error
-    model.tie_weights()
+    own_head = spec.config.get("tie_word_embeddings") is False
+    if weights is None or not own_head:
+        model.tie_weights()
+    if weights is None and own_head:
+        _untie_head(model)
     return cast("PreTrainedModel", model.train())
 
 
-def _auto_class(spec: ModelSpec, config: PretrainedConfig) -> Any:
-    """The transformers class that builds the model of a task; of models that also see images, the one for text.
+def _untie_head(model: PreTrainedModel) -> None:
+    """Give the output projection weights of its own.
 
-    Raises:
-        InputError: if the task is not one that this model is made for.
+    Newer transformers tie those of a T5 whatever the configuration says, and leave them apart only where they load a
+    checkpoint in which they are.
     """
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    kinds = {
-        "causal-lm": (
-            (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
-            (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.AutoModelForImageTextToText),
-        ),
-        "sequence-classification": (
-            (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, transformers.AutoModelForSequenceClassification),
-        ),
-    }
-    if not getattr(config, "is_encoder_decoder", False):
-        for mapping, auto in kinds[spec.task]:
-            if type(config) in mapping:
-                return auto
-    what = (spec.config.get("architectures") or [type(config).__name__])[0]
-    task = "sequence classification" if spec.task == "sequence-classification" else "predicting the next token"
-    raise InputError(
-        f"{spec.id} is a {what}, which cannot be planned and trained for {task}.",
-        advice="Plans are for models that predict the next token of a text, and for classifiers of texts.",
-    )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
 
 
 def choose_attention(spec: ModelSpec) -> Attention:
     """The attention that needs less memory where the model has it: sdpa, else eager."""
-    import transformers
-
-    config = model_config(spec)
-    mapping = (
-        transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-        if spec.task == "sequence-classification"
-        else transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    )
-    model_class = mapping.get(type(config), None)
-    return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
+    model_class, _ = builder_of(spec, model_config(spec))
+    return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def build_optimizer(model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
@@ -155,10 +137,12 @@ def _check_positions(model: nn.Module, plan: Plan) -> None:
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
             unused = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
             limit = module.num_embeddings - unused
-            if plan.training.seq_len > limit:
+            decodes = plan.training.decoder_len is not None and "decoder" in name.split(".")
+            length = (plan.training.decoder_len if decodes else None) or plan.training.seq_len
+            if length > limit:
                 raise InputError(
-                    f"{plan.model.id} has positions for {limit} tokens, the plan is for {plan.training.seq_len}.",
-                    advice=f"Plan with --seq-len {limit} or less.",
+                    f"{plan.model.id} has positions for {limit} tokens, the plan is for {length}.",
+                    advice=f"Plan with --{'decoder' if decodes else 'seq'}-len {limit} or less.",
                 )
 
 

@@ -75,6 +75,8 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The gradients are released: the step is over."""
         phases.enter(Phase.SETUP)
+        if self._trainer.processes.count > 1:
+            self._interruption.spread(self._trainer.processes)
         if self._interruption.signal is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -92,16 +94,21 @@ class RunCallback(TrainerCallback):
             return
         now = time.perf_counter()
         tokens, self._tokens = self._trainer.collator.tokens - self._tokens, self._trainer.collator.tokens
+        live_bytes, peak_bytes = self._recorder.live_bytes, self._peak_bytes
+        if (processes := self._trainer.processes).count > 1:  # of all cards: the most that one holds, tokens together
+            live_bytes, peak_bytes = (int(number) for number in processes.most(live_bytes, peak_bytes))
+            tokens = int(processes.sums(tokens)[0])
         self._recorder.note(loss=logs["loss"], tokens=tokens)
+        norm = self._trainer.engine.gradient_norm()
         view = StepView(
             step=state.global_step,
             loss=logs["loss"],
             learning_rate=logs["learning_rate"],
-            gradient_norm=logs.get("grad_norm"),
+            gradient_norm=logs.get("grad_norm") if norm is None else norm,
             block=self._block_names[self._block],
             tokens_per_second=tokens / (now - self._since),
-            live_bytes=self._recorder.live_bytes,
-            peak_bytes=self._peak_bytes,
+            live_bytes=live_bytes,
+            peak_bytes=peak_bytes,
         )
         self._since = now
         self._display.show(view)

@@ -12,10 +12,14 @@ from torch import Tensor
 from badam.plan import Plan
 from badam.training.batches import Collator
 from badam.training.losses import IGNORE_INDEX, chunked_loss, full_loss
+from badam.training.processes import Processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
+
+
+ALONE = Processes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +32,18 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, dataset: Dataset, collator: Collator, plan: Plan, device: torch.device) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    collator: Collator,
+    plan: Plan,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> Evaluation:
     """Evaluate ``model`` in batches of the plan's size, without dropout; nothing of the training changes.
+
+    ``processes`` take turns at the batches. Each runs equally many, for a sharded model needs all of them in every
+    layer: where batches run out the first one is run again, and not counted.
 
     The sum over all labels divided by their number, whatever the lengths of the batches: a mean of means over batches
     would weigh short examples more.
@@ -37,24 +51,35 @@ def evaluate(model: nn.Module, dataset: Dataset, collator: Collator, plan: Plan,
     was_training, tokens = model.training, collator.tokens
     model.eval()
     collator.full_length = False
-    total, labels, right = 0.0, 0, 0
+    total, labels, right = 0.0, 0.0, 0.0
     classifies = plan.model.task == "sequence-classification"
     try:
-        for first in range(0, len(dataset), plan.training.batch_size):
-            rows = range(first, min(first + plan.training.batch_size, len(dataset)))
+        size = plan.training.batch_size
+        for turn in range(0, -(-len(dataset) // size), processes.count):
+            counts = (turn + processes.rank) * size < len(dataset)
+            first = (turn + processes.rank) * size if counts else 0
+            rows = range(first, min(first + size, len(dataset)))
             batch = {name: tensor.to(device) for name, tensor in collator([dataset[row] for row in rows]).items()}
             if classifies:
                 loss, hits = _classified(model, batch)
-                right += hits
-                labels += len(batch["labels"])
+                found = len(batch["labels"])
             else:
-                loss = float((chunked_loss if plan.training.loss == "chunked" else full_loss)(model, batch, 1))
-                labels += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-            total += loss
+                loss, hits = _summed_loss(model, batch, plan), 0
+                found = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+            if counts:
+                total, labels, right = total + loss, labels + found, right + hits
     finally:
         model.train(was_training)
         collator.tokens = tokens
-    return Evaluation(total / max(labels, 1), labels, right / max(labels, 1) if classifies else None)
+    total, labels, right = processes.sums(total, labels, right)
+    return Evaluation(total / max(labels, 1), int(labels), right / max(labels, 1) if classifies else None)
+
+
+def _summed_loss(model: Any, batch: Mapping[str, Tensor], plan: Plan) -> float:
+    """Cross entropy of one batch, summed over its labels."""
+    compute = chunked_loss if plan.training.loss == "chunked" else full_loss
+    within = getattr(model, "loss_within", None)  # of a sharded model, which gathers the head for it
+    return float(compute(model, batch, 1) if within is None else within(lambda: compute(model, batch, 1)))
 
 
 def _classified(model: Any, batch: Mapping[str, Tensor]) -> tuple[float, int]:

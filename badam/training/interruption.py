@@ -6,6 +6,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+from badam.training.processes import Processes
+
 
 class Interruption:
     """While entered, SIGTERM and the first SIGINT are noted instead of acted upon; a second SIGINT acts."""
@@ -24,6 +26,11 @@ class Interruption:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def spread(self, processes: Processes) -> None:
+        """Let a signal that one of the processes has got count for all of them."""
+        (number,) = processes.most(self.signal or 0)
+        self.signal = signal.Signals(int(number)) if number else None
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:

@@ -19,11 +19,12 @@ from badam.profiling.states import unwrap
 from badam.training.adapting import MicroBatches
 from badam.training.assemble import build_optimizer, prepare_checkpointing
 from badam.training.batches import Collator, EpochSampler, Padding
-from badam.training.checkpoints import is_whole, keep_newest, saving, written_whole
+from badam.training.checkpoints import is_whole, keep_newest, saving
+from badam.training.engines import Engine, engine_of
 from badam.training.evaluation import evaluate
 from badam.training.methods import method_of
 from badam.training.out_of_memory import is_refusal
-from badam.training.processes import follow
+from badam.training.processes import Processes
 from badam.vocabulary import Phase
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ FULL_LENGTH_STEPS = 2
 """With padding "auto", so many steps at the start of each visit use the plan's full length: the second is the first
 in which the block's moments exist, so whether the plan fits is known as early as can be."""
 
-LOSS_SCALE = "loss_scale.json"
+LOSS_SCALE, SCHEDULER = "loss_scale.json", "scheduler.pt"
 
 
 class BeforeStep(Protocol):
@@ -59,6 +60,8 @@ class PlanLoop(Trainer):
         keep: checkpoints to keep, besides the best one; None keeps all.
         tell: called with sentences for the user.
         adapt: go on with smaller micro-batches when memory runs out in forward or backward.
+        processes: those that run the plan together; this one alone by default.
+        engine: what the plan's engine does otherwise.
         options: for Trainer.
     """
 
@@ -78,10 +81,14 @@ class PlanLoop(Trainer):
         keep: int | None = None,
         tell: Callable[[str], None] = lambda _text: None,
         adapt: bool = False,
+        processes: Processes | None = None,
+        engine: Engine | None = None,
         **options: Any,
     ) -> None:
         self.plan = plan
         self.method = method_of(plan.method)
+        self.processes = processes or Processes()
+        self.engine = engine or engine_of(plan)
         self.collator = collator
         self.has_best_weights = False  # the model holds those of the best checkpoint, not the last ones
         self.micro_batches = MicroBatches(plan.training.batch_size) if adapt else None
@@ -106,8 +113,7 @@ class PlanLoop(Trainer):
         if self.optimizer is None:
             optimizer = build_optimizer(self.model, self.plan)
             prepare_checkpointing(self.model, optimizer, self.plan)
-            follow(self.model, optimizer, self.plan)
-            self.optimizer = optimizer
+            self.optimizer = self.engine.drive(self.model, optimizer)
         return self.optimizer
 
     @property
@@ -157,10 +163,9 @@ class PlanLoop(Trainer):
         batch = self._prepare_inputs(inputs)
         loss = self.compute_loss(model, batch, num_items_in_batch=num_items)
         del batch
-        if self._scaler is None:
-            self.method.backward(loss, self.plan_optimizer)
-        else:
-            self.method.backward(self._scaler.scale(loss), self.plan_optimizer)
+        scaled = loss if self._scaler is None else self._scaler.scale(loss)
+        last = self.accelerator.sync_gradients
+        self.engine.backward(scaled, self.method, self.plan_optimizer, is_last=last)
         return loss.detach()
 
     def _adapting(self, model: nn.Module, micro: MicroBatches, num_items: Tensor | int | None) -> Tensor:
@@ -263,7 +268,8 @@ class PlanLoop(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss per label over the evaluation data, and accuracy where there is one; no part of any step."""
         with phases.unannounced():
-            found = evaluate(self.model, self.eval_dataset, self.collator, self.plan, self.args.device)
+            found = evaluate(self.model, self.eval_dataset, self.collator, self.plan, self.args.device, self.processes)
+            self.engine.evaluated(self.model)
         metrics = {"eval_loss": found.loss}
         if found.accuracy is not None:
             metrics["eval_accuracy"] = found.accuracy
@@ -278,7 +284,12 @@ class PlanLoop(Trainer):
             self._tell(f"the best checkpoint, of step {self.state.best_global_step}, is not whole; the last one stays")
             return
         self.state.best_model_checkpoint = str(best)
-        super()._load_best_model()
+        if self.engine.keeps_shards:
+            self.engine.load_weights(best, self.model)
+        elif self.method.keeps_base:
+            self.method.load(self.model, best)
+        else:
+            super()._load_best_model()
         self.has_best_weights = True
 
     def _best_checkpoint(self) -> Path | None:
@@ -291,30 +302,68 @@ class PlanLoop(Trainer):
         """Write a checkpoint whole or not at all; the previous one stays until then."""
         name = f"checkpoint-{self.state.global_step}"
         output = Path(self.args.output_dir)
-        with saving(f"checkpoint of step {self.state.global_step}"), written_whole(output / name) as partial:
+        with saving(f"checkpoint of step {self.state.global_step}"), self.processes.writing(output / name) as partial:
             self._save_into = partial
             try:
                 # Past TRL's method, which writes a model card, to the one that writes <run directory>/<name>.
                 Trainer._save_checkpoint(self, model, trial)
             finally:
                 self._save_into = None
-            self._save_besides(partial / name)
-            for entry in (partial / name).iterdir():
-                entry.rename(partial / entry.name)
-            (partial / name).rmdir()
-        if self._keep:
+            self.processes.wait()
+            if self.processes.is_first:
+                self._save_besides(partial / name)
+                for entry in (partial / name).iterdir():
+                    entry.rename(partial / entry.name)
+                (partial / name).rmdir()
+        if self._keep and self.processes.is_first:
             keep_newest(output, self._keep, besides=self._best_checkpoint())
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model within a checkpoint; of several processes the weights are with the optimizer's state."""
+        if not self.engine.keeps_shards:
+            super().save_model(output_dir, _internal_call)
+        elif self.processes.is_first:
+            directory = Path(output_dir or self.args.output_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            self.model.config.save_pretrained(directory)
+            cast(Any, self.processing_class).save_pretrained(directory)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.engine.keeps_shards:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.engine.save(Path(output_dir), self.model, self.plan_optimizer)
+        if self.processes.is_first:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER)
+
     def _save_besides(self, directory: Path) -> None:
-        """What transformers does not know: where the best checkpoint will lie, and the scale of losses."""
+        """What transformers does not know: where the best checkpoint will lie, the losses' scale, the method's own."""
+        self.method.save_besides(self.model, directory)
         if (best := self._best_checkpoint()) is not None:
             self.state.best_model_checkpoint = str(best)
             self.state.save_to_json(str(directory / "trainer_state.json"))
         if self._scaler is not None:
             (directory / LOSS_SCALE).write_text(json.dumps(self._scaler.state_dict()), encoding="utf-8")
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The weights of a checkpoint, or what the method keeps in their place; of several processes they come later.
+
+        Those are written and read together with the optimizer's state.
+        """
+        if self.engine.keeps_shards:
+            return
+        if self.method.keeps_base:
+            self.method.load(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The optimizer's and scheduler's state, and the scale of losses."""
+        if checkpoint is not None and self.engine.keeps_shards:
+            self.engine.load(Path(checkpoint), self.model, self.plan_optimizer)
+            state = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
+            cast(Any, self.lr_scheduler).load_state_dict(state)
+            return
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._scaler is not None and checkpoint is not None:
             self._scaler.load_state_dict(json.loads((Path(checkpoint) / LOSS_SCALE).read_text(encoding="utf-8")))

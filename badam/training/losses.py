@@ -1,4 +1,4 @@
-"""The two losses a plan can name, and the one of a classification.
+"""The two losses a plan can name for a language model, and those of other tasks.
 
 ``full`` is what transformers' own forward does: logits of every position at once, 10 bytes per token and vocabulary
 entry in forward and 12 in backward. ``chunked`` holds the logits of a few positions at a time.
@@ -78,6 +78,26 @@ def classification_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], num
     phases.enter(Phase.LOSS)
     total = functional.cross_entropy(logits, batch["labels"], reduction="sum")
     return total / (len(logits) if num_items is None else num_items)
+
+
+def sequence_to_sequence_loss(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], num_items: Tensor | int | None
+) -> Tensor:
+    """The own loss of a model with an encoder and a decoder: what the decoder is to write comes as ``labels``.
+
+    Such models divide by the label tokens of the batch and know of no others, so under accumulation their mean is
+    weighed here.
+
+    Args:
+        model: shifts ``labels`` to the right for its decoder.
+        batch: the encoder's inputs, and ``labels`` [batch, length], -100 where nothing is to be learned.
+        num_items: number of label tokens to divide by; None divides by those of this batch.
+
+    Returns:
+        A scalar.
+    """
+    mean = full_loss(model, batch, None)
+    return mean if num_items is None else mean * ((batch["labels"] != IGNORE_INDEX).sum() / num_items)
 
 
 def check_chunked(model: PreTrainedModel) -> nn.Module:

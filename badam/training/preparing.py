@@ -46,8 +46,9 @@ def prepare_trainer(
     inputs: Inputs,
     recorder: Recorder,
     tell: Callable[[str], None],
+    **together: Any,
 ) -> Prepared:
-    """The trainer of the plan's task over the run's data.
+    """The trainer of the plan's task over the run's data; ``together`` is for PlanLoop.
 
     Raises:
         DataError: if the data is longer than allowed, or has nothing to learn within the plan's length.
@@ -65,6 +66,7 @@ def prepare_trainer(
         "tell": tell,
         "adapt": options.adapt,
         "callbacks": _callbacks(plan, options),
+        **together,
     }
     prepare = _classifier if plan.model.task == "sequence-classification" else _language_model
     prepared = prepare(plan, options, inputs, shared)

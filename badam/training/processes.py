@@ -1,46 +1,121 @@
-"""One of several processes that run a plan together, started by torchrun or accelerate.
+"""One of several processes that run a plan together, started by torchrun, accelerate or deepspeed.
 
-accelerate wraps nothing here: FSDP2's units are those that the planner has reckoned with, and DDP's reducer would know
-the first block only. So each process shards the model, or leaves it whole, before the trainer sees it.
+They share the run's directory. The first speaks for all and writes what is kept; checkpoints they write together. What
+only one of them notices (a signal, a full disk) all of them learn at the end of the step.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch.optim import Optimizer
 
-from badam.block_optimizer import BlockOptimizer
-from badam.errors import InputError
+from badam.errors import BadamError, InputError, RanksDisagree, in_one_line
 from badam.plan import Plan
+from badam.training.checkpoints import written_whole
 from badam.training.options import RunOptions
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+SHARED_ENGINES = ("ddp", "fsdp2", "zero3")
+LAUNCHERS_SETTINGS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
+"""How ``accelerate launch`` asks for what the plan decides."""
 
-SHARED_ENGINES = ("ddp", "fsdp2")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "NCCL", "Socket")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """Which of how many processes this is."""
+    """Which of how many processes this is, and what they tell each other. All methods are collective."""
 
     rank: int = 0
     count: int = 1
+    group: Any = None  # on the host, apart from training's own messages
 
     @property
     def is_first(self) -> bool:
         """Whether this process speaks for all and writes what is kept."""
         return self.rank == 0
+
+    def first(self, act: Callable[[], T]) -> T:
+        """What ``act`` returned in the first process, where alone it ran; if it failed there, all of them end."""
+        if self.count == 1:
+            return act()
+        told: list[Any] = [None, None]
+        try:
+            if self.is_first:
+                told[0] = act()
+        except BaseException as error:
+            told[1] = error.exit_code if isinstance(error, BadamError) else 1
+            raise
+        finally:
+            dist.broadcast_object_list(told, src=0, group=self.group)
+        if told[1] is not None:
+            raise SystemExit(told[1])
+        return told[0]  # type: ignore[no-any-return]
+
+    def gathered(self, value: T) -> list[T]:
+        """The value of every process, by rank."""
+        if self.count == 1:
+            return [value]
+        every: list[Any] = [None] * self.count
+        dist.all_gather_object(every, value, group=self.group)
+        return every
+
+    def sums(self, *numbers: float) -> list[float]:
+        """Each number added up over the processes."""
+        return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def most(self, *numbers: float) -> list[float]:
+        """Each number's largest over the processes."""
+        return self._reduced(numbers, dist.ReduceOp.MAX)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier(self.group)
+
+    def _reduced(self, numbers: tuple[float, ...], how: Any) -> list[float]:
+        values = torch.tensor(numbers, dtype=torch.float64)
+        if self.count > 1:
+            dist.all_reduce(values, op=how, group=self.group)
+        return values.tolist()
+
+    @contextmanager
+    def writing(self, target: Path) -> Iterator[Path]:
+        """A directory for all processes to write into, which becomes ``target`` if none of them fails.
+
+        Raises:
+            OSError: where another process failed, and here nothing did.
+        """
+        with ExitStack() as stack:
+            partial = target.with_name(f".{target.name}.partial")
+            if self.is_first:
+                stack.enter_context(written_whole(target))
+            self.wait()
+            failure: BaseException | None = None
+            try:
+                yield partial
+            except Exception as error:
+                failure = error
+            failures = self.gathered(None if failure is None else in_one_line(failure))
+            if failure is not None:
+                raise failure
+            for rank, text in enumerate(failures):
+                if text is not None:
+                    raise OSError(f"process {rank} failed: {text}")
+        self.wait()
+
+    def file(self, path: Path) -> Path:
+        """``path`` for the first process; for the others, where what they write is lost."""
+        return path if self.is_first else Path(os.devnull)
 
 
 def started_processes() -> int:
@@ -56,16 +131,11 @@ def join_processes(plan: Plan, options: RunOptions, device: torch.device) -> Pro
             is not known among several processes.
     """
     engine, count = plan.target.engine, started_processes()
-    if engine == "zero3":
-        raise InputError(
-            "badam-train does not start DeepSpeed.",
-            advice="Plan with --engine fsdp2, or give BlockOptimizer to deepspeed.initialize in a loop of your own.",
-        )
     if engine == "single":
         if count > 1:
             raise InputError(
                 f"The plan is for one card, and {count} processes were started.",
-                advice="Start one, or plan with --engine fsdp2 or --engine ddp.",
+                advice="Start one, or plan with --engine fsdp2, zero3 or ddp.",
             )
         return Processes()
     if count == 1:
@@ -73,68 +143,79 @@ def join_processes(plan: Plan, options: RunOptions, device: torch.device) -> Pro
             f"The plan is for {plan.target.num_gpus} cards under {engine}, and one process was started.",
             advice=f"Start them with: torchrun --nproc-per-node {plan.target.num_gpus} -m badam_cli.train --plan ...",
         )
-    wishes = {
-        "--resume": options.resume,
-        "--save-steps": options.save_steps,
-        "--eval-data and --eval-share": options.evaluates,
-        "--adapt": options.adapt,
-    }
-    for option, value in wishes.items():
-        if value:
-            raise InputError(
-                f"badam-train does not know {option} among several processes.",
-                advice="Leave it out, or use badam.distributed in a loop of your own.",
-            )
-    if plan.method != "badam" or plan.model.task != "causal-lm":
-        raise InputError(
-            f"Several processes train language models with badam, not {plan.method} for {plan.model.task}.",
-            advice="Plan with --engine single.",
-        )
+    _check_known(plan, options)
+    for name in LAUNCHERS_SETTINGS:  # accelerate shall wrap nothing: the plan says how the model is placed
+        os.environ.pop(name, None)
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Processes(dist.get_rank(), dist.get_world_size())
+    return Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
 
 
-def apart(processes: Processes, options: RunOptions, console: Console, stack: ExitStack) -> tuple[RunOptions, Console]:
-    """Let all processes but the first write into a directory of their own, which ``stack`` removes, and say nothing."""
+def _check_known(plan: Plan, options: RunOptions) -> None:
+    if options.adapt:
+        raise InputError(
+            "badam-train does not know --adapt among several processes: where one alone began its step anew, the "
+            "others would wait for it.",
+            advice="Leave it out, and plan with a smaller --batch-size.",
+        )
+    if plan.method != "badam":
+        raise InputError(
+            f"Several processes train with badam, not with {plan.method}.", advice="Plan with --engine single."
+        )
+    if plan.training.dtype == "float16":
+        raise InputError(
+            "Several processes train in bfloat16 or float32: each would scale its float16 losses differently.",
+            advice="Plan with --dtype bfloat16.",
+        )
+
+
+def shared_plan(plan: Plan, processes: Processes) -> Plan:
+    """``plan`` for the processes that there are: with its global batch, whatever their number.
+
+    Raises:
+        InputError: if they cannot have equal parts of it.
+    """
+    planned, there = plan.target.num_gpus, processes.count
+    if planned == there:
+        return plan
+    accumulate, rest = divmod(planned * plan.training.grad_accum, there)
+    if rest:
+        raise InputError(
+            f"{there} processes cannot divide the {planned * plan.training.grad_accum} micro-batches of a step, which "
+            f"the plan has for {planned} cards.",
+            advice=f"Start {planned}, or plan with --num-gpus {there}.",
+        )
+    target = plan.target.model_copy(update={"num_gpus": there})
+    training = plan.training.model_copy(update={"grad_accum": accumulate})
+    return plan.model_copy(update={"target": target, "training": training})
+
+
+def shared_options(options: RunOptions, console: Console, processes: Processes) -> tuple[RunOptions, Console]:
+    """The first process's directory for all; the others say nothing and report to nobody."""
+    if processes.count == 1:
+        return options, console
+    directory = processes.first(lambda: options.output_dir)
     if processes.is_first:
         return options, console
-    directory = tempfile.mkdtemp(prefix="badam-rank-")
-    stack.callback(shutil.rmtree, directory, ignore_errors=True)
-    return replace(options, output_dir=Path(directory), report_to=()), Console(quiet=True)
+    return replace(options, output_dir=directory, report_to=(), profile="normal"), Console(quiet=True)
 
 
-def place(model: PreTrainedModel, plan: Plan, processes: Processes) -> None:
-    """Shard ``model`` if the plan says so."""
-    if processes.count == 1 or plan.target.engine != "fsdp2":
-        return
-    from torch.distributed.fsdp import register_fsdp_forward_method
+@contextmanager
+def noticing_losses(processes: Processes) -> Iterator[None]:
+    """Turn what a library says when another process is gone into a sentence.
 
-    from badam.distributed import shard_blocks
-
-    shard_blocks(model)
-    type(model).loss_within = _loss_within  # of the class that FSDP2 has made for this model
-    register_fsdp_forward_method(model, "loss_within")
-
-
-def follow(model: PreTrainedModel, optimizer: Optimizer, plan: Plan) -> None:
-    """Let the gathers of a sharded model follow the optimizer's blocks."""
-    if plan.target.engine == "fsdp2" and dist.is_initialized():
-        from badam.distributed.fsdp2 import follow_blocks
-
-        assert isinstance(optimizer, BlockOptimizer)
-        follow_blocks(model, optimizer)
-
-
-def whole_weights(model: PreTrainedModel) -> dict[str, Any]:
-    """All weights in the first process's host memory; nothing in the others. Collective."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def _loss_within(model: Any, compute: Any) -> Any:
-    """``compute()``, for which FSDP2 gathers the root's parameters: the chunked loss reaches for the head itself."""
-    return compute()
+    Raises:
+        RanksDisagree: then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if processes.count == 1 or not any(sign in str(error) for sign in _LOST):
+            raise
+        raise RanksDisagree(
+            f"Process {processes.rank} of {processes.count} lost another one in the middle of a step "
+            f"({in_one_line(error, 120)}).",
+            advice="See what the first one to end says. The last checkpoint is whole: go on with --resume.",
+        ) from error

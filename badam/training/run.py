@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from transformers import set_seed
 from badam.block_optimizer import BlockOptimizer
 from badam.errors import InputError
 from badam.plan import Plan, record_digest, save_record
-from badam.profiling.record import MeasuredRun
+from badam.profiling.record import MeasuredRun, of_all_cards
 from badam.profiling.recorder import Recorder
 from badam.training.assemble import build_model, prepare_model
 from badam.training.callbacks import RunCallback
@@ -30,6 +31,7 @@ from badam.training.checkpoints import (
     written_whole,
 )
 from badam.training.coverage import coverage
+from badam.training.engines import Engine, check_kind, engine_of
 from badam.training.inputs import load_inputs
 from badam.training.interruption import Interruption
 from badam.training.loop import PlanLoop
@@ -37,8 +39,9 @@ from badam.training.methods import method_of
 from badam.training.options import RunOptions
 from badam.training.out_of_memory import explained
 from badam.training.preparing import prepare_trainer
-from badam.training.processes import Processes, apart, join_processes, place, whole_weights
+from badam.training.processes import Processes, join_processes, noticing_losses, shared_options, shared_plan
 from badam.training.progress import MetricsFile, ProgressDisplay
+from badam.training.tasks import TRAINED_HERE
 from badam.training.weights import locate_weights, tokenizer_source
 
 if TYPE_CHECKING:
@@ -85,17 +88,25 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
     device = _device(plan)
     options.check()
     _check_runnable(plan, options, device)
-    with ExitStack() as stack:
-        processes = join_processes(plan, options, device)
-        options, console = apart(processes, options, console, stack)
+    processes = join_processes(plan, options, device)
+    with noticing_losses(processes):
+        options, console = shared_options(options, console, processes)
+        if processes.count not in (1, plan.target.num_gpus):
+            planned, plan = plan, shared_plan(plan, processes)
+            _tell(
+                console,
+                f"note: the plan is for {planned.target.num_gpus} cards; these are {processes.count}, which make the "
+                f"same steps of {plan.training.grad_accum} micro-batches each and need other memory than planned.",
+            )
         return _run(plan, options, console, command, processes)
 
 
 def _run(plan: Plan, options: RunOptions, console: Console, command: str | None, processes: Processes) -> RunResult:
-    device = _device(plan)
-    prepare_output(options.output_dir, resume=options.resume)
-    checkpoint = _checkpoint_to_resume(options)
-    weights = None if checkpoint else locate_weights(plan.model, options.init)
+    device, engine = _device(plan), engine_of(plan)
+    processes.first(lambda: prepare_output(options.output_dir, resume=options.resume))
+    checkpoint = processes.first(lambda: _checkpoint_to_resume(options, engine))
+    has_all = checkpoint is not None and not method_of(plan.method).keeps_base
+    weights = None if has_all else locate_weights(plan.model, options.init)
     tokenizer_from = str(checkpoint) if checkpoint else tokenizer_source(plan.model, weights)
     inputs = load_inputs(plan, options, tokenizer_from)
     for data in (inputs.training, inputs.evaluation):
@@ -108,25 +119,26 @@ def _run(plan: Plan, options: RunOptions, console: Console, command: str | None,
         stack.callback(_save_profile, recorder, plan, options, console)  # also of a run that memory has ended
         stack.callback(recorder.stop)
         model = _model(plan, options, weights)
-        place(model, plan, processes)
-        prepared = prepare_trainer(plan, options, model, inputs, recorder, lambda text: _tell(console, text))
+        engine.place(model)
+        tell = functools.partial(_tell, console)
+        prepared = prepare_trainer(plan, options, model, inputs, recorder, tell, processes=processes, engine=engine)
         trainer = prepared.trainer
         _tell(console, f"lengths: {prepared.sentence}")
         total_steps = _total_steps(trainer, options, checkpoint)
-        check_space(options.output_dir, _bytes_to_write(model, options))
+        needed_bytes = _bytes_to_write(plan, model, options)
+        processes.first(lambda: check_space(options.output_dir, needed_bytes))
         _warn(plan, device, total_steps, console)
-        interruption = Interruption()
-        if processes.count == 1:
-            stack.enter_context(interruption)  # of several none can save alone
+        interruption = stack.enter_context(Interruption())
         trainer.add_callback(_callback(stack, trainer, options, recorder, interruption, console, total_steps))
-        save_record(plan, options.output_dir / PLAN)
+        processes.first(lambda: save_record(plan, options.output_dir / PLAN))
         with explained(plan):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         recorder.stop()
-        measured = _measured(trainer, recorder, command)
-        save_record(measured, options.output_dir / MEASURED)
+        measured = of_all_cards(processes.gathered(_measured(trainer, recorder, command)))
+        processes.first(lambda: save_record(measured, options.output_dir / MEASURED))
         model_path = None if interruption.signal else _save_model(trainer, options.output_dir)
         _release(trainer)
+        processes.wait()  # a launcher ends those that are at work still when one ends with a signal's exit code
     return RunResult(
         measured,
         options.output_dir / MEASURED,
@@ -149,7 +161,8 @@ def _callback(
 ) -> RunCallback:
     """What follows the run; its display and files are closed with ``stack``."""
     display = ProgressDisplay(console, total_steps, _planned_bytes(trainer.plan))
-    metrics, evaluations = (MetricsFile(options.output_dir / name) for name in (METRICS, EVALUATIONS))
+    file = trainer.processes.file
+    metrics, evaluations = (MetricsFile(file(options.output_dir / name)) for name in (METRICS, EVALUATIONS))
     for close in (metrics.close, evaluations.close, display.stop):
         stack.callback(close)
     names = [block.name for block in trainer.plan.partition.blocks]
@@ -180,6 +193,12 @@ def _best(trainer: PlanLoop) -> BestEvaluation | None:
 
 
 def _check_runnable(plan: Plan, options: RunOptions, device: torch.device) -> None:
+    if plan.model.task not in TRAINED_HERE:
+        raise InputError(
+            f"badam-train trains language models and classifiers of texts; this plan is for {plan.model.task}.",
+            advice="Train it in a loop of your own with badam.BlockOptimizer and badam.training.step.forward_loss; "
+            "badam.profiling.record(optimizer, model, plan=plan) measures it.",
+        )
     method = method_of(plan.method)
     method.check(plan)
     method.check_device(device)
@@ -190,7 +209,7 @@ def _check_runnable(plan: Plan, options: RunOptions, device: torch.device) -> No
         )
 
 
-def _checkpoint_to_resume(options: RunOptions) -> Path | None:
+def _checkpoint_to_resume(options: RunOptions, engine: Engine) -> Path | None:
     if not options.resume:
         return None
     checkpoint = newest_whole(options.output_dir)
@@ -199,6 +218,7 @@ def _checkpoint_to_resume(options: RunOptions) -> Path | None:
             f"There is no whole checkpoint in {options.output_dir} to resume from.",
             advice="Start without --resume, in an empty directory.",
         )
+    check_kind(checkpoint, engine)
     return checkpoint
 
 
@@ -210,8 +230,9 @@ def _device(plan: Plan) -> torch.device:
 
 def _model(plan: Plan, options: RunOptions, weights: str | None) -> PreTrainedModel:
     set_seed(options.seed)
+    loading = method_of(plan.method).loading_options(plan) if weights else None
     try:
-        model = build_model(plan.model, plan.training, weights=weights)
+        model = build_model(plan.model, plan.training, weights=weights, loading=loading)
     except (OSError, ValueError, RuntimeError) as error:
         if weights is None or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -260,9 +281,12 @@ def _total_steps(trainer: PlanLoop, options: RunOptions, checkpoint: Path | None
     return total
 
 
-def _bytes_to_write(model: PreTrainedModel, options: RunOptions) -> int:
+def _bytes_to_write(plan: Plan, model: PreTrainedModel, options: RunOptions) -> int:
     """The model at the end, and one checkpoint, whose weights are most of it."""
-    return int(model.get_memory_footprint()) * (2 if options.checkpoint_steps or options.keep_best else 1)
+    saved = model.get_memory_footprint()
+    if method_of(plan.method).keeps_base:
+        saved = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return int(saved) * (2 if options.checkpoint_steps or options.keep_best else 1)
 
 
 def _planned_bytes(plan: Plan) -> int | None:
@@ -290,8 +314,8 @@ def _save_model(trainer: PlanLoop, output_dir: Path) -> Path:
         trainer.method.settle(trainer.plan_optimizer)
     trainer.method.finish(trainer.model)
     target = output_dir / MODEL_DIRECTORY
-    weights = whole_weights(trainer.model) if trainer.args.world_size > 1 else None
-    if not trainer.args.should_save:
+    weights = trainer.engine.whole_weights(trainer.model)
+    if not trainer.processes.is_first:
         return target  # the first process writes it
     with saving("trained model"), written_whole(target) as partial:
         trainer.model.save_pretrained(partial, **({} if weights is None else {"state_dict": weights}))

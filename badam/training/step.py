@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from badam import phases
 from badam.plan import Loss
-from badam.training.losses import chunked_loss, classification_loss, full_loss
+from badam.training.losses import chunked_loss, classification_loss, full_loss, sequence_to_sequence_loss
 from badam.vocabulary import Phase
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def forward_loss(
         batch: ``input_ids`` and ``labels``, int64 of shape [batch, length]. Padding is on the right, where the causal
             mask hides it, so no ``attention_mask`` is given: with one, transformers would leave the memory-saving
             attention path. For classification labels have shape [batch], and there is an ``attention_mask``: every
-            token of an encoder sees every other.
+            token of an encoder sees every other. Other tasks have the inputs that badam.training.tasks.blank_batch
+            lists; what is no text is in the type of the weights.
         loss: which of the losses to compute, see badam.training.losses.
         num_items: label tokens (or labelled examples) of the whole optimizer step, to divide the summed loss by under
             accumulation.
@@ -40,8 +41,12 @@ def forward_loss(
     phases.enter(Phase.FORWARD)
     if batch["labels"].ndim == 1:
         scalar = classification_loss(model, batch, num_items)
+    elif loss == "chunked":
+        scalar = chunked_loss(model, batch, num_items)
+    elif getattr(model.config, "is_encoder_decoder", False):
+        scalar = sequence_to_sequence_loss(model, batch, num_items)
     else:
-        scalar = (chunked_loss if loss == "chunked" else full_loss)(model, batch, num_items)
+        scalar = full_loss(model, batch, num_items)
     phases.enter(Phase.BACKWARD)
     return scalar
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 
 from badam.errors import InputError, near_matches
-from badam.plan import Bytes, Rates, Record, Target
+from badam.plan import Bytes, Rates, Record, Target, Task
 from badam.units import MIB
 
 DRIVER_SHARE_MIB = 512
@@ -51,7 +51,7 @@ class CatalogueRecord(Record):
 class ModelRecord(CatalogueRecord):
     """A model's architecture. ``id`` is its name on the Hugging Face Hub, or in this project."""
 
-    task: Literal["causal-lm", "sequence-classification"]
+    task: Task
     weights: Literal["hub", "none"]  # where pretrained weights are; "none": the model only ever starts at random
     parameters: PositiveInt  # entries of all distinct parameters; tied ones count once
     config: dict[str, Any]  # AutoConfig.for_model(**config) builds the configuration

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from badam.plan import Plan
 from badam.training.methods import method_of
@@ -30,6 +30,9 @@ from badam_planner.probe.roles import Roles
 from badam_planner.probe.workers import run_all
 from badam_planner.rehearsed import Rehearsal, Rehearsed
 
+if TYPE_CHECKING:
+    from badam_planner.probe.rehearse import Entries
+
 
 @dataclass(frozen=True, slots=True)
 class PlanForecast:
@@ -39,6 +42,7 @@ class PlanForecast:
     worst: Forecast
     backward_relative: tuple[float, ...]  # by block: backward work over that of training everything
     trained_entries: int = 0  # entries trained at a time, at most
+    quantized_entries: int = 0  # entries of the weights that are kept in fewer than 16 bits
     blocks: tuple[BlockPeaks, ...] = ()  # by block, or empty if only the worst was asked for
     efforts: tuple[dict[Phase, Effort], ...] = ()  # by block: of one optimizer step; the switch of a whole visit
 
@@ -63,7 +67,7 @@ class Evaluator:
         self.exact = exact
         self._rehearsed: dict[Hashable, _Sized] = {}
         self._whole: dict[Hashable, Recording] = {}  # rehearsed at full depth
-        self._trained: dict[str, int] = {}
+        self._counted: dict[str, Entries] = {}
         self._roles = Roles(tree)
         self._ranges: tuple[SizeRange, ...] = ()
         self._families: dict[Hashable, tuple[Family, Rehearsed] | None] = {}
@@ -128,15 +132,15 @@ class Evaluator:
         if give_up_above is not None and forecasts[worst].peak_device_bytes > give_up_above:
             return None
         relative = (backward_of_all(self.flops(plan, worst)),) * len(plan.partition.blocks)
-        return PlanForecast(worst, forecasts[worst], relative, self._trained_entries(plan))
+        return PlanForecast(worst, forecasts[worst], relative, *self._entries(plan))
 
-    def _trained_entries(self, plan: Plan) -> int:
-        from badam_planner.probe.rehearse import trained_entries
+    def _entries(self, plan: Plan) -> Entries:
+        from badam_planner.probe.rehearse import count_entries
 
         key = f"{plan.method} {plan.training.options.model_dump_json()}"
-        if key not in self._trained:
-            self._trained[key] = trained_entries(plan)
-        return self._trained[key]
+        if key not in self._counted:
+            self._counted[key] = count_entries(plan)
+        return self._counted[key]
 
     def every_block(self, plan: Plan, known: PlanForecast) -> PlanForecast:
         """The peaks of all blocks of a plan whose worst block is ``known``; none if they are not trained one by one.

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from badam.errors import BadamError, InputError, in_one_line, near_matches
-from badam.plan import ModelSpec, config_digest
+from badam.plan import ModelSpec, Task, config_digest
 from badam_planner.probe import catalogue
 
 Source = Literal["catalogue", "hub", "directory", "config"]
-Task = Literal["causal-lm", "sequence-classification"]
 
 CONFIG_FILE = "config.json"
 
@@ -65,13 +64,15 @@ def specify(
         labels: classes to tell apart; None leaves the configuration's, which are two if it names none.
 
     Raises:
-        InputError: if transformers cannot build the model, or classes are given for a language model.
+        InputError: if transformers cannot build the model, or classes are given for another task.
     """
-    task = task or _task(config)
+    from badam.training.tasks import CLASSIFICATIONS, TASKS, default_task
+
+    task = task or default_task(config)
     if labels is not None:
-        if task != "sequence-classification":
+        if task not in CLASSIFICATIONS:
             raise InputError(
-                f"{model_id} is planned as a language model, which has no {labels} classes.",
+                f"{model_id} is planned for {TASKS[task].words}, which has no {labels} classes.",
                 advice="Add --task sequence-classification.",
             )
         named = ("id2label", "label2id")
@@ -112,26 +113,6 @@ def count_parameters(spec: ModelSpec) -> int:
     from badam_planner.probe.model_tree import inspect_model
 
     return inspect_model(spec, choose_attention(spec)).entries
-
-
-def _task(config: dict[str, Any]) -> Task:
-    """Encoders are fine-tuned for classification, everything that generates is a language model.
-
-    A configuration that names no architecture means whichever of the two transformers has for its model type.
-    """
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    )
-
-    architectures = config.get("architectures") or []
-    model_type = config.get("model_type")
-    if not architectures and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        known = model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-        return "sequence-classification" if known else "causal-lm"
-    encoders = ("ForMaskedLM", "ForPreTraining", "SequenceClassification")
-    encoder = any(str(name).endswith(encoders) for name in architectures)
-    return "sequence-classification" if encoder else "causal-lm"
 
 
 def _exists(path: Path, as_what: Callable[[Path], bool]) -> bool:

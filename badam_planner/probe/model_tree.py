@@ -21,7 +21,7 @@ REPORTED_VERSIONS = ("badam", "torch", "transformers")
 class ModelTree:
     """What the planner needs of a module tree: names, shapes and places; no modules."""
 
-    parameters: tuple[ParameterInfo, ...]  # distinct parameters, in model order
+    parameters: tuple[ParameterInfo, ...]  # distinct parameters that can be trained, in model order
     layers: tuple[str, ...]  # module paths of the layers, in order of execution
     layer_kinds: dict[str, Hashable]  # equal for layers that may stand for each other
     layer_classes: tuple[type[Any], ...]  # of the layers
@@ -67,7 +67,7 @@ def _inspected(spec: ModelSpec, attention: Attention) -> ModelTree:
         parameters = tuple(
             ParameterInfo(name, tuple(tensor.shape))
             for name, tensor in model.named_parameters()
-            if not belongs(name, beside)
+            if tensor.requires_grad and not belongs(name, beside)
         )
         stacks = layer_stacks([info.name for info in parameters])
         kinds: dict[str, Hashable] = {}
@@ -77,7 +77,10 @@ def _inspected(spec: ModelSpec, attention: Attention) -> ModelTree:
                 layer = model.get_submodule(path)
                 shapes = tuple((name, tuple(tensor.shape)) for name, tensor in layer.named_parameters())
                 kind = types[position] if position < len(types) else None
-                kinds[path] = (path.rpartition(".")[0], type(layer).__name__, kind, shapes)
+                # A decoder's first layer has nothing below it to give gradients to but the encoder, whose gradient
+                # all of its layers add up: it is the one that hands it over.
+                hands_over = position == 0 and stack is not stacks[0] and bool(model.config.is_encoder_decoder)
+                kinds[path] = (path.rpartition(".")[0], type(layer).__name__, kind, hands_over, shapes)
         head = model.get_output_embeddings()
         names = {id(module): name for name, module in model.named_modules()}
         try:

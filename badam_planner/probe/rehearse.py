@@ -15,7 +15,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -28,6 +28,7 @@ from badam.profiling.states import base_of, masters, state_tensors
 from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing, prepare_model
 from badam.training.methods import method_of
 from badam.training.step import update
+from badam.training.tasks import blank_batch
 from badam.vocabulary import Category, Phase
 from badam_planner.events import Recording
 from badam_planner.probe.kept_layers import build_without, with_left_out
@@ -87,23 +88,6 @@ def fake_model(spec: ModelSpec, training: Training) -> PreTrainedModel:
     return build_model(spec, training)
 
 
-def fake_batch(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
-    """A batch of the plan's size, int64: input_ids [B, S] and labels [B, S] ([B] for classification)."""
-    training = plan.training
-    shape = (training.batch_size, training.seq_len)
-    tokens = torch.zeros(shape, dtype=torch.int64)
-    if plan.model.task == "causal-lm":
-        return {"input_ids": tokens, "labels": torch.zeros(shape, dtype=torch.int64)}
-    batch = {
-        "input_ids": tokens,
-        "attention_mask": torch.ones(shape, dtype=torch.int64),
-        "labels": torch.zeros(shape[:1], dtype=torch.int64),
-    }
-    if getattr(model.config, "type_vocab_size", 0) > 1:
-        batch["token_type_ids"] = torch.zeros(shape, dtype=torch.int64)
-    return batch
-
-
 def rehearse(
     plan: Plan,
     block: int,
@@ -134,6 +118,7 @@ def rehearse(
         prepare_model(model, plan)
         tracker = StorageTracker(model, layers, mode=mode)
         _label_weights(model, tracker, layers, without)
+        tracker.label(method.unnamed_weights(model), Category.PARAMETER)
         on_host = list(method.resident_states(model, plan, block)) if plan.target.gpu == "cpu" else []
         tracker.label(on_host, Category.OPTIMIZER_STATE)
         with tracker.watching():
@@ -173,14 +158,22 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def trained_entries(plan: Plan) -> int:
-    """Entries that the plan's method trains at a time."""
+class Entries(NamedTuple):
+    """How many numbers a method treats in its own ways."""
+
+    trained: int  # at a time
+    quantized: int  # kept in fewer than 16 bits
+
+
+def count_entries(plan: Plan) -> Entries:
+    """Entries that the plan's method trains at a time, and those that it quantizes."""
     method = method_of(plan.method)
     with fake_world():
         model = fake_model(plan.model, plan.training)
         prepare_model(model, plan)
         staged, start = method.rehearsed_plan(plan, 0)
-        return method.trained_entries(model, build_optimizer(model, staged, start_block=start))
+        trained = method.trained_entries(model, build_optimizer(model, staged, start_block=start))
+        return Entries(trained, method.quantized_entries(model))
 
 
 def _of_one_visit(plan: Plan, without: Collection[str]) -> Plan:
@@ -216,7 +209,7 @@ def _training_step(
 ) -> None:
     """One optimizer step as transformers' Trainer makes it: micro-batches, clipping, step, zero_grad."""
     for _ in range(plan.training.grad_accum):
-        batch = fake_batch(plan, model)
+        batch = blank_batch(plan, model.config)
         tracker.label(batch.items(), Category.ACTIVATION, "batch")
         loss = method.loss(model, batch, plan, optimizer, torch.zeros((), dtype=torch.int64))
         del batch

@@ -16,8 +16,8 @@ def backward_relative(
 ) -> tuple[float, ...]:
     """Matrix-product operations of backward with each block active, over those with everything active.
 
-    Formula: a block's own rehearsal less the layers between it and the block of its shape that was rehearsed, each as
-    it passes gradients through. Training everything adds to every layer the products that make its weights'
+    Formula: the rehearsal of the lowest block of a block's shape less the layers between the two, each as it passes
+    gradients through there. Training everything adds to every layer the products that make its weights'
     gradients: as many as forward has with these weights. Recomputation counts.
     Units: none. Source: 2 m n k operations per product, ``torch.utils.flop_counter``.
     Not counted: operations that are bound by memory and not by arithmetic.
@@ -33,12 +33,13 @@ def backward_relative(
     tallies = {index: _backward_flops(each, tree) for index, each in flops.items()}
     positions = [_lowest_layer(trained_prefixes(plan, block), tree) for block in plan.partition.blocks]
     reference = min(flops, key=lambda index: positions[index])
-    through = _passing_through(tallies[reference], positions[reference], tree)
+    # By block that was rehearsed: a decoder's layers have more to do where the encoder below them is trained.
+    through = {index: _passing_through(tallies[index], positions[index], tree) for index in flops}
     outside = tallies[reference].get("", 0)
-    everything = outside + sum(through) + _weight_gradient_flops(flops[reference], tree)
+    everything = outside + sum(through[reference]) + _weight_gradient_flops(flops[reference], tree)
     relative = []
     for index, stand_in in enumerate(representatives):
-        between = sum(through[positions[stand_in] + 1 : positions[index] + 1])
+        between = sum(through[stand_in][positions[stand_in] + 1 : positions[index] + 1])
         relative.append((sum(tallies[stand_in].values()) - between) / everything)
     return tuple(relative)
 

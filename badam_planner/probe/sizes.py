@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from badam.plan import Plan
+from badam.training.assemble import model_config
 from badam.training.methods import method_of
+from badam.training.tasks import input_positions
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.model_tree import ModelTree
 from badam_planner.result import SizeCell, SizeMap
@@ -29,9 +31,11 @@ def map_sizes(plan: Plan, evaluator: Evaluator, progress: Callable[[str], None] 
     training = plan.training
     factors = FACTORS if method_of(plan.method).rehearses_few_layers else FEW_FACTORS
     batches = sizes_around(training.batch_size, 1, factors)
-    lengths = sizes_around(training.seq_len, SHORTEST, factors)
+    fixed = input_positions(model_config(plan.model), plan.model.task) is not None
+    lengths = [training.seq_len] if fixed else sizes_around(training.seq_len, SHORTEST, factors)
     lengths = [length for length in lengths if length <= max(_longest(plan), training.seq_len)]
-    settings = ladder("auto", "auto", evaluator.tree.can_chunk)
+    grows = "on" if plan.target.expandable_segments else "off"
+    settings = ladder("auto", "auto", evaluator.tree.can_chunk, expandable_segments=grows)
     evaluator.expect_sizes(batches, lengths)
     first_open: dict[tuple[int, int], int] = {}  # index of the first setting that fits; len(settings) where none does
     cells = []

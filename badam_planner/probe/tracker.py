@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from badam.vocabulary import Category, Phase
 from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, MemoryTraffic, Recording
 from badam_planner.probe.accumulation import accumulates_in_place, holders_of_a_sum
 from badam_planner.probe.shapes import Maker, answer, moved_bytes
-from badam_planner.scratch import FLASH_BACKWARD, flash_backward_bytes
+from badam_planner.scratch import FLASH_BACKWARD, FOUR_BIT_PRODUCT, flash_backward_bytes, unpacked_bytes
 from badam_planner.timeline import LOSS_MODULE
 
 INTERRUPTING = (Phase.RECOMPUTE, Phase.STEP)
@@ -37,6 +37,10 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: A
 
 def _attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
+
+
+def _four_bit_flops(inputs: Tensor, _packed: Tensor, shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * inputs.numel() * shape[0]
 
 
 FLOPS: dict[Any, Callable[..., int]] = {
@@ -104,7 +108,13 @@ class StorageTracker(TorchDispatchMode):
                 self._see(leaf, name)
         if name == FLASH_BACKWARD:
             _, query, key = args[:3]
-            self._pass_through(flash_backward_bytes(query.shape, key.shape, query.element_size()), name)
+            sizes = flash_backward_bytes(query.shape, key.shape, query.element_size())
+            self._pass_through(sizes, name, "scratch of flash attention", card_only=True)
+        elif name == FOUR_BIT_PRODUCT:
+            inputs, _, shape, _, blocksize = args[:5]
+            sizes = unpacked_bytes(shape, blocksize, inputs.element_size())
+            self._pass_through(sizes, name, "unpacked weight", card_only=False)
+            FLOPS.setdefault(func._overloadpacket, _four_bit_flops)  # it exists since bitsandbytes was imported
         self._count(func, args, kwargs, output, moved)
         return output
 
@@ -119,14 +129,14 @@ class StorageTracker(TorchDispatchMode):
             one = MemoryTraffic(0, moved, 1) if formula is None else MemoryTraffic(moved, 0, 1)
             recording.traffic[place] = recording.traffic.get(place, NO_TRAFFIC) + one
 
-    def _pass_through(self, sizes: Iterable[int], operation: str) -> None:
-        """Record scratch of a card's kernel: born together, dead before the operator returns."""
+    def _pass_through(self, sizes: Iterable[int], operation: str, what: str, *, card_only: bool) -> None:
+        """Record scratch of a kernel: born together, dead before the operator returns."""
         scratch = [
             Allocation(nbytes, self._tick(), NEVER, self._phase, self.module, operation, (nbytes,), "uint8")
             for nbytes in sizes
         ]
         for allocation in scratch:
-            allocation.card_only, allocation.label = True, f"scratch of flash attention in {self.module}"
+            allocation.card_only, allocation.label = card_only, f"{what} in {self.module}"
             allocation.died = self._tick()
         self.recording.allocations += scratch
 

@@ -84,9 +84,10 @@ SCRIPT = """
       hoverlabel: {align: "left", bgcolor: colour.raised, bordercolor: colour.dim, font: {color: colour.ink}},
     }, copy.layout);
     layout.font = {color: colour.ink, size: 13, family: "system-ui, sans-serif"};
-    layout.xaxis = Object.assign({}, axis, layout.xaxis);
-    layout.yaxis = Object.assign({}, axis, layout.yaxis);
-    for (const one of [layout.xaxis, layout.yaxis]) if (one.title) one.title.standoff = 8;
+    for (const name of new Set(["xaxis", "yaxis", ...Object.keys(layout).filter((key) => /^[xy]axis/.test(key))])) {
+      layout[name] = Object.assign({}, axis, layout[name]);
+      if (layout[name].title) layout[name].title.standoff = 8;
+    }
     for (const shape of layout.shapes || []) {
       if (shape.type === "line") shape.line.color = colour.ink;
     }
@@ -95,6 +96,7 @@ SCRIPT = """
     }
     for (const trace of copy.traces) {
       if (trace.meta === "ink") trace.line.color = colour.ink;
+      if (trace.meta === "thin") continue;
       if (trace.type === "bar" || (trace.marker && trace.marker.size >= 9)) {
         trace.marker.line = {width: 1, color: colour.ink};
       }
@@ -103,39 +105,55 @@ SCRIPT = """
     return [copy.traces, layout];
   }
 
-  function draw() {
-    const colour = colours();
+  const places = new Map(figures.map((figure) => [document.getElementById("plot-" + figure.identity), figure]));
+
+  async function draw(place) {
     const config = {responsive: !printing, displaylogo: false, modeBarButtons: buttons};
-    const drawn = [];
-    for (const figure of figures) {
-      const place = document.getElementById("plot-" + figure.identity);
-      const [traces, layout] = themed(figure, colour);
-      drawn.push(Plotly.react(place, traces, layout, config));
-    }
-    return Promise.all(drawn);
+    const [traces, layout] = themed(places.get(place), colours());
+    await Plotly.react(place, traces, layout, config);
+    place.dataset.drawn = "";
+  }
+
+  // What is on paper is drawn whole; of the screen, what was in sight once.
+  function drawAll() {
+    return Promise.all([...places.keys()].filter((place) => printing || "drawn" in place.dataset).map(draw));
+  }
+
+  // A chart is drawn a screen before it comes into sight. The first call tells of all: it sees what is in sight now.
+  function drawWhenSeen() {
+    return new Promise((done, failed) => {
+      const observer = new IntersectionObserver((entries) => {
+        const seen = entries.filter((entry) => entry.isIntersecting).map((entry) => entry.target);
+        seen.forEach((place) => observer.unobserve(place));
+        Promise.all(seen.filter((place) => !("drawn" in place.dataset)).map(draw)).then(done, failed);
+      }, {rootMargin: "100% 0px"});
+      for (const place of places.keys()) observer.observe(place);
+      if (!places.size) done();
+    });
   }
 
   // Paper is light and has one width; the mark on the root element tells the style sheet the same.
   function print(begins) {
     printing = begins;
     root.toggleAttribute("data-printing", begins);
-    return draw();
+    return drawAll();
   }
 
   // Every browser since 2023 can unpack; an older one shows the tables instead.
   async function load() {
     const packed = atob(document.getElementById("library").textContent);
-    const bytes = Uint8Array.from(packed, (letter) => letter.charCodeAt(0));
+    const bytes = new Uint8Array(packed.length);
+    for (let index = 0; index < packed.length; index++) bytes[index] = packed.charCodeAt(index);
     const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
     script.textContent = await new Response(unpacked).text();
     document.head.append(script);
-    await draw();
+    await drawWhenSeen();
   }
 
   load().then(() => {
     root.dataset.charts = String(figures.length);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawAll(); });
     addEventListener("beforeprint", () => { print(true); });
     addEventListener("afterprint", () => { print(false); });
   }).catch((error) => {

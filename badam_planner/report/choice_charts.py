@@ -100,7 +100,7 @@ def methods_chart(result: SearchResult) -> Chart | None:
     )
     summary = (
         f"{len(fitting)} of {len(chosen)} methods fit into {format_bytes(result.usable_bytes)} at batch "
-        f"{result.batch_size} x {result.seq_len}, each with its fastest setting that fits{least}.{left_out}"
+        f"{result.batch}, each with its fastest setting that fits{least}.{left_out}"
     )
     return Chart(
         "methods", "Methods compared on this card", summary, tuple(traces), layout, table, 140 + 34 * len(chosen)

@@ -12,16 +12,22 @@ FORMULAS: Mapping[Method, str] = {
     "badam-ratio": "2M+16T",
     "lisa": "2M+16T",
     "lora": "2M+16T",
-    "qlora": "2M+16T",
+    "qlora": "2M-1.484Q+8T",
     "adam": "18M",
     "galore": "4M",
     "lomo": "2M",
     "adalomo": "2M",
     "mezo": "2M",
 }
-"""M: parameters of the model, D: blocks, T: entries trained at a time. Bytes; see ``state_bytes`` of each method."""
+"""M: parameters of the model, D: blocks, T: entries trained at a time, Q: entries in 4 bits, which with their scales
+take 0.516 bytes instead of 2. Bytes; see ``state_bytes`` of each method."""
 
-LETTERS = "M parameters, D blocks, T entries trained at a time"
+LETTERS: Mapping[str, str] = {
+    "M": "M parameters",
+    "D": "D blocks",
+    "T": "T entries trained at a time",
+    "Q": "Q entries in 4 bits",
+}
 
 
 def formula_of(method: str) -> str:
@@ -35,3 +41,9 @@ def formulas_in_words(methods: Iterable[str]) -> str:
     for method in dict.fromkeys(methods):
         groups.setdefault(formula_of(method), []).append(method)
     return ", ".join(f"{formula} ({', '.join(names)})" for formula, names in groups.items())
+
+
+def letters_in_words(methods: Iterable[str]) -> str:
+    """What the letters in the closed forms of ``methods`` stand for."""
+    used = "".join(FORMULAS[method] for method in FORMULAS if method in set(methods))
+    return ", ".join(words for letter, words in LETTERS.items() if letter in used)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from badam.plan import Plan
+from badam.profiling.module_record import MODULES_FILE, ModuleTimelines, load_module_timelines
 from badam.vocabulary import Phase
 from badam_planner.report.model import CurvePoint, StepTimeline, TrainingCurve, sample_timeline
 from badam_planner.result import SizeMap
@@ -57,6 +58,19 @@ def sizes_that_fit(plan: Plan, progress: Callable[[str], None] = lambda _text: N
     from badam_planner.probe.sizes import map_sizes
 
     return map_sizes(plan, Evaluator(inspect_model(plan.model, plan.training.attention)), progress)
+
+
+def read_modules(measured: Path, plan_digest: str) -> ModuleTimelines | None:
+    """What a run in full mode left beside its measured record; None where there is nothing of the same plan.
+
+    Raises:
+        PlanError: if it cannot be read.
+    """
+    path = measured.parent / MODULES_FILE
+    if not path.is_file():
+        return None
+    timelines = load_module_timelines(path)
+    return timelines if timelines.plan_digest == plan_digest else None  # of an earlier run in the same directory
 
 
 def read_curve(measured: Path) -> TrainingCurve | None:

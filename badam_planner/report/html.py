@@ -6,13 +6,15 @@ from pathlib import Path
 
 from badam.errors import InputError
 from badam.plan import Plan, Provenance
-from badam.units import format_bytes, format_count, format_seconds
+from badam.profiling.module_record import ModuleTimelines
+from badam.units import format_batch, format_bytes, format_count, format_seconds
 from badam_planner.compare import Accuracy, Comparison, block_rows, explain
 from badam_planner.report.chart import Chart, TableData
 from badam_planner.report.choice_charts import methods_chart, sizes_chart
 from badam_planner.report.formulas import formula_of
 from badam_planner.report.memory_charts import blocks_chart, parts_chart, phases_chart, timeline_chart
 from badam_planner.report.model import StepTimeline, TrainingCurve
+from badam_planner.report.modules_chart import modules_chart
 from badam_planner.report.overview_charts import accuracy_chart, partitions_chart
 from badam_planner.report.page import Page, write_page
 from badam_planner.report.text import bytes_or_nothing, error_in_words, error_percent, percent, signed_bytes
@@ -49,9 +51,10 @@ def write_comparison_html(
     *,
     timeline: StepTimeline | None = None,
     curve: TrainingCurve | None = None,
+    modules: ModuleTimelines | None = None,
 ) -> None:
     """Write the report of one plan and one run of it; raises InputError like :func:`write_plan_html`."""
-    write_page(comparison_page(comparison, timeline=timeline, curve=curve), Path(path))
+    write_page(comparison_page(comparison, timeline=timeline, curve=curve, modules=modules), Path(path))
 
 
 def write_accuracy_html(accuracy: Accuracy, path: str | Path) -> None:
@@ -108,7 +111,11 @@ def plan_page(
 
 
 def comparison_page(
-    comparison: Comparison, *, timeline: StepTimeline | None = None, curve: TrainingCurve | None = None
+    comparison: Comparison,
+    *,
+    timeline: StepTimeline | None = None,
+    curve: TrainingCurve | None = None,
+    modules: ModuleTimelines | None = None,
 ) -> Page:
     """What the report of a plan and its run says."""
     plan, run, measurement = comparison.plan, comparison.run, comparison.measurement
@@ -120,6 +127,7 @@ def comparison_page(
         backward_chart(rows),
         accuracy_chart([comparison]),
         timeline_chart(timeline) if timeline else None,
+        modules_chart(modules) if modules else None,
         curve_chart(curve) if curve else None,
     ]
     facts = (
@@ -206,11 +214,17 @@ def _totals_table(comparison: Comparison) -> TableData:
 
 def _plan_facts(plan: Plan) -> tuple[tuple[str, str], ...]:
     training = plan.training
+    batch = format_batch(plan.model.task, training.batch_size, training.seq_len, training.decoder_len)
     return (
         ("model", f"{plan.model.id}, {format_count(plan.model.parameters)} parameters"),
-        ("card", f"{plan.target.gpu}, {format_bytes(plan.target.usable_bytes)} usable"),
+        (
+            "card",
+            f"{plan.target.gpu}, {format_bytes(plan.target.usable_bytes)} usable"
+            + (", expandable segments" if plan.target.expandable_segments else ""),
+        ),
         ("method", f"{plan.method}, {len(plan.partition.blocks)} blocks by {plan.partition.strategy}"),
-        ("batch", f"{training.batch_size} x {training.seq_len} tokens, {training.grad_accum} per optimizer step"),
+        ("task", plan.model.task),
+        ("batch", f"{batch}, {training.grad_accum} per optimizer step"),
         ("checkpointing", training.checkpointing),
         ("loss and attention", f"{training.loss}, {training.attention}, {training.dtype}"),
     )

@@ -14,7 +14,7 @@ from badam.units import format_bytes, format_count, format_seconds
 from badam.vocabulary import Category, Phase
 from badam_planner.duration import ONCE_PER_VISIT
 from badam_planner.report.bars import Bar, StackedBars
-from badam_planner.report.formulas import LETTERS, formula_of, formulas_in_words
+from badam_planner.report.formulas import formula_of, formulas_in_words, letters_in_words
 from badam_planner.report.text import SizeUnit, clean, shorten, unit_for
 from badam_planner.result import Candidate, SearchResult
 
@@ -24,20 +24,26 @@ ONE_LINE_WIDTH = 100
 EXPLANATION = "Backward: mean over blocks; all blocks active is 100%."
 
 
+EXPANDABLE = (
+    "badam-train switches them on; for a loop of your own set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
+)
+
+
 def render_candidates(result: SearchResult) -> RenderableType:
     """The table of candidates with a line on what the columns mean, for ``console.print``."""
     heading = Text(f"{clean(result.model_id)} on {clean(result.gpu_name)}", style="bold")
-    heading.append(
-        f", {format_bytes(result.usable_bytes)} usable, batch {result.batch_size} x {result.seq_len} tokens", "not bold"
-    )
+    heading.append(f", {format_bytes(result.usable_bytes)} usable, batch {result.batch}", "not bold")
     unit = unit_for(max(candidate.peak_device_bytes for candidate in result.candidates))
     states = _states_title(result.candidates)
     words = f"{states}: model states only"
     if states == SEVERAL_FORMULAS:
-        words = f"States only: {formulas_in_words(one.method for one in result.candidates)}; {LETTERS}"
+        methods = [one.method for one in result.candidates]
+        words = f"States only: {formulas_in_words(methods)}; {letters_in_words(methods)}"
     explanation = Text(f"Sizes in {unit.name}. {words}. {EXPLANATION}")
+    growing = [_blocks_of(one) for one in result.candidates if one.expandable_segments]
+    notes = [Text(f"With expandable segments: {', '.join(growing)}. {EXPANDABLE}")] if growing else []
     left_out = [Text(f"left out: {method}. {clean(reason)}") for method, reason in result.left_out]
-    return Group(heading, Text(), _Candidates(result.candidates, unit), explanation, *left_out)
+    return Group(heading, Text(), _Candidates(result.candidates, unit), explanation, *notes, *left_out)
 
 
 def render_peak(candidate: Candidate, usable_bytes: int) -> RenderableType:
@@ -175,10 +181,13 @@ def _narrow_figures(candidate: Candidate, mark: str, unit: SizeUnit) -> tuple[st
 
 
 def _setting(candidate: Candidate, mark: str) -> str:
-    blocks = candidate.strategy if candidate.method == "badam" else candidate.method
+    return f"{mark} {_blocks_of(candidate)}\n  {candidate.checkpointing}, {candidate.loss}"
+
+
+def _blocks_of(candidate: Candidate) -> str:
     if candidate.method == "hift":
-        blocks = f"hift {candidate.strategy}"
-    return f"{mark} {blocks}\n  {candidate.checkpointing}, {candidate.loss}"
+        return f"hift {candidate.strategy}"
+    return candidate.strategy if candidate.method == "badam" else candidate.method
 
 
 def _headroom(candidate: Candidate, unit: SizeUnit) -> str:

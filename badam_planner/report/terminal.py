@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from badam.units import format_count, format_seconds
+from badam.units import format_batch, format_count, format_seconds
 from badam.vocabulary import Category, Phase
 from badam_planner.compare import Accuracy, BlockRow, Comparison, Pair, Verdict, explain, fold_categories
 from badam_planner.report.bars import UNSPLIT, Bar, StackedBars
@@ -103,8 +103,9 @@ def _heading(comparison: Comparison) -> list[Text]:
             style="bold",
         ),
         Text(
-            f"batch {training.batch_size} x {training.seq_len} tokens, checkpointing {training.checkpointing}, "
-            f"{run.measurement.steps} steps, loss {run.measurement.first_loss:.3f} -> {run.measurement.last_loss:.3f}"
+            f"batch {format_batch(plan.model.task, training.batch_size, training.seq_len, training.decoder_len)}, "
+            f"checkpointing {training.checkpointing}, {run.measurement.steps} steps, "
+            f"loss {run.measurement.first_loss:.3f} -> {run.measurement.last_loss:.3f}"
         ),
         Text(f"planned for {clean(plan.target.gpu)}; run on {clean(run.machine.device_name)}"),
         Text(f"memory measured by {clean(run.measurement.memory_source)}"),

@@ -16,6 +16,7 @@ from tests.badam_planner.recordings import Script, scripted
 WORKSPACE, CONTEXT = 8 * MIB + 512, 300 * MIB
 CPU = Target(gpu="cpu", total_bytes=GIB, usable_bytes=GIB)
 BARE_CARD = Target(gpu="card", total_bytes=GIB, usable_bytes=GIB)
+GROWING_CARD = BARE_CARD.model_copy(update={"expandable_segments": True})
 CARD = BARE_CARD.model_copy(update={"workspace_bytes": WORKSPACE, "context_bytes": CONTEXT})
 
 
@@ -55,6 +56,13 @@ def test_on_a_card_blocks_and_segments_count() -> None:
 
 def test_ends_of_blocks_that_no_tensor_uses_are_cache() -> None:
     assert predict(one_step(), BARE_CARD).by_category[Category.CACHE] == MIB
+
+
+def test_expandable_segments_reserve_whole_pages_and_split_to_the_last_rounding() -> None:
+    found = predict(one_step(), GROWING_CARD)
+    assert found.peak_allocated_bytes == (64 + 13 + 5) * MIB  # no block is larger than what was asked for
+    assert found.peak_reserved_bytes == found.peak_device_bytes == 100 * MIB  # 82 in pages of 20
+    assert Category.CACHE not in found.by_category
 
 
 def test_the_device_holds_the_segments_and_the_context() -> None:
@@ -103,7 +111,7 @@ def test_a_replay_with_too_little_memory_is_refused() -> None:
 
 
 @settings(deadline=None)
-@given(scripted(), st.sampled_from([CPU, BARE_CARD, CARD]))
+@given(scripted(), st.sampled_from([CPU, BARE_CARD, GROWING_CARD, CARD]))
 def test_categories_sum_to_the_peak_and_the_highest_phase_is_it(recording: Recording, target: Target) -> None:
     found = predict(recording, target)
     assert sum(found.by_category.values()) == found.peak_allocated_bytes

@@ -18,6 +18,17 @@ def test_everything_open_is_tried_fastest_first_and_leanest_last() -> None:
     )
 
 
+def test_expandable_segments_are_tried_before_anything_that_costs_time() -> None:
+    assert ladder("auto", "full", can_chunk=True, expandable_segments="auto") == (
+        Setting("none", "full"),
+        Setting("none", "full", expandable_segments=True),
+        Setting("all", "full"),
+        Setting("all", "full", expandable_segments=True),
+    )
+    assert ladder("all", "full", can_chunk=True, expandable_segments="on") == (Setting("all", "full", True),)
+    assert ladder("all", "full", can_chunk=True, expandable_segments="off") == (Setting("all", "full"),)
+
+
 @pytest.mark.parametrize(
     ("checkpointing", "loss", "can_chunk", "expected"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ class TrainingMethod(ABC):
         accumulates: whether several micro-batches may make one step.
         clips: whether the gradients exist together, so that their joint norm can be bounded.
         keeps_gradients: whether the optimizer's step finds gradients, as opposed to what backward has done by itself.
+        keeps_base: whether adapters alone are saved, and the weights beside them are loaded again to go on.
         composes: whether a block's rehearsal may leave out frozen layers and repeat their equals instead.
         repeats_trained_layers: whether a rehearsal may also leave out layers that are trained, since all that happens
             to the weights of a layer happens while backward is in it or in its neighbour.
@@ -38,6 +40,7 @@ class TrainingMethod(ABC):
     accumulates: ClassVar[bool] = True
     clips: ClassVar[bool] = True
     keeps_gradients: ClassVar[bool] = True
+    keeps_base: ClassVar[bool] = False
     composes: ClassVar[bool] = False
     repeats_trained_layers: ClassVar[bool] = False
 
@@ -78,6 +81,10 @@ class TrainingMethod(ABC):
             InputError: with the device that it needs.
         """
 
+    def loading_options(self, plan: Plan) -> dict[str, Any]:
+        """Options for transformers' ``from_pretrained`` besides type and attention."""
+        return {}
+
     def prepare(self, model: PreTrainedModel, plan: Plan) -> None:  # noqa: B027
         """Change the model's modules where the method needs others; before weights are trained."""
 
@@ -116,11 +123,19 @@ class TrainingMethod(ABC):
         """Tensors like those that the method keeps in host memory while ``block`` is active, by name."""
         return ()
 
+    def unnamed_weights(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+        """Tensors of the weights that are neither parameters nor buffers, by name."""
+        return ()
+
+    def quantized_entries(self, model: nn.Module) -> int:
+        """Entries of ``model`` that are kept in fewer than 16 bits."""
+        return 0
+
     def trained_entries(self, model: nn.Module, optimizer: Optimizer) -> int:
         """Entries that are trained now."""
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
-    def state_bytes(self, parameters: int, largest_block: int, blocks: int) -> int:
+    def state_bytes(self, parameters: int, largest_block: int, blocks: int, *, quantized: int = 0) -> int:
         """Closed form of what the method keeps from step to step: weights, masters, gradients, optimizer states.
 
         Formula: bf16 weights, and in each trained entry 16 bytes: fp32 master, gradient and two moments.
@@ -130,12 +145,20 @@ class TrainingMethod(ABC):
             parameters: entries of the whole model.
             largest_block: entries trained at a time, at most.
             blocks: D.
+            quantized: of ``parameters`` those in fewer bits, see :meth:`quantized_entries`.
         """
         return 2 * parameters + 16 * largest_block
 
     def discard_gradients(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Forget what the micro-batches of a step have left so far, so that the step can begin anew."""
         optimizer.zero_grad(set_to_none=True)
+
+    def save_besides(self, model: PreTrainedModel, directory: Path) -> None:  # noqa: B027
+        """Write into a checkpoint what the method needs to go on from it, besides weights and optimizer."""
+
+    def load(self, model: PreTrainedModel, checkpoint: Path) -> None:
+        """Take the weights that ``checkpoint`` holds; asked of methods that keep the base alone."""
+        raise NotImplementedError
 
     def settle(self, optimizer: Optimizer) -> None:  # noqa: B027
         """Write what the optimizer holds into the weights, at the end of training."""

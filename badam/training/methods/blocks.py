@@ -45,7 +45,7 @@ class BlockCoordinate(TrainingMethod):
         """AdamW inside the plan's blocks."""
         return block_optimizer(BlockOptimizer, model, plan, start_block)
 
-    def state_bytes(self, parameters: int, largest_block: int, blocks: int) -> int:
+    def state_bytes(self, parameters: int, largest_block: int, blocks: int, *, quantized: int = 0) -> int:
         """2M + 16M/D, for D equal blocks (arXiv 2404.02827, section 2.2)."""
         return 2 * parameters + 16 * parameters // blocks
 

@@ -62,6 +62,6 @@ class GaLore(TrainingMethod):
         )
         return optimizer
 
-    def state_bytes(self, parameters: int, largest_block: int, blocks: int) -> int:
+    def state_bytes(self, parameters: int, largest_block: int, blocks: int, *, quantized: int = 0) -> int:
         """4M: weights and gradients in 16 bits. Not counted: moments and projections, which depend on shapes."""
         return 4 * parameters

@@ -70,7 +70,7 @@ class Lisa(BlockCoordinate):
         """All blocks stay: several are active at a time."""
         return plan, block
 
-    def state_bytes(self, parameters: int, largest_block: int, blocks: int) -> int:
+    def state_bytes(self, parameters: int, largest_block: int, blocks: int, *, quantized: int = 0) -> int:
         """Weights in 16 bits, and 16 bytes per entry that is trained at a time."""
         return 2 * parameters + 16 * largest_block
 

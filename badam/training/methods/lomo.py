@@ -34,7 +34,7 @@ class LowMemory(TrainingMethod):
         fused: Any = optimizer
         fused.fused_backward(loss, optimizer.param_groups[0]["lr"])
 
-    def state_bytes(self, parameters: int, largest_block: int, blocks: int) -> int:
+    def state_bytes(self, parameters: int, largest_block: int, blocks: int, *, quantized: int = 0) -> int:
         """2M: the weights alone. Not counted: the two gradients that are alive at a time."""
         return 2 * parameters
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from badam.errors import InputError
 from badam.plan import Method, Plan
 from badam.training.methods.base import TrainingMethod, adamw_options, parameter_groups
+from badam.training.tasks import CLASSIFICATIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ class Lora(TrainingMethod):
     """
 
     name: ClassVar[Method] = "lora"
+    adapter_dtype: ClassVar[torch.dtype] = torch.float32
     libraries = {"peft": "peft"}  # noqa: RUF012 - declared as a class variable by the base
 
     def prepare(self, model: PreTrainedModel, plan: Plan) -> None:
@@ -36,11 +38,11 @@ class Lora(TrainingMethod):
         Raises:
             InputError: if none of the plan's target modules is in the model.
         """
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
 
         options = plan.training.options
         rank = options.rank or DEFAULT_RANK
-        heads = _heads(model) if plan.model.task == "sequence-classification" else []
+        heads = _heads(model) if plan.model.task in CLASSIFICATIONS else []
         names = [name for name, child in model.named_children() if child in heads]
         config = LoraConfig(
             r=rank,
@@ -49,7 +51,7 @@ class Lora(TrainingMethod):
             target_modules=list(options.target_modules) or "all-linear",
         )
         try:
-            inject_adapter_in_model(config, model)
+            self.attach(model, config)
         except ValueError as error:
             raise InputError(
                 f"PEFT cannot put adapters into {plan.model.id}: {error}",
@@ -59,8 +61,14 @@ class Lora(TrainingMethod):
             head.requires_grad_(True)
             head.register_forward_pre_hook(_in_single_precision)
         for parameter in model.parameters():
-            if parameter.requires_grad:  # as PEFT's own models have them: small updates would be lost in 16 bits
-                parameter.data = parameter.data.to(torch.float32)
+            if parameter.requires_grad:  # fp32 as PEFT's own models have them: small updates would be lost in 16 bits
+                parameter.data = parameter.data.to(self.adapter_dtype)
+
+    def attach(self, model: PreTrainedModel, config: Any) -> None:
+        """Put adapters of PEFT's configuration into ``model``."""
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, model)
 
     def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
         """AdamW over the adapters."""

@@ -134,6 +134,6 @@ class Mezo(TrainingMethod):
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         """Nothing: the slope is known."""
 
-    def state_bytes(self, parameters: int, largest_block: int, blocks: int) -> int:
+    def state_bytes(self, parameters: int, largest_block: int, blocks: int, *, quantized: int = 0) -> int:
         """2M: the weights alone. Not counted: the direction of the largest matrix."""
         return 2 * parameters

@@ -420,9 +420,9 @@ def llama_peak(plan_json: str, block: int) -> dict[str, Any]:
     events = log.stop()
     live = peak = 0
     counting = False
-    for event in events:
-        counting = counting or event.nbytes == 0
-        live += event.nbytes
+    for _, nbytes in events:
+        counting = counting or nbytes == 0
+        live += nbytes
         peak = max(peak, live) if counting else 0
     with SentBytes() as counter:
         step()
@@ -653,3 +653,21 @@ def zero3_in_a_trainer(directory: str) -> tuple[int, int, bool, list[float]]:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return optimizer.global_step, optimizer.visit, optimizer.ds_optimizer is not None, losses
+
+
+def save_portable(directory: str, dtype: str = "float32") -> tuple[list[float], dict[str, Tensor]]:
+    engine, optimizer = deepspeed_engine(dtype)
+    train_with_deepspeed(engine, optimizer, SAVED_AT)
+    save_zero3_checkpoint(engine, optimizer, directory, "portable", portable=True)
+    return train_with_deepspeed(engine, optimizer, THREE_EPOCHS), gathered(engine.module)
+
+
+def resume_portable(
+    directory: str, dtype: str = "float32", fresh: bool = True
+) -> tuple[list[float], dict[str, Tensor]]:
+    engine, optimizer = deepspeed_engine(dtype)
+    if not fresh:
+        train_with_deepspeed(engine, optimizer, 1)  # not where it was saved
+    load_zero3_checkpoint(engine, optimizer, f"{directory}/portable")
+    assert (optimizer.global_step, optimizer.steps_in_visit) == (SAVED_AT, 2)
+    return train_with_deepspeed(engine, optimizer, THREE_EPOCHS), gathered(engine.module)

@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[3]
 TIMEOUT_SECONDS = 120
 
 _BOOT = """if True:
-    import datetime, os, pickle, sys
+    import datetime, importlib, os, pickle, sys
     import torch
     import torch.distributed as dist
     torch.set_num_threads(1)
-    target, arguments, out = sys.argv[1:4]
-    from tests.badam.distributed import jobs
+    module, target, arguments, out = sys.argv[1:5]
+    jobs = importlib.import_module(module)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=40))
     with open(arguments, "rb") as file:
         given = pickle.load(file)
@@ -44,11 +44,11 @@ class JobFailedError(AssertionError):
 
 
 def on_ranks(count: int, job: Callable[..., Any], **arguments: Any) -> list[Any]:
-    """What ``job(**arguments)`` of the module ``jobs`` returned on each of ``count`` processes."""
+    """What ``job(**arguments)``, a function of a module, returned on each of ``count`` processes."""
     with tempfile.TemporaryDirectory() as directory:
         given, out = Path(directory, "arguments"), Path(directory, "result")
         given.write_bytes(pickle.dumps(arguments))
-        command = [sys.executable, "-W", "ignore", "-c", _BOOT, job.__name__, str(given), str(out)]
+        command = [sys.executable, "-W", "ignore", "-c", _BOOT, job.__module__, job.__name__, str(given), str(out)]
         processes = [
             subprocess.Popen(
                 command,

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from badam.errors import InputError
 from badam.plan import BlockPlan, MethodOptions, Partition, Plan
 from badam.training.methods import method_of
 from badam.training.methods.lisa import LisaOptimizer
@@ -23,7 +22,7 @@ BY_BLOCKS = ("lisa", "hift")
 
 
 def plan_for(method: str, **optimizer: Any) -> Plan:
-    for module in method_of(method).libraries if method != "qlora" else ():
+    for module in method_of(method).libraries:
         pytest.importorskip(module)
     learning_rate = RATES.get(method, 1e-3)
     unclipped = {"max_grad_norm": 0.0} if method in ("lomo", "adalomo", "mezo") else {}
@@ -59,12 +58,6 @@ def test_a_model_trained_by_lora_is_loaded_without_peft(tmp_path: Path) -> None:
     run_tiny(plan_for("lora"), tmp_path, max_steps=2, save_steps=1)
     names = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").state_dict()
     assert not any("lora" in name or "base_layer" in name for name in names)
-
-
-def test_qlora_says_that_it_needs_cuda(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    with pytest.raises(InputError, match="qlora trains on CUDA devices only; this run is on cpu"):
-        run_tiny(plan_for("qlora"), tmp_path)
 
 
 def test_lisa_draws_layers_anew_for_each_visit_and_always_trains_the_ends(tiny_llama: Any) -> None:

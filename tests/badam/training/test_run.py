@@ -339,13 +339,11 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         run_tiny(wider, tmp_path, output="second", init=str(first.model_path))
 
 
-@pytest.mark.parametrize(
-    ("engine", "message"), [("zero3", "does not start DeepSpeed"), ("fsdp2", "one process was started")]
-)
-def test_a_plan_for_several_gpus_is_refused_by_a_process_alone(tmp_path: Path, engine: str, message: str) -> None:
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_plan_for_several_gpus_is_refused_by_a_process_alone(tmp_path: Path, engine: str) -> None:
     plan = tiny_plan()
     shared = plan.model_copy(update={"target": plan.target.model_copy(update={"engine": engine, "num_gpus": 2})})
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match="one process was started"):
         run_tiny(shared, tmp_path)
     assert not (tmp_path / "run").exists()
 

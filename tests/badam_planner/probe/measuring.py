@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,8 +14,12 @@ from badam.profiling.states import ModelStates
 from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing, prepare_model
 from badam.training.methods import method_of
 from badam.training.step import update
+from badam.training.tasks import blank_batch
 from badam.vocabulary import Category
 from badam_planner.probe.rehearse import VISIT_STEPS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ def measure(
     optimizer = build_optimizer(model, visit, start_block=block)
     prepare_checkpointing(model, optimizer, visit)
     memory.attach(ModelStates(model, optimizer))
-    shape = (plan.training.batch_size, plan.training.seq_len)
+    items = plan.training.batch_size * plan.training.seq_len
     found, losses = [], []
     with phases.listening(lambda _previous, phase: memory.phase_begins(phase)):
         for _ in range(steps):
@@ -49,12 +54,8 @@ def measure(
             for micro in range(plan.training.grad_accum):
                 if same_data:
                     torch.manual_seed(micro)
-                batch = {"input_ids": torch.randint(0, 96, shape), "labels": torch.randint(0, 96, shape)}
-                if plan.model.task == "sequence-classification":
-                    batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)
-                    batch["attention_mask"][0, -1] = 0  # padded, as the plan assumes
-                    batch["labels"] = torch.zeros(shape[0], dtype=torch.int64)
-                loss = method.loss(model, batch, plan, optimizer, torch.tensor(shape[0] * shape[1]))
+                batch = _random_batch(plan, model.config)
+                loss = method.loss(model, batch, plan, optimizer, torch.tensor(items))
                 del batch
                 method.backward(loss, optimizer)
                 total += loss.item()
@@ -65,3 +66,16 @@ def measure(
     memory.stop()
     highest = max(found, key=lambda step: step.peak_bytes)
     return Measured(highest.peak_bytes - before, highest.by_category, losses)
+
+
+def _random_batch(plan: Plan, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """The plan's batch with tokens below 96 and any images and sounds, padded where there is a mask to say so."""
+    batch = blank_batch(plan, config)
+    for name, tensor in batch.items():
+        if name == "attention_mask":
+            tensor[0, -1] = 0
+        elif tensor.is_floating_point():
+            tensor.normal_()
+        elif name == "input_ids" or (name == "labels" and tensor.ndim > 1):
+            tensor.random_(0, 96)
+    return batch

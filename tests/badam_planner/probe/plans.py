@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from badam.plan import Dtype, Loss, Method, MethodOptions, ModelSpec, Plan, Strategy, Target, config_digest
-from badam.training.assemble import choose_attention
+from badam.training.assemble import choose_attention, model_config
+from badam.training.tasks import chosen_lengths, default_task
 from badam_planner.planning import Request, staged_plan
 from badam_planner.probe.model_tree import ModelTree, inspect_model
 from badam_planner.search import Setting
@@ -39,20 +40,39 @@ DEBERTA: dict[str, Any] = {
     "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False,
 }  # fmt: skip
 
-DEPTH_FIELD = {"gpt2": "n_layer"}
+T5: dict[str, Any] = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 768, "d_model": 32, "d_kv": 8,
+    "d_ff": 48, "num_heads": 4, "dropout_rate": 0.0, "is_encoder_decoder": True, "decoder_start_token_id": 0,
+}  # fmt: skip
+FLAN_T5: dict[str, Any] = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+WHISPER: dict[str, Any] = {
+    "model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "vocab_size": 768, "d_model": 32,
+    "num_mel_bins": 8, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "max_source_positions": 20, "max_target_positions": 12, "is_encoder_decoder": True,
+    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 1, "dropout": 0.0,
+}  # fmt: skip
+VIT: dict[str, Any] = {
+    "model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 32, "intermediate_size": 48,
+    "num_attention_heads": 4, "image_size": 21, "patch_size": 7, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+DEPTH_FIELDS = {
+    "gpt2": ("n_layer",), "t5": ("num_layers", "num_decoder_layers"), "whisper": ("encoder_layers", "decoder_layers"),
+}  # fmt: skip
 CPU = Target(gpu="cpu", total_bytes=2**40, usable_bytes=2**40)
 
 
 def spec_of(config: dict[str, Any], depth: int) -> ModelSpec:
-    """``config`` with ``depth`` layers."""
-    facts = {**config, DEPTH_FIELD.get(config["model_type"], "num_hidden_layers"): depth}
-    encoder = config["model_type"] in ("bert", "roberta", "deberta-v2")
+    """``config`` with ``depth`` layers, in each stack where there are two."""
+    fields = DEPTH_FIELDS.get(config["model_type"], ("num_hidden_layers",))
+    facts = {**config, **dict.fromkeys(fields, depth)}
     return ModelSpec(
         id=config["model_type"],
         source="config",
         config=facts,
         config_digest=config_digest(facts),
-        task="sequence-classification" if encoder else "causal-lm",
+        task=default_task(facts),
         parameters=1,
     )
 
@@ -65,7 +85,8 @@ def plan_of(
     checkpointing: bool = False,
     loss: Loss = "full",
     batch_size: int = 2,
-    seq_len: int = 24,
+    seq_len: int | None = 24,
+    decoder_len: int | None = None,
     grad_accum: int = 1,
     dtype: Dtype = "bfloat16",
     target: Target = CPU,
@@ -80,11 +101,13 @@ def plan_of(
     spec = spec_of(config, depth)
     attention = choose_attention(spec)
     tree = inspect_model(spec, attention)
+    length, target_length = chosen_lengths(spec, model_config(spec), seq_len, decoder_len)
     request = Request(
         spec=spec,
         target=target,
         batch_size=batch_size,
-        seq_len=seq_len,
+        seq_len=length,
+        decoder_len=target_length,
         grad_accum=grad_accum,
         dtype=dtype,
         attention=attention,

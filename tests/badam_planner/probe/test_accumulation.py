@@ -50,7 +50,7 @@ def reported_births(graph: Graph, nbytes: int) -> int:
     log = AllocatorLog()
     log.start()
     torch.autograd.backward(tensors, gradients)
-    return sum(event.nbytes == nbytes for event in log.stop())
+    return sum(change == nbytes for _, change in log.stop())
 
 
 def rehearsed_births(graph: Graph, nbytes: int) -> int:

@@ -40,6 +40,13 @@ PROMISED_MODELS = [
     "google/gemma-2-9b",
     "microsoft/Phi-3-mini-4k-instruct",
     "gpt2",
+    "google-t5/t5-base",
+    "t5-3b",
+    "google/flan-t5-xl",
+    "google/vit-base-patch16-224",
+    "google/vit-large-patch16-224",
+    "openai/whisper-small",
+    "whisper-large-v3",
     "FacebookAI/roberta-large",
     "bert-base-uncased",
     "badam/demo-llama-12m",
@@ -187,13 +194,15 @@ def test_looking_up_a_card_and_a_model_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("identifier", list(MODELS))
 def test_the_module_tree_has_the_published_number_of_parameters(identifier: str) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from badam.plan import ModelSpec, Training
+    from badam.training.assemble import build_model, choose_attention
+    from badam_planner.probe.rehearse import fake_world
 
     record = MODELS[identifier]
-    loader = AutoModelForCausalLM if record.task == "causal-lm" else AutoModelForSequenceClassification
-    config = AutoConfig.for_model(**record.config)
-    with FakeTensorMode():
-        model = loader.from_config(config)
+    spec = ModelSpec(
+        id=record.id, source="catalogue", config=record.config, config_digest="", task=record.task, parameters=1
+    )
+    with fake_world():
+        model = build_model(spec, Training(batch_size=1, seq_len=1, attention=choose_attention(spec)))
     assert sum(parameter.numel() for parameter in model.parameters()) == record.parameters
     assert [type(model).__name__] == record.config["architectures"]

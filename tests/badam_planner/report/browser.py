@@ -32,7 +32,7 @@ PROBE = """
 
 # A headless window is never narrower than 500 pixels; a frame is.
 FRAME = """
-<body style="margin:0"><iframe src="%s" style="border:0;width:%dpx;height:6000px"></iframe>
+<body style="margin:0"><iframe src="%s" style="border:0;width:%dpx;height:9000px"></iframe>
 <script>
 addEventListener("message", (event) => {
   const place = document.createElement("pre");
@@ -63,7 +63,7 @@ def visit(page: Path, script: str, *, width: int = 1000, dark: bool = False) -> 
             CHROMIUM,
             *FLAGS,
             f"--user-data-dir={page.parent / 'profile'}",
-            f"--window-size={max(width, 500)},6000",
+            f"--window-size={max(width, 500)},9000",
             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
             "--dump-dom",
             frame.as_uri(),

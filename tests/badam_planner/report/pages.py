@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from typing import Any
 
+from badam.profiling.module_record import ModuleTimelines, StepModules
 from badam.units import GIB, MIB
 from badam.vocabulary import Category, Phase
 from badam_planner.compare import Comparison, compare
@@ -32,6 +33,22 @@ def step_timeline(name: str = "model.layers.0.mlp") -> StepTimeline:
 
 def curve(name: str = "run", block: str = "layer") -> TrainingCurve:
     return TrainingCurve(name, tuple(CurvePoint(step, 5 - step / 4, f"{block} {step // 3}") for step in range(12)))
+
+
+def modules(name: str = "model.layers.0") -> ModuleTimelines:
+    """A forward of 6 ms with one module from 1 to 4 ms, and a backward to 10 ms; the peak, 14 GiB, is in the module."""
+    step = StepModules(
+        step=4,
+        block=name,
+        microseconds=(0, 1000, 4000, 6000, 10_000),
+        live_bytes=(10 * GIB, 11 * GIB, 12 * GIB, 12 * GIB, 10 * GIB),
+        peak_bytes=(10 * GIB, 11 * GIB, 14 * GIB, 12 * GIB, 13 * GIB),
+        module=(1, 0, 0),
+        phase=(0, 0, 1),
+        begin=(1, 0, 3),
+        end=(2, 3, 4),
+    )
+    return ModuleTimelines(plan_digest="", names=("", name), phases=(Phase.FORWARD, Phase.BACKWARD), steps=(step,))
 
 
 def comparison(name: str = "acme/tiny-7b", **changes: Any) -> Comparison:
@@ -72,7 +89,9 @@ def full_plan_page() -> Page:
 
 
 def full_comparison_page(name: str = "acme/tiny-7b") -> Page:
-    return comparison_page(comparison(name), timeline=step_timeline(name), curve=curve(name, name))
+    return comparison_page(
+        comparison(name), timeline=step_timeline(name), curve=curve(name, name), modules=modules(name)
+    )
 
 
 @dataclass

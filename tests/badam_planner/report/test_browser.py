@@ -80,6 +80,17 @@ def test_hovering_over_the_timeline_names_phase_module_and_tensor(report: Path) 
     assert "acme/tiny-7b: mm" in text  # the name that the page under test gives its module
 
 
+def test_hovering_over_a_measured_step_names_the_module_and_its_memory(report: Path) -> None:
+    script = HOVER.replace("{xaxis, yaxis}", "{xaxis, yaxis2: yaxis}").replace(
+        ".nsewdrag", ".nsewdrag[data-subplot=xy2]"
+    )
+    text = visit(report, script % ("modules", 2.5, 1)).answer
+    assert "acme/tiny-7b" in text  # the name that the page under test gives its module
+    assert "forward, 3.0 ms" in text
+    assert "11.00 GiB before, 12.00 GiB after" in text
+    assert "highest 14.00 GiB" in text
+
+
 def test_hovering_over_a_method_and_a_size_says_what_is_there(tmp_path: Path) -> None:
     write_page(full_plan_page(), tmp_path / "plan.html")
     assert "parameter" in visit(tmp_path / "plan.html", HOVER % ("methods", 3, 0)).answer

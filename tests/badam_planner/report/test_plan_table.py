@@ -64,3 +64,12 @@ def test_a_small_model_is_shown_in_mib() -> None:
     text = render(render_candidates(factories.search_result(factories.candidate(**small))), 100)
     assert "Sizes in MiB." in text
     assert "99.00" in text
+
+
+def test_candidates_that_count_on_expandable_segments_are_named_with_how_to_get_them() -> None:
+    usual = render(render_candidates(factories.search_result()), 100)
+    assert "xpandable" not in usual
+    growing = factories.search_result(factories.candidate(expandable_segments=True), factories.candidate(method="lomo"))
+    text = " ".join(render(render_candidates(growing), 100).split())
+    assert "With expandable segments: layer. badam-train switches them on" in text
+    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in text

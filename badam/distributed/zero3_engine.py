@@ -1,0 +1,137 @@
+"""A model under DeepSpeed's ZeRO-3 without a host that brings DeepSpeed along: only public interfaces of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from badam.block_optimizer import BlockOptimizer
+from badam.distributed.zero3 import check_version
+from badam.errors import InputError
+from badam.naming import belongs
+
+
+def check_installed() -> None:
+    """Refuse to go on without a DeepSpeed that can be driven.
+
+    Raises:
+        InputError: if there is none, or of a version that is not known.
+    """
+    if find_spec("deepspeed") is None:
+        raise InputError(
+            "The engine zero3 needs deepspeed, which cannot be imported here.",
+            advice="Install it with: DS_BUILD_OPS=0 pip install 'badam[zero3]', or plan with --engine fsdp2.",
+        )
+    check_version()
+
+
+def start_zero3(
+    model: nn.Module,
+    optimizer: BlockOptimizer,
+    *,
+    batch_size: int,
+    accumulate: int,
+    max_grad_norm: float,
+    offload_optimizer: bool = False,
+    offload_parameters: bool = False,
+) -> Any:
+    """DeepSpeed's engine around ``model`` and ``optimizer``, which it drives from then on. Collective.
+
+    Args:
+        model: all of its parameters in one floating type, bfloat16 or float32.
+        optimizer: over its parameters.
+        batch_size: sequences of a micro-batch in this process.
+        accumulate: micro-batches of an optimizer step.
+        max_grad_norm: bound on the norm of all gradients together; 0 leaves them alone.
+        offload_optimizer: keep masters and moments in host memory, and step there.
+        offload_parameters: keep this process's parts of the parameters in host memory.
+
+    Raises:
+        InputError: if DeepSpeed is missing or of a version that is not known.
+    """
+    check_installed()
+    import deepspeed
+    import deepspeed.ops
+
+    parameter = next(model.parameters())
+    prefixes = [prefix for block in optimizer.block_prefix_list for prefix in block] + list(optimizer.active_modules)
+    largest = max(each.numel() for name, each in optimizer.named_parameters_list if belongs(name, prefixes))
+    if parameter.device.type == "cpu":  # it would be compiled for two minutes, and does what gloo does
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The buffer that gradients are collected in has the size of the largest; DeepSpeed's own would be a gigabyte.
+    stage: dict[str, Any] = {"stage": 3, "reduce_bucket_size": largest}
+    if offload_optimizer:
+        stage["offload_optimizer"] = {"device": "cpu"}
+    if offload_parameters:
+        stage["offload_param"] = {"device": "cpu"}
+    config = {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": stage,
+        "bf16": {"enabled": parameter.dtype == torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    optimizer.ds_optimizer = engine.optimizer
+    return engine
+
+
+def backward(engine: Any, loss: Tensor, *, is_last: bool) -> None:
+    """Backward of a loss that was computed without calling the engine: a loss in chunks calls parts of the model.
+
+    Args:
+        engine: of :func:`start_zero3`.
+        loss: as it is: divided by what the whole optimizer step shall be divided by.
+        is_last: whether the optimizer steps next.
+    """
+    # The engine's forward does this. Without it each micro-batch's gradients replace those before it.
+    engine.optimizer.clear_backward_seen_flag()
+    engine.set_gradient_accumulation_boundary(is_last)
+    engine.backward(loss, scale_wrt_gas=False)
+
+
+class DrivenByDeepSpeed(Optimizer):
+    """What a training loop calls in the place of a block optimizer that DeepSpeed drives: ``step`` is the engine's.
+
+    Args:
+        engine: of :func:`start_zero3`.
+        optimizer: the block optimizer inside, whose groups and state this object shows.
+    """
+
+    def __init__(self, engine: Any, optimizer: BlockOptimizer) -> None:
+        self.engine = engine
+        self.stands_for = optimizer
+        self.defaults = optimizer.defaults
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The block optimizer's."""
+        return self.stands_for.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The block optimizer's."""
+        return self.stands_for.state
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Clip, update, and switch blocks when the visit is over."""
+        self.engine.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: DeepSpeed lets go of the gradients in its step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The options of the groups; the state is DeepSpeed's, see save_zero3_checkpoint."""
+        plain = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        return {"state": {}, "param_groups": plain}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: a host calls this with what :meth:`state_dict` gave, see load_zero3_checkpoint."""

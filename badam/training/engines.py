@@ -1,0 +1,209 @@
+"""What each engine does otherwise: how the model is placed, who steps, how a state is written and read again.
+
+The plan names the engine. accelerate wraps nothing: FSDP2's units are those that the planner has reckoned with, DDP's
+reducer would know the first block only, and DeepSpeed is driven from block to block.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from badam.block_optimizer import BlockOptimizer
+from badam.errors import InputError
+from badam.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from badam.training.methods.base import TrainingMethod
+
+SHARDS = "shards"
+"""The part of a checkpoint that all processes write together."""
+
+
+class Engine:
+    """One process, which needs nothing of all this; and the parent of the others."""
+
+    keeps_shards: ClassVar[bool] = False  # whether checkpoints are written by several processes
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def place(self, model: PreTrainedModel) -> None:
+        """Put the built model where it trains, before the trainer sees it."""
+
+    def drive(self, model: PreTrainedModel, optimizer: Optimizer) -> Optimizer:
+        """What the trainer shall call in the place of the plan's optimizer."""
+        return optimizer
+
+    def backward(self, loss: Tensor, method: TrainingMethod, optimizer: Optimizer, *, is_last: bool) -> None:
+        """Backward of one micro-batch; ``is_last`` of an optimizer step."""
+        method.backward(loss, optimizer)
+
+    def gradient_norm(self) -> float | None:
+        """The norm of the last step's gradients, where only the engine knows it."""
+        return None
+
+    def evaluated(self, model: PreTrainedModel) -> None:
+        """Called after an evaluation."""
+
+    def save(self, directory: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
+        """Write weights and optimizer state into a checkpoint's ``directory``. Collective."""
+        raise NotImplementedError("one process saves as transformers does")
+
+    def load(self, directory: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
+        """Read what :meth:`save` wrote, on any number of processes. Collective."""
+        raise NotImplementedError("one process loads as transformers does")
+
+    def load_weights(self, directory: Path, model: PreTrainedModel) -> None:
+        """Read the weights alone. Collective."""
+        raise NotImplementedError("one process loads as transformers does")
+
+    def whole_weights(self, model: PreTrainedModel) -> dict[str, Any] | None:
+        """All weights in the first process's host memory, nothing in the others; None for what the model holds."""
+        return None
+
+
+class Copies(Engine):
+    """A whole copy in every process; the optimizer averages the active block's gradients."""
+
+    keeps_shards = True
+
+    def save(self, directory: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
+        from badam.distributed import save_checkpoint
+
+        save_checkpoint(directory / SHARDS, model, _blocks(optimizer))
+
+    def load(self, directory: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
+        from badam.distributed import load_checkpoint
+
+        load_checkpoint(directory / SHARDS, model, _blocks(optimizer))
+
+    def load_weights(self, directory: Path, model: PreTrainedModel) -> None:
+        from badam.distributed.checkpoints import load_weights
+
+        load_weights(directory / SHARDS, model)
+
+    def whole_weights(self, model: PreTrainedModel) -> dict[str, Any] | None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+class Sharded(Copies):
+    """PyTorch's FSDP2: every process keeps its part of each parameter."""
+
+    def place(self, model: PreTrainedModel) -> None:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        from badam.distributed import shard_blocks
+
+        shard_blocks(model)
+        type(model).loss_within = _loss_within  # of the class that FSDP2 has made for this model
+        register_fsdp_forward_method(model, "loss_within")
+
+    def drive(self, model: PreTrainedModel, optimizer: Optimizer) -> Optimizer:
+        from badam.distributed.fsdp2 import follow_blocks
+
+        follow_blocks(model, _blocks(optimizer))
+        return optimizer
+
+    def evaluated(self, model: PreTrainedModel) -> None:
+        """The root stays gathered after a forward: training would find it so, and a checkpoint would not."""
+        cast(Any, model).reshard()
+
+
+class ZeroThree(Engine):
+    """DeepSpeed's ZeRO-3, which partitions the model when the optimizer is there."""
+
+    keeps_shards = True
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self._deepspeed: Any = None
+
+    def place(self, model: PreTrainedModel) -> None:
+        from badam.distributed.zero3_engine import check_installed
+
+        check_installed()
+
+    def drive(self, model: PreTrainedModel, optimizer: Optimizer) -> Optimizer:
+        from badam.distributed.zero3_engine import DrivenByDeepSpeed, start_zero3
+
+        training = self.plan.training
+        self._deepspeed = start_zero3(
+            model,
+            _blocks(optimizer),
+            batch_size=training.batch_size,
+            accumulate=training.grad_accum,
+            max_grad_norm=training.optimizer.max_grad_norm,
+        )
+        return DrivenByDeepSpeed(self._deepspeed, _blocks(optimizer))
+
+    def backward(self, loss: Tensor, method: TrainingMethod, optimizer: Optimizer, *, is_last: bool) -> None:
+        """DeepSpeed's; the loss is divided by the labels of the whole step already."""
+        from badam.distributed import zero3_engine
+
+        zero3_engine.backward(self._deepspeed, loss, is_last=is_last)
+
+    def gradient_norm(self) -> float | None:
+        norm = self._deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def save(self, directory: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
+        from badam.distributed import save_zero3_checkpoint
+
+        save_zero3_checkpoint(self._deepspeed, _blocks(optimizer), directory, SHARDS, portable=True)
+
+    def load(self, directory: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
+        from badam.distributed import load_zero3_checkpoint
+
+        load_zero3_checkpoint(self._deepspeed, _blocks(optimizer), directory / SHARDS)
+
+    def load_weights(self, directory: Path, model: PreTrainedModel) -> None:
+        from badam.distributed.zero3_checkpoints import load_portable_weights
+
+        load_portable_weights(directory / SHARDS, model)
+
+    def whole_weights(self, model: PreTrainedModel) -> dict[str, Any] | None:
+        from badam.distributed.zero3_checkpoints import gathered_weights
+
+        return gathered_weights(model)
+
+
+def engine_of(plan: Plan) -> Engine:
+    """What runs the plan's engine in this process; one process alone where there is no group of them."""
+    if not dist.is_available() or not dist.is_initialized():
+        return Engine(plan)
+    kinds: dict[str, type[Engine]] = {"fsdp2": Sharded, "ddp": Copies, "zero3": ZeroThree}
+    return kinds.get(plan.target.engine, Engine)(plan)
+
+
+def check_kind(checkpoint: Path, engine: Engine) -> None:
+    """Refuse a checkpoint that the engine cannot read.
+
+    Raises:
+        InputError: if one process wrote it and several are here, or the other way round.
+    """
+    written_together = (checkpoint / SHARDS).is_dir()
+    if written_together != engine.keeps_shards:
+        was = "several processes" if written_together else "one process"
+        raise InputError(
+            f"{checkpoint} was written by {was}, and the plan is for the engine {engine.plan.target.engine}.",
+            advice="Resume with the plan that the run was begun with.",
+        )
+
+
+def _blocks(optimizer: Optimizer) -> BlockOptimizer:
+    assert isinstance(optimizer, BlockOptimizer), "several processes train with badam alone"
+    return optimizer
+
+
+def _loss_within(model: Any, compute: Any) -> Any:
+    """``compute()``, for which FSDP2 gathers the root's parameters: the chunked loss reaches for the head itself."""
+    return compute()
