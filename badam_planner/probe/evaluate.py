@@ -13,14 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 from badam.plan import Plan
 from badam.training.methods import method_of
 from badam.vocabulary import Phase
 from badam_planner.compose import KEPT_CYCLES, NotPeriodic, Run, find_runs
 from badam_planner.duration import Effort, Pace
-from badam_planner.events import Flops, Recording
+from badam_planner.events import Entries, Flops, Recording
 from badam_planner.family import Family, NoFamily, Size, SizeRange, ranges_of
 from badam_planner.forecast import Forecast, forecast
 from badam_planner.outline import BlockPeaks, Outline
@@ -29,9 +29,6 @@ from badam_planner.probe.relative_backward import backward_of_all, backward_rela
 from badam_planner.probe.roles import Roles
 from badam_planner.probe.workers import run_all
 from badam_planner.rehearsed import Rehearsal, Rehearsed
-
-if TYPE_CHECKING:
-    from badam_planner.probe.rehearse import Entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +132,10 @@ class Evaluator:
         return PlanForecast(worst, forecasts[worst], relative, *self._entries(plan))
 
     def _entries(self, plan: Plan) -> Entries:
+        if not self._composes(plan):
+            entries = self._at_full_depth(plan, 0).entries
+            assert entries is not None  # they are counted at full depth
+            return entries
         from badam_planner.probe.rehearse import count_entries
 
         key = f"{plan.method} {plan.training.options.model_dump_json()}"
