@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from badam.errors import DataError, InputError
+from badam.training.json_array import BrokenJson, BrokenText, array_values
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -88,8 +89,13 @@ def _json(path: Path) -> Iterator[PlacedRow]:
     if not start.startswith(b"["):
         yield from _json_lines(path)
         return
-    for number, value in enumerate(_parse(_decode(path.read_bytes(), path), path, first_line=1), start=1):
-        yield _object(value, path, f"record {number}")
+    try:
+        for number, value in enumerate(array_values(path), start=1):
+            yield _object(value, path, f"record {number}")
+    except BrokenJson as error:
+        raise _not_json(path, error.message, error.line, error.column) from error
+    except BrokenText as error:
+        raise _not_text(path, error.position, error.byte) from error
 
 
 def _csv(path: Path) -> Iterator[PlacedRow]:
@@ -169,21 +175,28 @@ def _decode(content: bytes, path: Path, offset: int = 0) -> str:
     try:
         return content.decode("utf-8-sig" if offset == 0 else "utf-8")
     except UnicodeDecodeError as error:
-        position = offset + error.start
-        raise DataError(
-            f"{path} is not UTF-8 text: byte {position} is 0x{content[error.start]:02x}.",
-            advice=f"Convert it: iconv -f latin1 -t utf-8 {path.name} > fixed{path.suffix}.",
-        ) from error
+        raise _not_text(path, offset + error.start, content[error.start]) from error
+
+
+def _not_text(path: Path, position: int, byte: int) -> DataError:
+    return DataError(
+        f"{path} is not UTF-8 text: byte {position} is 0x{byte:02x}.",
+        advice=f"Convert it: iconv -f latin1 -t utf-8 {path.name} > fixed{path.suffix}.",
+    )
 
 
 def _parse(text: str, path: Path, *, first_line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} is not JSON: {error.msg} at line {first_line + error.lineno - 1}, column {error.colno}.",
-            advice="Give a JSON array of objects, or one object per line.",
-        ) from error
+        raise _not_json(path, error.msg, first_line + error.lineno - 1, error.colno) from error
+
+
+def _not_json(path: Path, message: str, line: int, column: int) -> DataError:
+    return DataError(
+        f"{path} is not JSON: {message} at line {line}, column {column}.",
+        advice="Give a JSON array of objects, or one object per line.",
+    )
 
 
 def _object(value: Any, path: Path, place: str) -> PlacedRow:

@@ -88,10 +88,17 @@ def hold_out(data: TrainingData, share: float, seed: int) -> tuple[TrainingData,
 
 def _data(options: RunOptions, source: str, split: str, *, chat: bool, classes: bool) -> TrainingData:
     if source != demo_data.NAME:
-        return load_data(source, chat=chat, classes=classes, columns=options.columns, split=split)
+        return load_data(
+            source,
+            chat=chat,
+            classes=classes,
+            columns=options.columns,
+            split=split,
+            directory=options.data_directory,
+        )
     if classes:
         raise InputError("The built-in data has no classes.", advice="Give labelled records with --data FILE.")
-    dataset = to_dataset(demo_data.stdlib_docstrings())
+    dataset = to_dataset(demo_data.stdlib_docstrings(), options.data_directory)
     assert dataset is not None, "an empty standard library is an error of its own"
     return TrainingData(
         dataset, "prompt-completion", f"docstrings of Python's standard library ({len(dataset):,} records)"

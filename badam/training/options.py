@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,11 @@ class RunOptions:
     seed: int = 0
     profile: Profile = "normal"
     report_to: tuple[str, ...] = ()
+
+    @property
+    def data_directory(self) -> Path:
+        """Where this process keeps large data during the run; one that was killed leaves it to the next to remove."""
+        return self.output_dir / f".data-{os.getpid()}.partial"
 
     @property
     def evaluates(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,7 @@ from badam.training.checkpoints import (
     written_whole,
 )
 from badam.training.coverage import coverage
+from badam.training.data import in_directory
 from badam.training.engines import Engine, check_kind, engine_of
 from badam.training.inputs import load_inputs
 from badam.training.interruption import Interruption
@@ -89,8 +91,9 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
     options.check()
     _check_runnable(plan, options, device)
     processes = join_processes(plan, options, device)
-    with noticing_losses(processes):
+    with ExitStack() as stack, noticing_losses(processes):
         options, console = shared_options(options, console, processes)
+        stack.callback(shutil.rmtree, options.data_directory, ignore_errors=True)
         if processes.count not in (1, plan.target.num_gpus):
             planned, plan = plan, shared_plan(plan, processes)
             _tell(
@@ -121,7 +124,8 @@ def _run(plan: Plan, options: RunOptions, console: Console, command: str | None,
         model = _model(plan, options, weights)
         engine.place(model)
         tell = functools.partial(_tell, console)
-        prepared = prepare_trainer(plan, options, model, inputs, recorder, tell, processes=processes, engine=engine)
+        with in_directory(options.data_directory):
+            prepared = prepare_trainer(plan, options, model, inputs, recorder, tell, processes=processes, engine=engine)
         trainer = prepared.trainer
         _tell(console, f"lengths: {prepared.sentence}")
         total_steps = _total_steps(trainer, options, checkpoint)

@@ -71,15 +71,32 @@ SCRIPT = """
     return {ink: read("--ink"), dim: read("--dim"), line: read("--line"), raised: read("--raised")};
   }
 
+  // Words below an axis stay level, so that they never reach into its title: where there is no room for all, some are
+  // left out, and where words stand in a row they are set one below the other.
+  function fitTicks(axis, room) {
+    const widest = 8 * Math.max(...axis.ticktext.map((text) => text.length)) + 8;
+    const step = Math.ceil(widest * axis.ticktext.length / Math.max(room, 1));
+    axis.tickangle = 0;
+    axis.tickvals = axis.tickvals.filter((_, index) => index % step === 0);
+    axis.ticktext = axis.ticktext.filter((_, index) => index % step === 0);
+  }
+
+  function breakWords(traces, layout) {
+    const words = traces[0].x.map(String);
+    layout.xaxis = Object.assign(layout.xaxis, {
+      tickangle: 0, tickvals: traces[0].x, ticktext: words.map((text) => text.replaceAll(" ", "<br>")),
+    });
+  }
+
   // The figures name no colour of text or background; both follow the page, so they follow light, dark and print.
-  function themed(figure, colour) {
+  function themed(figure, colour, width) {
     const copy = structuredClone(figure);
     const axis = {gridcolor: colour.line, zerolinecolor: colour.line, linecolor: colour.dim, automargin: true};
     const layout = Object.assign({
       height: figure.height, autosize: true, margin: {l: 56, r: 12, t: 36, b: 48},
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      // As many pixels below the axis as its ticks and title take, whatever the height of the chart.
-      legend: {orientation: "h", x: 0, y: -66 / (figure.height - 130), yanchor: "top", traceorder: "normal"},
+      // At the bottom of the figure, where plotly keeps room for it below the axis and its title.
+      legend: {orientation: "h", x: 0, yref: "container", y: 0, yanchor: "bottom", traceorder: "normal"},
       modebar: {bgcolor: "rgba(0,0,0,0)", color: colour.dim, activecolor: colour.ink},
       hoverlabel: {align: "left", bgcolor: colour.raised, bordercolor: colour.dim, font: {color: colour.ink}},
     }, copy.layout);
@@ -88,6 +105,8 @@ SCRIPT = """
       layout[name] = Object.assign({}, axis, layout[name]);
       if (layout[name].title) layout[name].title.standoff = 8;
     }
+    if (layout.xaxis.ticktext) fitTicks(layout.xaxis, width - 100);
+    else if (copy.traces[0].type === "bar" && copy.traces[0].orientation !== "h") breakWords(copy.traces, layout);
     for (const shape of layout.shapes || []) {
       if (shape.type === "line") shape.line.color = colour.ink;
     }
@@ -109,7 +128,7 @@ SCRIPT = """
 
   async function draw(place) {
     const config = {responsive: !printing, displaylogo: false, modeBarButtons: buttons};
-    const [traces, layout] = themed(places.get(place), colours());
+    const [traces, layout] = themed(places.get(place), colours(), printing ? paperWidth : place.clientWidth);
     await Plotly.react(place, traces, layout, config);
     place.dataset.drawn = "";
   }

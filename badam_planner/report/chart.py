@@ -77,20 +77,26 @@ def filled(colour: str | Sequence[str], shape: str | Sequence[str]) -> dict[str,
 
 
 def block_axis(names: Sequence[str], most_ticks: int = 16) -> dict[str, Any]:
-    """A horizontal axis with one place per block; what all names begin with is said once, in its title."""
-    shared = _shared_path(names) if len(names) > 1 else ""
+    """A horizontal axis with one place per block; the path that they lie in is said once, in its title.
+
+    The embedding and the head lie in no path, and are called by their names beside the others.
+    """
+    shared = _shared_path([name for name in names if "." in name])
+    labels = [name[len(shared) + 1 :] if shared and name.startswith(f"{shared}.") else name for name in names]
     step = max(1, -(-len(names) // most_ticks))
     places = range(0, len(names), step)
     return {
         "title": {"text": f"block in {escaped(shared)}" if shared else "block"},
         "range": [-0.6, len(names) - 0.4],
         "tickvals": list(places),
-        "ticktext": [escaped(shorten(names[place][len(shared) :].lstrip("."), 18)) for place in places],
+        "ticktext": [escaped(shorten(labels[place], 18)) for place in places],
     }
 
 
 def _shared_path(names: Sequence[str]) -> str:
-    """The module path that all ``names`` lie in; "" if there is none."""
+    """The module path that all ``names`` lie in; "" if there is none, or a single name."""
+    if len(names) < 2:
+        return ""
     levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
     return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
@@ -117,9 +123,9 @@ def limit_line(limit_bytes: int, scale: Scale, *, vertical: bool = False) -> dic
     }
 
 
-def headroom(largest: int, limit_bytes: int, scale: Scale) -> list[float]:
-    """An axis from zero to a fifth above whatever is drawn, so that there is room for words."""
-    return [0, scale(max(largest, limit_bytes if within_sight(limit_bytes, largest) else 0)) * 1.2]
+def headroom(largest: int, limit_bytes: int, scale: Scale, share: float = 0.2) -> list[float]:
+    """An axis from zero to ``share`` above whatever is drawn, so that there is room for words."""
+    return [0, scale(max(largest, limit_bytes if within_sight(limit_bytes, largest) else 0)) * (1 + share)]
 
 
 def within_sight(limit_bytes: int, largest: int) -> bool:

@@ -64,7 +64,9 @@ def methods_chart(result: SearchResult) -> Chart | None:
     layout = {
         "barmode": "stack",
         "xaxis": {
-            "title": {"text": f"peak on the device ({scale.unit}); dashed: limit {format_bytes(result.usable_bytes)}"},
+            "title": {
+                "text": f"peak on the device ({scale.unit})<br>dashed: limit {format_bytes(result.usable_bytes)}"
+            },
             "range": [0, scale(edge) * 1.02],
         },
         "yaxis": {"autorange": "reversed", "ticklabelposition": "outside", "type": "category"},

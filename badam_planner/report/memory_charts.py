@@ -72,7 +72,7 @@ def timeline_chart(timeline: StepTimeline) -> Chart:
         "xaxis": {"title": {"text": "allocations and releases, in order"}},
         "yaxis": {
             "title": {"text": f"live memory ({scale.unit})"},
-            "range": headroom(peak.total_bytes, limit, scale),
+            "range": headroom(peak.total_bytes, limit, scale, 0.35),  # for the peak's words, and above them the phases'
         },
         "hovermode": "x",
         "shapes": [*_phase_bands(timeline), *shapes],

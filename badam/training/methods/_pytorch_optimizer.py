@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pytorch_optimizer.optimizer.lomo import AdaLOMO
 from torch import nn
 
@@ -20,6 +21,18 @@ class FusedAdaLomo(StepsInBackward, AdaLOMO):
     def __init__(self, model: nn.Module, **options: Any) -> None:
         AdaLOMO.__init__(self, model, **options)
         self._show_states()
+
+    def initialize_states(self) -> None:
+        """Rows and columns of second moments, of every matrix in a stack of experts as of a single one.
+
+        The library's update reads and writes them by their last two dimensions; its own zeros suit matrices alone.
+        """
+        super().initialize_states()
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim > 2:
+                *stack, rows, columns = parameter.shape
+                self.exp_avg_sq_row[name] = parameter.new_zeros((*stack, rows), dtype=torch.float32)
+                self.exp_avg_sq_col[name] = parameter.new_zeros((*stack, columns), dtype=torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
         """The library's state; without the second mention of each tensor."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from badam.errors import InputError
+from badam.naming import enclosing
 from badam.plan import Method, Plan
 from badam.training.methods.base import TrainingMethod, adamw_options, parameter_groups
 from badam.training.tasks import CLASSIFICATIONS
@@ -82,11 +83,13 @@ class Lora(TrainingMethod):
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        for path, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                module.merge(safe_merge=True)
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, module.get_base_layer())
+        layers = {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        for layer in layers.values():
+            layer.merge(safe_merge=True)
+        for path, layer in layers.items():
+            parent, _, name = path.rpartition(".")
+            if not enclosing(parent, layers):  # around a module with several bare matrices PEFT nests one layer each
+                setattr(model.get_submodule(parent), name, layer.get_base_layer())
         for head in _heads(model):
             hooks = head._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook is _in_single_precision]:

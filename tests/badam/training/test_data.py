@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badam.errors import DataError
+from badam.errors import DataError, InputError
+from badam.training import data as data_module
 from badam.training.data import load_data, to_dataset
 from badam.training.formats import detect
 
@@ -198,3 +199,25 @@ def test_a_format_is_detected_exactly_when_its_columns_are_there(columns: set[st
     else:
         with pytest.raises(DataError):
             detect(columns, source="x")
+
+
+def test_large_data_lies_in_files_of_the_given_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "CHUNK_ROWS", 4)
+    path = jsonl(tmp_path / "data.jsonl", *({**PAIR, "completion": str(number)} for number in range(10)))
+    loaded = load_data(str(path), chat=False, directory=tmp_path / "kept").dataset
+    assert [row["completion"] for row in loaded] == [str(number) for number in range(10)]
+    derived = loaded.map(lambda row: {"length": len(row["prompt"])})  # what is made of it lies there as well
+    assert {Path(file["filename"]).parent for file in derived.cache_files} == {tmp_path / "kept"}
+
+
+def test_data_of_one_chunk_stays_in_memory(tmp_path: Path) -> None:
+    loaded = load_data(str(jsonl(tmp_path / "data.jsonl", PAIR)), chat=False, directory=tmp_path / "kept").dataset
+    assert loaded.cache_files == []
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_disk_that_refuses_the_data_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "CHUNK_ROWS", 1)
+    (tmp_path / "kept").touch()  # no directory can be made there
+    with pytest.raises(InputError, match=r"could not be prepared in .*kept: File exists"):
+        load_data(str(jsonl(tmp_path / "data.jsonl", PAIR, PAIR)), chat=False, directory=tmp_path / "kept")

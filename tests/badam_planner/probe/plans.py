@@ -40,6 +40,11 @@ DEBERTA: dict[str, Any] = {
     "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False,
 }  # fmt: skip
 
+MODERNBERT: dict[str, Any] = {
+    "model_type": "modernbert", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "local_attention": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "cls_token_id": 1, "sep_token_id": 2,
+}  # fmt: skip
 T5: dict[str, Any] = {
     "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 768, "d_model": 32, "d_kv": 8,
     "d_ff": 48, "num_heads": 4, "dropout_rate": 0.0, "is_encoder_decoder": True, "decoder_start_token_id": 0,

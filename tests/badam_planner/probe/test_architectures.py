@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from badam.errors import InputError
+from badam.plan import Dtype
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.model_source import specify
 from tests.badam_planner.probe.measuring import measure
-from tests.badam_planner.probe.plans import plan_of
+from tests.badam_planner.probe.plans import DEBERTA, MODERNBERT, plan_of
 
 SCALARS_BYTES = 128
 """Not predicted: 8 bytes of host memory for each Python number that multiplies a tensor inside autograd's reach."""
@@ -43,6 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon": {"vocab_size": 768, "hidden_size": 32, "num_attention_heads": 4},
     "bloom": {"vocab_size": 768, "hidden_size": 32, "n_head": 4},
     "mixtral": {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen3_moe": {**GROUPED, **EXPERTS, "num_experts": 4},
     "gpt_oss": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
     "deepseek_v3": {
         **SMALL, **EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
@@ -77,6 +79,35 @@ def test_composed_exact_and_measured_are_the_same_bytes(model_type: str, checkpo
     assert known.worst.peak_allocated_bytes == exact.peak_allocated_bytes
     measured = measure(plan, known.worst_block).peak_bytes
     assert 0 <= measured - exact.peak_allocated_bytes <= SCALARS_BYTES
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [(DEBERTA, "float32"), (DEBERTA, "bfloat16"), (MODERNBERT, "float32")],
+    ids=["deberta-v3-fp32", "deberta-v3-bf16", "modernbert-fp32"],
+)
+def test_encoders_are_predicted_to_the_byte_where_products_take_no_scratch(
+    config: dict[str, Any], dtype: Dtype, checkpointing: bool
+) -> None:
+    """In bf16 oneDNN may pack matrices for a product; the peak of this DeBERTa is elsewhere."""
+    config = {**config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    plan, tree = plan_of(config, 4, checkpointing=checkpointing, dtype=dtype)
+    known = Evaluator(tree).worst_block(plan)
+    assert measure(plan, known.worst_block).peak_bytes == known.worst.peak_allocated_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("config", [DEBERTA, MODERNBERT], ids=["deberta-v3", "modernbert"])
+def test_encoders_of_some_width_are_predicted_to_the_byte_in_bf16(config: dict[str, Any], checkpointing: bool) -> None:
+    wide = {
+        "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "max_position_embeddings": 512,
+        "vocab_size": 8192, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+    plan, tree = plan_of({**config, **wide}, 4, checkpointing=checkpointing, batch_size=4, seq_len=256)
+    known = Evaluator(tree).worst_block(plan)
+    assert measure(plan, known.worst_block).peak_bytes == known.worst.peak_allocated_bytes
 
 
 @pytest.mark.parametrize("model_type", SEES_IMAGES)

@@ -46,6 +46,28 @@ def test_all_charts_are_drawn_without_a_word_on_the_console(report: Path, width:
     assert seen.answer["ink"] == ("rgb(230, 233, 238)" if dark else "rgb(27, 31, 36)")
 
 
+@pytest.mark.parametrize("width", [360, 1200])
+def test_words_below_an_axis_are_level_and_clear_of_its_title_and_the_legend(tmp_path: Path, width: int) -> None:
+    write_page(full_comparison_page(), tmp_path / "report.html")
+    write_page(full_plan_page(), tmp_path / "plan.html")
+    script = """
+    const clashes = [];
+    for (const place of document.querySelectorAll(".chart")) {
+      const boxes = (query) => [...place.querySelectorAll(query)].map((one) => one.getBoundingClientRect());
+      const rows = {ticks: boxes(".xtick text"), title: boxes(".xtitle"), legend: boxes(".legend")};
+      const bottom = (row) => Math.max(...rows[row].map((box) => box.bottom));
+      for (const [above, below] of [["ticks", "title"], ["ticks", "legend"], ["title", "legend"]]) {
+        if (rows[above].length && rows[below].length && bottom(above) > rows[below][0].top + 2)
+          clashes.push(`${place.id}: ${above} in ${below}`);
+      }
+      for (const box of rows.title) if (box.right > innerWidth) clashes.push(`${place.id}: title beyond the edge`);
+    }
+    return clashes;
+    """
+    for name in ("report.html", "plan.html"):
+        assert visit(tmp_path / name, script, width=width).answer == []
+
+
 def test_no_button_sends_a_chart_anywhere(report: Path) -> None:
     assert set(visit(report, STATE).answer["buttons"]) == {"Download plot as a PNG", "Zoom", "Pan", "Reset axes"}
 

@@ -110,6 +110,12 @@ def test_what_all_block_names_begin_with_is_said_once() -> None:
     assert axis["title"]["text"] == "block in model.layers"
     assert axis["ticktext"][:3] == ["0", "3", "6"]
     assert block_axis(["embed", "layer 0"])["ticktext"] == ["embed", "layer 0"]
+    assert block_axis(["embed", *(f"h.{index}" for index in range(2)), "head"])["ticktext"] == [
+        "embed",
+        "0",
+        "1",
+        "head",
+    ]
     assert block_axis(["a.b"])["ticktext"] == ["a.b"]
 
 
