@@ -19,9 +19,16 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from badam import phases
 from badam.vocabulary import Category, Phase
 from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, MemoryTraffic, Recording
-from badam_planner.probe.accumulation import accumulates_in_place, holders_of_a_sum
+from badam_planner.probe.accumulation import accumulates_in_place, holders_of_a_sum, scatters_in_place
 from badam_planner.probe.shapes import Maker, answer, moved_bytes
-from badam_planner.scratch import FLASH_BACKWARD, FOUR_BIT_PRODUCT, flash_backward_bytes, unpacked_bytes
+from badam_planner.scratch import (
+    BY_INDEX,
+    FLASH_BACKWARD,
+    FOUR_BIT_PRODUCT,
+    by_index_bytes,
+    flash_backward_bytes,
+    unpacked_bytes,
+)
 from badam_planner.timeline import LOSS_MODULE
 
 INTERRUPTING = (Phase.RECOMPUTE, Phase.STEP)
@@ -65,17 +72,26 @@ class StorageTracker(TorchDispatchMode):
     autograd reaches the node of a module's output when backward enters that module.
     """
 
-    def __init__(self, model: nn.Module, layers: Collection[str] = (), *, mode: FakeTensorMode | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Collection[str] = (),
+        *,
+        mode: FakeTensorMode | None = None,
+        on_cpu: bool = False,
+    ) -> None:
         """Watch ``model``; the beginnings of its ``layers`` (module paths) are marked in the recording.
 
         Args:
             model: whose modules run.
             layers: module paths.
             mode: of the fake tensors, whose operators are then answered from memory where that is possible.
+            on_cpu: record scratch that only a CPU's kernels take.
         """
         super().__init__()
         self._maker = None if mode is None else Maker(mode)
         self._layers = frozenset(layers)
+        self._on_cpu = on_cpu
         self.recording = Recording()
         self._names = {id(module): name for name, module in model.named_modules()}
         self._living: dict[int, tuple[int, weakref.ref[Any]]] = {}  # storage address -> index of its allocation
@@ -101,7 +117,10 @@ class StorageTracker(TorchDispatchMode):
         if self._phase is Phase.BACKWARD and accumulates_in_place(func, args, self._unshared):
             self._count(func, args, kwargs, args[0], moved_bytes(func, args, kwargs, args[0]))
             return args[0]  # there is no data to add
-        output, moved = answer(self._maker, func, args, kwargs)
+        if self._phase is Phase.BACKWARD and scatters_in_place(func):
+            output, moved = args[0], moved_bytes(func, args, kwargs, args[0])
+        else:
+            output, moved = answer(self._maker, func, args, kwargs)
         name = str(func)
         for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
             if isinstance(leaf, Tensor):
@@ -115,6 +134,9 @@ class StorageTracker(TorchDispatchMode):
             sizes = unpacked_bytes(shape, blocksize, inputs.element_size())
             self._pass_through(sizes, name, "unpacked weight", card_only=False)
             FLOPS.setdefault(func._overloadpacket, _four_bit_flops)  # it exists since bitsandbytes was imported
+        elif self._on_cpu and name in BY_INDEX:
+            sizes = by_index_bytes(output.shape, output.element_size())
+            self._pass_through(sizes, name, "fp32 copy", card_only=False)
         self._count(func, args, kwargs, output, moved)
         return output
 

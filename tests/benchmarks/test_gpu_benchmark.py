@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,46 @@ def test_listing_the_table_measures_nothing(tmp_path: Path, capsys: pytest.Captu
         "qwen2-5-7b.attn-mlp.all.full.4x1024",
     ]
     assert not (tmp_path / "none").exists()
+
+
+ALONE = """
+import importlib.machinery, json, sys
+from pathlib import Path
+
+absent = {"bitsandbytes", "datasets", "deepspeed", "galore_torch", "lomo_optim", "plotly", "pytorch_optimizer", "trl"}
+found = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name.partition(".")[0] in absent else found(name, *rest)
+)
+import torch
+
+from benchmarks.gpu.cases import Case
+from benchmarks.gpu.worker import PRELOAD, Job, run_case
+
+for module in PRELOAD:
+    __import__(module)
+torch.set_num_threads(1)
+told = {}
+for settings in json.loads(sys.argv[2]):
+    case = Case(model=sys.argv[1], batch_size=2, seq_len=16, block_epochs=1, **settings)
+    record = run_case(case, Job(case, "cpu", Path("."), "test"), lambda: None)
+    told[case.way] = [record.outcome, record.message]
+print(json.dumps(told))
+"""
+
+
+def test_a_machine_with_torch_and_transformers_alone_measures_all_but_what_it_says_it_lacks(tmp_path: Path) -> None:
+    settings = [{}, {"method": "badam-ratio"}, {"method": "adam"}, {"method": "lomo"}]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, write_model(tmp_path), json.dumps(settings)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    lomo = told.pop("lomo")
+    assert told == {way: ["measured", ""] for way in ("layer", "badam-ratio", "adam")}
+    assert lomo[0] == "failed"
+    assert "needs lomo-optim" in lomo[1]
