@@ -23,6 +23,7 @@ SCHEMA_VERSION: Final = 1
 Task = Literal["causal-lm", "sequence-classification", "sequence-to-sequence", "image-classification", "speech-to-text"]
 Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
 Engine = Literal["single", "ddp", "fsdp2", "zero3"]
+Offload = Literal["none", "optimizer", "all"]
 Strategy = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
 SwitchMode = Literal["random", "ascending", "descending", "fixed"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -71,6 +72,7 @@ class Target(Record):
     num_gpus: PositiveInt = 1
     gpus_per_node: PositiveInt = 8
     engine: Engine = "single"
+    offload: Offload = "none"  # what lies in host memory under zero3
     total_bytes: Bytes  # what the driver reports as the card's memory
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
     context_bytes: Bytes = 0  # taken by the process's device context, outside torch

@@ -23,7 +23,7 @@ ROOT = ""
 _SPREAD = 16
 """Ticks between two ticks of the rehearsal: room for what sharding adds there."""
 
-_STATES = (Category.MASTER, Category.OPTIMIZER_STATE, Category.GRADIENT)
+STATES = (Category.MASTER, Category.OPTIMIZER_STATE, Category.GRADIENT)
 _ENTRY_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -95,7 +95,7 @@ def sharding_of(
     plan: Plan, parameters: Sequence[ParameterInfo], layers: Sequence[str], head_module: str, trained: frozenset[str]
 ) -> Sharding:
     """How the plan's engine cuts the model while the parameters ``trained`` are active."""
-    shards = plan.target.num_gpus if plan.target.engine == "fsdp2" else 1
+    shards = plan.target.num_gpus if plan.target.engine in ("fsdp2", "zero3") else 1
     return Sharding(units_of(parameters, layers, head_module), shards, plan.training.dtype, trained)
 
 
@@ -150,15 +150,15 @@ def shard(recording: Recording, sharding: Sharding) -> Recording:
     Not counted: buffers of the communication library on a card (NCCL: see docs/many-gpus.md), event and stream objects.
     """
     shapes = {info.name: info for unit in sharding.units for info in unit.parameters}
-    spread = _spread(recording)
-    passes = _Passes(spread, sharding)
+    spread = spread_out(recording)
+    passes = Passes(spread, sharding)
     allocations: list[Allocation] = []
     gradients: list[Allocation] = []
     for allocation in spread.allocations:
-        info = shapes.get(_owner(allocation))
+        info = shapes.get(owner_of(allocation))
         if allocation.category is Category.GRADIENT and allocation.phase is Phase.BACKWARD and info is not None:
             gradients.append(allocation)
-        elif info is not None and allocation.category in (Category.PARAMETER, *_STATES):
+        elif info is not None and allocation.category in (Category.PARAMETER, *STATES):
             allocations.append(_cut(allocation, info, sharding.shards))
         elif allocation.phase in (Phase.STEP, Phase.SWITCH) and allocation.category is None:
             allocations.append(replace(allocation, nbytes=-(-allocation.nbytes // sharding.shards)))
@@ -176,14 +176,14 @@ def replicate(recording: Recording) -> Recording:
 
     Formula: 4 bytes per active entry more, while they are averaged at the begin of the step.
     """
-    spread = _spread(recording)
+    spread = spread_out(recording)
     step = _last_step(spread)
     entries = sum(
         math.prod(allocation.shape)
         for allocation in spread.allocations
         if allocation.category is Category.GRADIENT and allocation.born < step <= allocation.died
     )
-    message = _buffer("gradients in one message", 4 * entries, step + 1, step + 2, Phase.STEP, "float32")
+    message = buffer("gradients in one message", 4 * entries, step + 1, step + 2, Phase.STEP, "float32")
     return replace(spread, allocations=sorted([*spread.allocations, message], key=lambda each: each.born))
 
 
@@ -193,7 +193,7 @@ def traffic(recording: Recording, sharding: Sharding, reduce_bytes: int = 4) -> 
     Formula: each micro-batch gathers every unit in forward and those that backward reaches a second time, the root
     excepted, and reduces the units with a trained parameter, ``reduce_bytes`` an entry.
     """
-    passes = _Passes(_spread(recording), sharding)
+    passes = Passes(spread_out(recording), sharding)
     gathered = [unit for one in passes.every for unit in (*one.forward, *one.backward)]
     reduced = [unit for _ in passes.every for unit in sharding.units if _trained(unit, sharding)]
     return Traffic(
@@ -221,7 +221,7 @@ def traffic_of_everything(sharding: Sharding, micro_batches: int, reduce_bytes: 
 
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
+class Pass:
     """One micro-batch: ticks at which units begin, in order."""
 
     forward: dict[Unit, int]
@@ -231,7 +231,7 @@ class _Pass:
     turns: int  # backward begins
 
 
-class _Passes:
+class Passes:
     """The micro-batches of a recording, with the gathers that FSDP2 makes in them."""
 
     def __init__(self, recording: Recording, sharding: Sharding) -> None:
@@ -240,7 +240,7 @@ class _Passes:
         self.every = list(self._read())
         self._last_born = self._find_last_born()
 
-    def _read(self) -> Iterator[_Pass]:
+    def _read(self) -> Iterator[Pass]:
         starts = [*self.recording.phase_starts, (self.recording.end, Phase.SETUP)]
         begins = [tick for tick, phase in starts if phase is Phase.FORWARD]
         for index, begin in enumerate(begins):
@@ -255,9 +255,9 @@ class _Passes:
             )
             early = [unit for unit in self.sharding.units[:-1] if unit not in forward]  # the embedding has no mark
             first = {unit: begin + 3 + 3 * index for index, unit in enumerate(early)}
-            yield _Pass({self.sharding.units[-1]: begin, **first, **forward}, backward, begin, ends, turns)
+            yield Pass({self.sharding.units[-1]: begin, **first, **forward}, backward, begin, ends, turns)
 
-    def reduced_at(self, one: _Pass, unit: Unit) -> int:
+    def reduced_at(self, one: Pass, unit: Unit) -> int:
         """When a unit's gradients are reduced: when backward enters the next unit, or at its end.
 
         The last unit of backward has no input that a gradient flows to, so FSDP2 comes to it in the end.
@@ -271,7 +271,7 @@ class _Passes:
             yield from self._forward(one)
             yield from self._backward(one)
 
-    def _forward(self, one: _Pass) -> Iterator[Allocation]:
+    def _forward(self, one: Pass) -> Iterator[Allocation]:
         ticks = [*one.forward.values(), one.turns]
         for (unit, tick), after in zip(one.forward.items(), ticks[1:], strict=True):
             # The buffer goes when the next unit has been gathered, the whole parameters when this unit is through.
@@ -279,7 +279,7 @@ class _Passes:
             until = one.ends - 10 if unit.path == ROOT else min(after - 7, self._left(one, unit))
             yield self._whole(unit, tick - 4, until, Phase.FORWARD)
 
-    def _left(self, one: _Pass, unit: Unit) -> int:
+    def _left(self, one: Pass, unit: Unit) -> int:
         """When forward has left a unit: after the last tensor that was made in it."""
         return self._last_born.get((one.begins, unit.path), one.turns) + 2
 
@@ -293,7 +293,7 @@ class _Passes:
                     found[one.begins, enclosing(allocation.module, units)] = allocation.born
         return found
 
-    def _backward(self, one: _Pass) -> Iterator[Allocation]:
+    def _backward(self, one: Pass) -> Iterator[Allocation]:
         prefetched = one.turns + 1  # the root's backward begins first, and asks for the last unit
         for unit, tick in one.backward.items():
             yield self._gathering(unit, prefetched, tick - 2, Phase.BACKWARD)
@@ -301,10 +301,10 @@ class _Passes:
             prefetched = tick - 1
 
     def _gathering(self, unit: Unit, born: int, died: int, phase: Phase) -> Allocation:
-        return _buffer(f"gather buffer of {unit.path or 'the rest'}", self._bytes(unit), born, died, phase, unit.path)
+        return buffer(f"gather buffer of {unit.path or 'the rest'}", self._bytes(unit), born, died, phase, unit.path)
 
     def _whole(self, unit: Unit, born: int, died: int, phase: Phase) -> Allocation:
-        return _buffer(f"gathered {unit.path or 'rest'}", self._bytes(unit), born, died, phase, unit.path)
+        return buffer(f"gathered {unit.path or 'rest'}", self._bytes(unit), born, died, phase, unit.path)
 
     def _bytes(self, unit: Unit) -> int:
         return unit.gathered_entries(self.sharding.shards) * self.sharding.entry_bytes
@@ -313,7 +313,7 @@ class _Passes:
 def _reduced(
     gradients: Sequence[Allocation],
     allocations: list[Allocation],
-    passes: _Passes,
+    passes: Passes,
     sharding: Sharding,
     shapes: dict[str, ParameterInfo],
 ) -> list[Allocation]:
@@ -325,37 +325,37 @@ def _reduced(
     for number, one in enumerate(passes.every):
         by_unit: dict[Unit, list[Allocation]] = {}
         for gradient in gradients:
-            by_unit.setdefault(sharding.unit_of(_owner(gradient)), []).append(gradient)
+            by_unit.setdefault(sharding.unit_of(owner_of(gradient)), []).append(gradient)
         for unit, members in by_unit.items():
             at = passes.reduced_at(one, unit)
             shift = one.backward.get(unit, one.turns) - passes.every[0].backward.get(unit, passes.every[0].turns)
-            entries = sum(shard_entries(shapes[_owner(member)], sharding.shards) for member in members)
+            entries = sum(shard_entries(shapes[owner_of(member)], sharding.shards) for member in members)
             for member in members:
-                twin = _twin(member, allocations, sharding) if number == 0 else None
+                twin = twin_of(member, allocations, sharding) if number == 0 else None
                 if twin is not None:
                     allocations.remove(twin)
                 nbytes = math.prod(member.shape) * sharding.entry_bytes
                 born = (twin or member).born + shift
                 added.append(replace(member, nbytes=nbytes, born=born, died=at + 2, dtype=sharding.dtype))
             whole = 4 * sharding.shards * entries
-            added.append(_buffer("input of the reduction", whole, at + 1, one.ends, Phase.BACKWARD, unit.path))
+            added.append(buffer("input of the reduction", whole, at + 1, one.ends, Phase.BACKWARD, unit.path))
             if sharding.entry_bytes < 4:
                 narrow = sharding.entry_bytes * entries
-                added.append(_buffer("reduced, in the model's type", narrow, at + 4, at + 6, Phase.BACKWARD, unit.path))
+                added.append(buffer("reduced, in the model's type", narrow, at + 4, at + 6, Phase.BACKWARD, unit.path))
             if number == 0:
                 died = max((member.died for member in members), key=lambda tick: math.inf if tick == NEVER else tick)
                 added.append(
                     replace(
-                        _buffer(f"gradient of {unit.path}", 4 * entries, at + 3, died, Phase.BACKWARD, unit.path),
+                        buffer(f"gradient of {unit.path}", 4 * entries, at + 3, died, Phase.BACKWARD, unit.path),
                         category=Category.GRADIENT,
                     )
                 )
             elif sharding.entry_bytes < 4:
-                added.append(_buffer("gradient of the batch", 4 * entries, at + 3, at + 6, Phase.BACKWARD, unit.path))
+                added.append(buffer("gradient of the batch", 4 * entries, at + 3, at + 6, Phase.BACKWARD, unit.path))
     return added
 
 
-def _twin(gradient: Allocation, allocations: Sequence[Allocation], sharding: Sharding) -> Allocation | None:
+def twin_of(gradient: Allocation, allocations: Sequence[Allocation], sharding: Sharding) -> Allocation | None:
     """The gradient in the model's type that a wider one was copied from, and which died right after."""
     if gradient.dtype == sharding.dtype:
         return None
@@ -379,12 +379,12 @@ def _cut(allocation: Allocation, info: ParameterInfo, shards: int) -> Allocation
     return replace(allocation, nbytes=entry * math.prod(shape), shape=shape)
 
 
-def _owner(allocation: Allocation) -> str:
+def owner_of(allocation: Allocation) -> str:
     """The parameter that a labelled allocation belongs to: the last word of its label."""
     return (allocation.label or "").rpartition(" ")[2]
 
 
-def _buffer(label: str, nbytes: int, born: int, died: int, phase: Phase, module: str) -> Allocation:
+def buffer(label: str, nbytes: int, born: int, died: int, phase: Phase, module: str) -> Allocation:
     return Allocation(nbytes, born, died, phase, module, "fsdp2", (nbytes,), "uint8", Category.WORKSPACE, label)
 
 
@@ -393,7 +393,7 @@ def _last_step(recording: Recording) -> int:
     return next(tick for tick, phase in recording.phase_starts if phase is Phase.STEP and tick > forward)
 
 
-def _spread(recording: Recording) -> Recording:
+def spread_out(recording: Recording) -> Recording:
     """The same recording with room between its ticks."""
     return replace(
         recording,

@@ -150,11 +150,17 @@ def train(
         raise typer.Exit(128 + result.stopped_by)
     if not result.speaks:
         return
+    from badam.units import format_bytes
+
     if result.stopped_by is not None:
         say(f"stopped by {result.stopped_by.name} after step {result.step} and saved; go on with --resume")
         raise typer.Exit(128 + result.stopped_by)
     measurement = result.measured.measurement
     say(f"loss {measurement.first_loss:.3f} -> {measurement.last_loss:.3f} in {measurement.steps} steps")
+    if cards := result.measured.cards:
+        fullest = max(cards, key=lambda card: card.peak_allocated_bytes)
+        peak = format_bytes(fullest.peak_allocated_bytes)
+        say(f"fullest of {len(cards)} cards: {fullest.rank}, with a peak of {peak}")
     if result.best is not None:
         say(f"best evaluation: {result.best.figure:.3f} after step {result.best.step}, whose weights the model has")
     say(f"model: {result.model_path}")

@@ -14,6 +14,7 @@ from badam.block_optimizer import BlockOptimizer
 from badam.distributed.zero3 import check_version
 from badam.errors import InputError
 from badam.naming import belongs
+from badam.partition import layer_paths
 
 
 def check_installed() -> None:
@@ -58,13 +59,24 @@ def start_zero3(
     import deepspeed
     import deepspeed.ops
 
-    parameter = next(model.parameters())
+    every = list(model.parameters())
+    parameter = every[0]
     prefixes = [prefix for block in optimizer.block_prefix_list for prefix in block] + list(optimizer.active_modules)
     largest = max(each.numel() for name, each in optimizer.named_parameters_list if belongs(name, prefixes))
     if parameter.device.type == "cpu":  # it would be compiled for two minutes, and does what gloo does
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # The buffer that gradients are collected in has the size of the largest; DeepSpeed's own would be a gigabyte.
-    stage: dict[str, Any] = {"stage": 3, "reduce_bucket_size": largest}
+    layer = _largest_layer(model)
+    stage: dict[str, Any] = {
+        "stage": 3,
+        # The buffer that gradients are collected in has the size of the largest; DeepSpeed's own would be a gigabyte.
+        "reduce_bucket_size": largest,
+        # One layer is gathered ahead, and none is kept from forward to backward: a gigabyte of them would be otherwise.
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": layer,
+        "stage3_max_reuse_distance": 0,
+        # Norms and biases stay gathered: a message for each would take longer than they are worth.
+        "stage3_param_persistence_threshold": max((each.numel() for each in every if each.ndim < 2), default=0),
+    }
     if offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu"}
     if offload_parameters:
@@ -75,6 +87,7 @@ def start_zero3(
         "gradient_clipping": max_grad_norm,
         "zero_optimization": stage,
         "bf16": {"enabled": parameter.dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -82,6 +95,14 @@ def start_zero3(
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     optimizer.ds_optimizer = engine.optimizer
     return engine
+
+
+def _largest_layer(model: nn.Module) -> int:
+    """Entries of the largest of the repeated layers; of the whole model if it has none."""
+    named = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
+    paths = layer_paths(name for name, _ in named)
+    sizes = (sum(numel for name, numel in named if belongs(name, (path,))) for path in paths)
+    return max(sizes, default=sum(numel for _, numel in named))
 
 
 def backward(engine: Any, loss: Tensor, *, is_last: bool) -> None:

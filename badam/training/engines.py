@@ -142,6 +142,8 @@ class ZeroThree(Engine):
             batch_size=training.batch_size,
             accumulate=training.grad_accum,
             max_grad_norm=training.optimizer.max_grad_norm,
+            offload_optimizer=self.plan.target.offload != "none",
+            offload_parameters=self.plan.target.offload == "all",
         )
         return DrivenByDeepSpeed(self._deepspeed, _blocks(optimizer))
 

@@ -12,6 +12,7 @@ from badam_planner.outline import BlockPeaks, Outline
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.roles import trained_prefixes
 from badam_planner.sharding import Sharding, Traffic, per_card, sharding_of, traffic_per_step
+from badam_planner.zero3 import partition, zero3_traffic
 
 MOST_CARDS = 4096
 """More cards than this are not tried: a model that does not fit then does not fit for its activations."""
@@ -23,6 +24,8 @@ class CardsEvaluator(Evaluator):
     def recording(self, plan: Plan, index: int) -> Recording:
         """The rehearsal of one block on one of the plan's cards, at full depth."""
         whole = super().recording(plan, index)
+        if plan.target.engine == "zero3":
+            return partition(whole, self._sharding(plan, index), plan.target.offload)
         return whole if plan.target.engine == "single" else per_card(whole, plan, self._sharding(plan, index))
 
     def peaks(self, plan: Plan, index: int) -> BlockPeaks:
@@ -38,7 +41,10 @@ class CardsEvaluator(Evaluator):
 
     def traffic(self, plan: Plan, index: int) -> tuple[Traffic, Traffic] | None:
         """What the cards send in a step with one block active, and what they would if all were; None for one card."""
-        return traffic_per_step(super().recording(plan, index), plan, self._sharding(plan, index))
+        recording, sharding = super().recording(plan, index), self._sharding(plan, index)
+        if plan.target.engine == "zero3":
+            return zero3_traffic(recording, sharding, plan.training.grad_accum)
+        return traffic_per_step(recording, plan, sharding)
 
     def _sharding(self, plan: Plan, index: int) -> Sharding:
         prefixes = trained_prefixes(plan, plan.partition.blocks[index])

@@ -43,6 +43,8 @@ def test_two_processes_train_like_one_and_lose_no_update_and_resume(tmp_path: Pa
         2,
         {
             "run": ("run_deepspeed", {}),
+            "optimizer offloaded": ("run_deepspeed", {"offload": ("optimizer",)}),
+            "all offloaded": ("run_deepspeed", {"offload": ("optimizer", "param")}),
             "last updates": ("last_updates", {}),
             "saved": ("save_deepspeed", {"directory": directory}),
             "resumed": ("resume_deepspeed", {"directory": directory}),
@@ -56,7 +58,8 @@ def test_two_processes_train_like_one_and_lose_no_update_and_resume(tmp_path: Pa
     )
     reference = jobs.run(how="single")
     for each in results:
-        assert_equal_runs(each["run"], reference)
+        for run in ("run", "optimizer offloaded", "all offloaded"):
+            assert_equal_runs(each[run], reference)
         assert each["last updates"] == [(True, False)] * jobs.LAYERS
         torch.testing.assert_close(each["resumed"], each["saved"], rtol=0, atol=0)
         torch.testing.assert_close(each["resumed bf16"], each["saved bf16"], rtol=0, atol=0)

@@ -97,6 +97,19 @@ def test_encoders_are_predicted_to_the_byte_where_products_take_no_scratch(
     assert measure(plan, known.worst_block).peak_bytes == known.worst.peak_allocated_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("config", [DEBERTA, MODERNBERT], ids=["deberta-v3", "modernbert"])
+def test_encoders_of_some_width_are_predicted_to_the_byte_in_bf16(config: dict[str, Any], checkpointing: bool) -> None:
+    wide = {
+        "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "max_position_embeddings": 512,
+        "vocab_size": 8192, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+    plan, tree = plan_of({**config, **wide}, 4, checkpointing=checkpointing, batch_size=4, seq_len=256)
+    known = Evaluator(tree).worst_block(plan)
+    assert measure(plan, known.worst_block).peak_bytes == known.worst.peak_allocated_bytes
+
+
 @pytest.mark.parametrize("model_type", SEES_IMAGES)
 def test_of_a_model_that_also_sees_images_the_text_part_is_trained(model_type: str) -> None:
     config = {"model_type": model_type, "architectures": ["SomeForConditionalGeneration"], **SEES_IMAGES[model_type]}

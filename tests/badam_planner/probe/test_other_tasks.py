@@ -193,3 +193,16 @@ def test_badam_train_says_what_to_use_for_tasks_that_it_has_no_data_for(tmp_path
         run_plan(plan, RunOptions(output_dir=tmp_path / "run"), Console(stderr=True))
     assert "badam.profiling.record" in str(caught.value.advice)
     assert not (tmp_path / "run").exists()
+
+
+def test_position_biases_are_trained_without_attention_weights_on_a_card_only() -> None:
+    operations = {}
+    for gpu in ("cpu", "card"):
+        target = Target(gpu=gpu, total_bytes=2**40, usable_bytes=2**40)
+        plan, tree = plan_of(T5, 2, target=target, **SIZES["t5"])
+        operations[gpu] = {
+            one.operation.removeprefix("aten.").split(".")[0] for one in Evaluator(tree).recording(plan, 0).allocations
+        }
+    assert "_safe_softmax" in operations["cpu"]
+    assert "_safe_softmax" not in operations["card"]
+    assert "_scaled_dot_product_efficient_attention_backward" in operations["card"]
