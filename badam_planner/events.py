@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from badam.vocabulary import Category, Phase
 
@@ -67,6 +67,13 @@ class MemoryTraffic:
         )
 
 
+class Entries(NamedTuple):
+    """How many numbers a method treats in its own ways."""
+
+    trained: int  # at a time
+    quantized: int  # kept in fewer than 16 bits
+
+
 @dataclass(slots=True)
 class Recording:
     """A rehearsal's events: allocations in order of birth, and when each phase and each layer began.
@@ -79,4 +86,5 @@ class Recording:
     layer_marks: list[LayerMark] = field(default_factory=list)
     flops: Flops = field(default_factory=dict)
     traffic: dict[tuple[Phase, str], MemoryTraffic] = field(default_factory=dict)  # by phase and module path
+    entries: Entries | None = None  # of a rehearsal at full depth
     end: int = 1  # the next tick; the first one began the first phase

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, NamedTuple
 
 from badam.naming import enclosing
 from badam.vocabulary import Phase
-from badam_planner.events import NEVER, Recording
+from badam_planner.events import GIVEN, NEVER, Recording
 from badam_planner.renaming import Renamer
 
 COMPARED, REPEATED, LAST = 1, 2, 3
@@ -23,7 +23,7 @@ def times_of_cycle(cycle: int, total: int) -> int:
     return int(cycle == LAST or cycle < total - 1)
 
 
-Kind = Literal["forward", "backward", "release"]
+Kind = Literal["forward", "backward", "aside", "release"]
 
 _WITHIN: dict[Kind | None, tuple[Phase, ...]] = {
     None: tuple(Phase),
@@ -40,7 +40,8 @@ class NotPeriodic(Exception):
 Ordinal = tuple[int, int]
 """Which allocation of a cycle: number of the passage through the cycle, number of the allocation in it.
 
-Counted by passage because the last cycle's forward may go on into what follows the stack.
+Counted by passage because the last cycle's forward may go on into what follows the stack; and in backward from the
+passage's end, because the last cycle's backward may begin with what is left to do for what follows the stack.
 """
 
 
@@ -66,7 +67,8 @@ class Item(NamedTuple):
 class Span:
     """A stretch of the recording that belongs to one cycle, or to none (``cycle`` None).
 
-    It is a cycle's passage forward or backward, or the release, after its passage, of what the cycle had made.
+    It is a cycle's passage forward or backward; or, outside of these, what is made for the cycle (such as an
+    optimizer's states of its weights), or the release of what was made in or for it.
     """
 
     cycle: int | None
@@ -90,9 +92,10 @@ class Passages:
         self._recording = recording
         self._cycles = cycles
         self._cycle_of_layer = {layer: number for number, cycle in enumerate(cycles) for layer in cycle}
-        spans = self._cut(_stream(recording))
+        cut = self._cut(_stream(recording))
+        spans = [part for span in cut for part in _parted(span, "aside", self._made_for)]
         self._homes = _homes(spans, len(cycles))
-        self.spans = [self._seen(part) for span in spans for part in self._parted(span)]
+        self.spans = [self._seen(part) for span in spans for part in _parted(span, "release", self._released_of)]
 
     def cycle_of(self, module: str) -> int | None:
         """The cycle that a module lies in; None if it is in none."""
@@ -130,13 +133,14 @@ class Passages:
             spans[-1].items.append(item)
         return spans
 
-    def _parted(self, span: Span) -> Iterator[Span]:
-        """A span outside of the cycles with the releases of what each cycle made as spans of their own."""
-        if span.cycle is not None:
-            yield span
-            return
-        for cycle, items in groupby(span.items, key=self._released_of):
-            yield Span(cycle, None if cycle is None else "release", list(items))
+    def _made_for(self, item: Item) -> int | None:
+        """The cycle with the weight for which ``item`` is a birth, by its label; None if it is none."""
+        if item.what != "birth":
+            return None
+        born = self._recording.allocations[item.allocation]
+        if born.label is None or born.operation == GIVEN:  # what was there before is there for all layers
+            return None
+        return self.cycle_of(born.label.rpartition(" ")[2])
 
     def _released_of(self, item: Item) -> int | None:
         """The cycle that made what ``item`` releases; None if it is no release, or of something else."""
@@ -183,6 +187,15 @@ class Passages:
         return portrait
 
 
+def _parted(span: Span, kind: Kind, cycle_of: Callable[[Item], int | None]) -> Iterator[Span]:
+    """A span outside of the cycles, with the items that belong to one by ``cycle_of`` as spans of their own."""
+    if span.cycle is not None:
+        yield span
+        return
+    for cycle, items in groupby(span.items, key=cycle_of):
+        yield Span(cycle, None if cycle is None else kind, list(items))
+
+
 def _homes(spans: Sequence[Span], cycles: int) -> dict[int, tuple[int, Ordinal]]:
     """By allocation that a cycle made: the cycle, and which one of the cycle's it is."""
     homes: dict[int, tuple[int, Ordinal]] = {}
@@ -190,7 +203,9 @@ def _homes(spans: Sequence[Span], cycles: int) -> dict[int, tuple[int, Ordinal]]
     for span in spans:
         if span.cycle is not None:
             made = [item.allocation for item in span.items if item.what == "birth"]
-            homes.update((index, (span.cycle, (passages[span.cycle], place))) for place, index in enumerate(made))
+            begin = -len(made) if span.kind == "backward" else 0
+            places = enumerate(made, begin)
+            homes.update((index, (span.cycle, (passages[span.cycle], place))) for place, index in places)
             passages[span.cycle] += 1
     return homes
 

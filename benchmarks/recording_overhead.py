@@ -6,6 +6,10 @@ The plan is for the CPU, where the allocator's reports come through torch's prof
 Its switches are set to the lengths of visits below. Processor time between the ends of optimizer steps counts, so that
 data, recorder and callbacks are in it, and other work on the machine is not. Of each step the median over the rounds is
 taken, and these are summed over the run: single disturbances do not count, rare expensive steps do.
+
+Where the machine is busy the processor time of equal steps still differs by some percent. So one more run of each
+length tells how much of its processor time was spent inside the recorder, which no disturbance hides; what it leaves
+out is that a step runs slower while the allocator reports.
 """
 
 from __future__ import annotations
@@ -14,15 +18,21 @@ import json
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
 import torch
+from torch import Tensor
 from transformers.trainer_callback import PrinterCallback
 
 from badam.plan import Plan, load_plan
+from badam.profiling.cpu_memory import CpuMemory
 from badam.profiling.machine import provenance, this_machine
+from badam.profiling.memory import StepMemory
 from badam.profiling.recorder import Profile, Recorder
 from badam.training.arguments import training_arguments
 from badam.training.assemble import build_model
@@ -30,6 +40,7 @@ from badam.training.batches import PlanCollator, enforce_length
 from badam.training.inputs import Inputs, load_inputs
 from badam.training.options import RunOptions
 from badam.training.trainer import PlanTrainer
+from badam.vocabulary import Phase
 from benchmarks.training_overhead import through_trainer
 
 RECORD = Path(__file__).parent / "results" / "recording_overhead.json"
@@ -69,6 +80,51 @@ class Overhead:
     normal_share: float
     full_share: float | None
     measured_step_share: float  # of normal mode, by how much a measured step is longer than the same one unmeasured
+    within_recorder_share: float  # of normal mode, of the processor time of a run
+
+
+class TimedMemory(CpuMemory):
+    """Measures as always, and adds up the processor time that it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def begin_step(self, batch: Iterable[Tensor]) -> None:
+        """Timed."""
+        with self._timed():
+            super().begin_step(batch)
+
+    def phase_begins(self, phase: Phase) -> None:
+        """Timed."""
+        with self._timed():
+            super().phase_begins(phase)
+
+    def end_step(self, *, pause: bool) -> StepMemory:
+        """Timed."""
+        with self._timed():
+            return super().end_step(pause=pause)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        begun = time.process_time()
+        yield
+        self.seconds += time.process_time() - begun
+
+
+def within_recorder(setting: Setting, plan: Plan, inputs: Inputs, directory: Path) -> float:
+    """The share of a run's processor time that measuring memory takes."""
+    memory = TimedMemory()
+    recorder = Recorder(CPU, every_step=False, memory=memory)
+    options = RunOptions(output_dir=directory, max_steps=setting.steps)
+    seconds = through_trainer(trainer_of(with_visits(plan, setting), options, inputs, recorder), recorder)
+    return memory.seconds / (sum(seconds) - memory.seconds)
+
+
+def with_visits(plan: Plan, setting: Setting) -> Plan:
+    """The plan with visits of that length."""
+    schedule = plan.schedule.model_copy(update={"switch_every": setting.switch_every})
+    return plan.model_copy(update={"schedule": schedule})
 
 
 def trainer_of(plan: Plan, options: RunOptions, inputs: Inputs, recorder: Recorder | None) -> PlanTrainer:
@@ -93,8 +149,6 @@ def trainer_of(plan: Plan, options: RunOptions, inputs: Inputs, recorder: Record
 
 def overhead(setting: Setting, plan: Plan, inputs: Inputs, rounds: int, directory: Path) -> Overhead:
     """Measure one setting."""
-    schedule = plan.schedule.model_copy(update={"switch_every": setting.switch_every})
-    plan = plan.model_copy(update={"schedule": schedule})
     options = RunOptions(output_dir=directory, max_steps=setting.steps)
     found: dict[Profile | None, list[list[float]]] = {way: [] for way in setting.ways}
     picked: list[bool] = []
@@ -102,7 +156,9 @@ def overhead(setting: Setting, plan: Plan, inputs: Inputs, rounds: int, director
         first = turn % len(setting.ways)  # none always follows the same other
         for way in setting.ways[first:] + setting.ways[:first]:
             recorder = Recorder(CPU, every_step=False, profile=way) if way else None
-            found[way].append(through_trainer(trainer_of(plan, options, inputs, recorder), recorder))
+            found[way].append(
+                through_trainer(trainer_of(with_visits(plan, setting), options, inputs, recorder), recorder)
+            )
             if recorder is not None:
                 picked = [step.memory is not None for step in recorder.log.steps]
     steps = {
@@ -120,6 +176,7 @@ def overhead(setting: Setting, plan: Plan, inputs: Inputs, rounds: int, director
         sum(steps["normal"]) / base - 1,
         sum(steps["full"]) / base - 1 if "full" in steps else None,
         longer - 1,
+        within_recorder(setting, plan, inputs, directory),
     )
 
 
@@ -139,7 +196,7 @@ def main() -> None:
             print(
                 f"{result.name:34} {result.step_milliseconds:6.1f} ms per step  normal {result.normal_share:+6.1%}  "
                 f"{full}{result.measured_steps} of {result.steps} steps measured, "
-                f"each {result.measured_step_share:+.0%}",
+                f"each {result.measured_step_share:+.0%}, {result.within_recorder_share:.1%} inside the recorder",
                 flush=True,
             )
     record = {

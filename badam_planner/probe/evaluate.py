@@ -13,14 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 from badam.plan import Plan
 from badam.training.methods import method_of
 from badam.vocabulary import Phase
 from badam_planner.compose import KEPT_CYCLES, NotPeriodic, Run, find_runs
 from badam_planner.duration import Effort, Pace
-from badam_planner.events import Flops, Recording
+from badam_planner.events import Entries, Flops, Recording
 from badam_planner.family import Family, NoFamily, Size, SizeRange, ranges_of
 from badam_planner.forecast import Forecast, forecast
 from badam_planner.outline import BlockPeaks, Outline
@@ -29,9 +29,6 @@ from badam_planner.probe.relative_backward import backward_of_all, backward_rela
 from badam_planner.probe.roles import Roles
 from badam_planner.probe.workers import run_all
 from badam_planner.rehearsed import Rehearsal, Rehearsed
-
-if TYPE_CHECKING:
-    from badam_planner.probe.rehearse import Entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +132,10 @@ class Evaluator:
         return PlanForecast(worst, forecasts[worst], relative, *self._entries(plan))
 
     def _entries(self, plan: Plan) -> Entries:
+        if not self._composes(plan):
+            entries = self._at_full_depth(plan, 0).entries
+            assert entries is not None  # they are counted at full depth
+            return entries
         from badam_planner.probe.rehearse import count_entries
 
         key = f"{plan.method} {plan.training.options.model_dump_json()}"
@@ -194,7 +195,7 @@ class Evaluator:
         return self._at_full_depth(plan, index)
 
     def _composes(self, plan: Plan) -> bool:
-        return not self.exact and method_of(plan.method).composes
+        return not self.exact and method_of(plan.method).rehearses_few_layers
 
     def _at_full_depth(self, plan: Plan, index: int) -> Recording:
         from badam_planner.probe.rehearse import rehearse
@@ -232,7 +233,8 @@ class Evaluator:
     def _key_and_runs(self, plan: Plan, index: int) -> tuple[Hashable, list[Run]]:
         """Which rehearsal answers for a block, and the runs that it is to be composed to."""
         roles = self._roles.of(plan, plan.partition.blocks[index])
-        runs = find_runs(self.tree.layers, [None if role.active else role for role in roles])
+        trained_too = method_of(plan.method).repeats_trained_layers
+        runs = find_runs(self.tree.layers, [None if role.active and not trained_too else role for role in roles])
         key = self._roles.question(plan, index, runs)
         complete = all(len(run.cycles) >= KEPT_CYCLES for run in runs)
         if key not in self._rehearsed and not complete:

@@ -15,7 +15,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -30,7 +30,7 @@ from badam.training.methods import method_of
 from badam.training.step import update
 from badam.training.tasks import blank_batch
 from badam.vocabulary import Category, Phase
-from badam_planner.events import Recording
+from badam_planner.events import Entries, Recording
 from badam_planner.probe.kept_layers import build_without, with_left_out
 from badam_planner.probe.tracker import StorageTracker
 
@@ -135,12 +135,14 @@ def rehearse(
         tracker.label(on_host, Category.OPTIMIZER_STATE)
         with tracker.watching():
             optimizer = build_optimizer(model, staged, start_block=start)
+            if not without:
+                tracker.recording.entries = _entries(method, model, optimizer)
             prepare_checkpointing(model, optimizer, staged)
             if method.keeps_gradients:
                 _first_update(model, optimizer, tracker)
-                tracker.recording.traffic.clear()  # its memory is there to stay, its work is no part of a step's
             else:
                 label_states(model, optimizer, tracker)
+            tracker.recording.traffic.clear()  # memory so far is there to stay, work so far is no part of a step's
             _training_step(plan, method, model, optimizer, tracker)
         del on_host  # only now: it stays allocated throughout
         return tracker.recording
@@ -170,13 +172,6 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-class Entries(NamedTuple):
-    """How many numbers a method treats in its own ways."""
-
-    trained: int  # at a time
-    quantized: int  # kept in fewer than 16 bits
-
-
 def count_entries(plan: Plan) -> Entries:
     """Entries that the plan's method trains at a time, and those that it quantizes."""
     method = method_of(plan.method)
@@ -184,8 +179,11 @@ def count_entries(plan: Plan) -> Entries:
         model = fake_model(plan.model, plan.training)
         prepare_model(model, plan)
         staged, start = method.rehearsed_plan(plan, 0)
-        trained = method.trained_entries(model, build_optimizer(model, staged, start_block=start))
-        return Entries(trained, method.quantized_entries(model))
+        return _entries(method, model, build_optimizer(model, staged, start_block=start))
+
+
+def _entries(method: TrainingMethod, model: PreTrainedModel, optimizer: Optimizer) -> Entries:
+    return Entries(method.trained_entries(model, optimizer), method.quantized_entries(model))
 
 
 def _of_one_visit(plan: Plan, without: Collection[str]) -> Plan:

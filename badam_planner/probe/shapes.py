@@ -126,6 +126,8 @@ def answer(maker: Maker | None, func: Any, args: tuple[Any, ...], kwargs: dict[s
         with suppress(_Extraordinary):
             given = _key(args)
             key = (func, given, _key(tuple(kwargs.items())) if kwargs else ())
+            if "out" in kwargs:
+                key = None  # that very tensor comes back
     if maker is None or key is None:
         output = func(*args, **kwargs)
         return output, moved_bytes(func, args, kwargs, output)

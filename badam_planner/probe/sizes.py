@@ -29,7 +29,7 @@ def map_sizes(plan: Plan, evaluator: Evaluator, progress: Callable[[str], None] 
     leave open, and not at all once a smaller one did not fit.
     """
     training = plan.training
-    factors = FACTORS if method_of(plan.method).composes else FEW_FACTORS
+    factors = FACTORS if method_of(plan.method).rehearses_few_layers else FEW_FACTORS
     batches = sizes_around(training.batch_size, 1, factors)
     fixed = input_positions(model_config(plan.model), plan.model.task) is not None
     lengths = [training.seq_len] if fixed else sizes_around(training.seq_len, SHORTEST, factors)

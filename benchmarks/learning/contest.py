@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from badam.plan import Method, MethodOptions, Plan, Target
@@ -46,11 +46,23 @@ class Settings:
     pretraining_rate: float = 2e-3
     scheduler: str = "cosine"
     seeds: tuple[int, ...] = (0, 1, 2)
+    training_pairs: int | None = None  # fine-tune on so many pairs drawn once; None means all
 
     @property
     def digest(self) -> str:
         """Tells records of these settings from those of others."""
-        return hashlib.sha256(json.dumps([asdict(self), CONFIG], sort_keys=True).encode()).hexdigest()[:12]
+        return _digest(asdict(self))
+
+    @property
+    def base_digest(self) -> str:
+        """Tells the weights that fine-tuning begins with from others: of what pretraining depends on."""
+        return _digest({name: value for name, value in asdict(self).items() if name.startswith("pretraining_")})
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    """``facts`` that are None are left out: a new one of those changes no digest."""
+    stated = {name: value for name, value in facts.items() if value is not None}
+    return hashlib.sha256(json.dumps([stated, CONFIG], sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +110,37 @@ LONGER_CONTESTANTS = (
 def longer_settings() -> Settings:
     """Four times the steps, one seed."""
     return Settings(steps=384, evaluate_every=96, seeds=(0,))
+
+
+EPOCHS_RATES = 3
+EPOCHS_FIRST_RATES = (0, -1)
+"""Positions around the contest's best rate (benchmarks.learning.rates); longer runs rather want a smaller one."""
+
+EPOCHS_CONTESTANTS = (
+    Contestant("badam, layers", "badam", 3.2e-3, "layer", 50),
+    Contestant("adam", "adam", 3.2e-4),
+    Contestant("lora", "lora", 3.2e-3, options={"rank": 8}),
+    Contestant("lomo", "lomo", 3.2e-1),
+)
+"""Who runs for three epochs, in the order of the runs; the rate is the one that was best in the contest."""
+
+
+def epochs_settings() -> Settings:
+    """The proportions of the paper's runs on Alpaca-GPT4: three epochs, in each one visit of K steps to every block.
+
+    With 8 blocks, batches of 4 and 1600 pairs K = n / (B D) is 50. The model that is fine-tuned has been trained twice
+    as long as in the contest.
+    """
+    return Settings(steps=1200, evaluate_every=100, seeds=(0,), training_pairs=1600, pretraining_steps=2400)
+
+
+ADAM_OF_FEW_UPDATES = Contestant("adam", "adam", 3.2e-4)
+FEW_UPDATES_RATES = (3.2e-4, 1e-3)
+
+
+def few_updates_settings() -> Settings:
+    """As many steps for Adam as BAdam gives to each block in three epochs: an eighth."""
+    return replace(epochs_settings(), steps=150, evaluate_every=50)
 
 
 def plan_of(contestant: Contestant, settings: Settings, rate: float, seed: int) -> Plan:

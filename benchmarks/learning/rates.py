@@ -8,7 +8,7 @@ one runs with the other seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 MOST_RATES = 4
 PER_DECADE = 2
@@ -19,13 +19,21 @@ def rate_at(start: float, position: int) -> float:
     return float(f"{start * 10 ** (position / PER_DECADE):.1e}")
 
 
-def next_position(losses: Mapping[int, float]) -> int | None:
-    """The position to try next, or None if the best one is known; a loss that is no number is the worst."""
-    for position in (0, -1, 1):
+def next_position(
+    losses: Mapping[int, float], *, first: Sequence[int] = (0, -1, 1), most: int = MOST_RATES
+) -> int | None:
+    """The position to try next, or None if the best one is known; a loss that is no number is the worst.
+
+    Args:
+        losses: by position, of the rates that were tried.
+        first: positions that are tried in any case, in this order.
+        most: rates to try in all.
+    """
+    for position in first:
         if position not in losses:
             return position
     best = best_position(losses)
-    if len(losses) >= MOST_RATES:
+    if len(losses) >= most:
         return None
     if best == min(losses):
         return best - 1

@@ -13,6 +13,8 @@ from badam.profiling.record import Machine
 AGAIN = "Delete it and run benchmarks.convergence again."
 CONTEST = "contest.json"
 LONGER = "longer"  # directory of the runs with more steps
+EPOCHS = "epochs"  # directory of the runs for three epochs
+UPDATES = "updates"  # directory of Adam's runs with as many updates as BAdam gives each block in those
 
 
 class Point(Record):
@@ -21,6 +23,7 @@ class Point(Record):
     step: int
     seconds: Seconds
     loss: float
+    training_loss: float | None = None  # over as many pairs of those that are trained on
 
 
 class RunRecord(Record):
@@ -35,6 +38,11 @@ class RunRecord(Record):
     def final_loss(self) -> float:
         """Held-out loss at the end."""
         return self.points[-1].loss
+
+    @property
+    def best_loss(self) -> float:
+        """Lowest held-out loss at any evaluation, as a run with early stopping would end with."""
+        return min(point.loss for point in self.points)
 
 
 class ContestantRecord(Record):
@@ -83,4 +91,4 @@ def add_run(directory: Path, record: ContestantRecord, run: RunRecord) -> Contes
 
 def file_name(name: str) -> str:
     """The file of a contestant."""
-    return name.replace(", ", "-") + ".json"
+    return name.replace(", ", "-").replace(" ", "-") + ".json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -67,11 +68,12 @@ def fine_tune(
         optimizer = build_optimizer(model, plan)
         scheduler = get_scheduler(settings.scheduler, optimizer, 0, settings.steps)
         collator = PlanCollator(settings.seq_len, corpus.tokenizer.pad_token_id)
-        points = [Point(step=0, seconds=0.0, loss=evaluate(model, settings, corpus))]
+        pairs = training_pairs(corpus, settings)
+        points = [_point(0, 0.0, model, settings, corpus, pairs)]
         phases.enter(Phase.SETUP)
         recorder.attach(model, optimizer)
         seconds = 0.0
-        for step, examples in enumerate(islice(batches(corpus.training, settings.batch_size, seed), settings.steps), 1):
+        for step, examples in enumerate(islice(batches(pairs, settings.batch_size, seed), settings.steps), 1):
             batch = collator(examples)
             recorder.next_step([batch])
             begun = time.process_time()
@@ -80,7 +82,7 @@ def fine_tune(
             phases.enter(Phase.SETUP)
             seconds += time.process_time() - begun
             if step % settings.evaluate_every == 0:
-                points.append(Point(step=step, seconds=seconds, loss=evaluate(model, settings, corpus)))
+                points.append(_point(step, seconds, model, settings, corpus, pairs))
                 phases.enter(Phase.SETUP)
     finally:
         recorder.stop()
@@ -89,13 +91,29 @@ def fine_tune(
     return RunRecord(rate=rate, seed=seed, peak_bytes=max(peaks), points=tuple(points))
 
 
+def training_pairs(corpus: Corpus, settings: Settings) -> list[Example]:
+    """The pairs to fine-tune on: all, or as many as asked for, drawn once for all runs."""
+    if settings.training_pairs is None:
+        return corpus.training
+    return random.Random(0).sample(corpus.training, settings.training_pairs)
+
+
+def _point(
+    step: int, seconds: float, model: Any, settings: Settings, corpus: Corpus, pairs: Sequence[Example]
+) -> Point:
+    known = evaluate(model, settings, corpus, pairs) if settings.training_pairs else None
+    return Point(
+        step=step, seconds=seconds, loss=evaluate(model, settings, corpus, corpus.evaluation), training_loss=known
+    )
+
+
 @torch.no_grad()
-def evaluate(model: Any, settings: Settings, corpus: Corpus) -> float:
-    """Mean loss per token over held-out docstrings."""
+def evaluate(model: Any, settings: Settings, corpus: Corpus, examples_of: Sequence[Example]) -> float:
+    """Mean loss per token over the docstrings of the first ``evaluation_batches`` batches of ``examples_of``."""
     model.eval()
     collator = PlanCollator(settings.seq_len, corpus.tokenizer.pad_token_id)
     total, tokens = 0.0, 0
-    for examples in _evaluation(corpus.evaluation, settings):
+    for examples in _evaluation(examples_of, settings):
         batch = collator(examples)
         count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         total += float(full_loss(model, batch, 1))

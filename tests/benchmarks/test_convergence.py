@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,7 +11,14 @@ import pytest
 
 from benchmarks import convergence
 from benchmarks.learning import page as page_module
-from benchmarks.learning.contest import CONTESTANTS, Settings, plan_of
+from benchmarks.learning.contest import (
+    CONTESTANTS,
+    EPOCHS_CONTESTANTS,
+    Settings,
+    epochs_settings,
+    few_updates_settings,
+    plan_of,
+)
 from benchmarks.learning.corpus import batches
 from benchmarks.learning.plot import COLOURS, Axis, Series, render
 from benchmarks.learning.rates import best_position, next_position, rate_at
@@ -123,3 +131,38 @@ def test_the_page_and_its_picture_are_those_of_the_records(tmp_path: Path) -> No
     assert page.read_text(encoding="utf-8") == convergence.PAGE.read_text(encoding="utf-8")
     picture = convergence.PAGE.with_suffix(".svg").read_text(encoding="utf-8")
     assert page.with_suffix(".svg").read_text(encoding="utf-8") == picture
+    longer = convergence.PAGE.with_name("convergence-epochs.svg").read_text(encoding="utf-8")
+    assert page.with_name("convergence-epochs.svg").read_text(encoding="utf-8") == longer
+
+
+def test_longer_runs_want_the_contests_rate_and_the_one_below_before_any_other() -> None:
+    search = partial(next_position, first=(0, -1), most=3)
+    assert search({}) == 0
+    assert search({0: 2.0}) == -1
+    assert search({0: 2.0, -1: 1.0}) == -2
+    assert search({0: 1.0, -1: 2.0}) == 1
+    assert search({0: 2.0, -1: 1.0, -2: 3.0}) is None
+
+
+def test_a_table_ranks_by_the_best_evaluation_and_names_every_rate() -> None:
+    def run(rate: float, *losses: float) -> RunRecord:
+        points = (Point(step=i, seconds=i, loss=loss, training_loss=1.0) for i, loss in enumerate(losses))
+        return RunRecord(rate=rate, seed=0, peak_bytes=1, points=tuple(points))
+
+    rows = [("lora", 9, [run(1e-3, 6.0, 5.8)]), ("adam", 9, [run(1e-4, 6.0, 5.6), run(1e-3, 6.0, 5.0, 5.5)])]
+    lines = page_module._ranked_table(rows).splitlines()
+    assert lines[2] == "| adam | 9 | 5.000 | 100% | 5.500 | 1.000 | 1.0e-03 | 1.0e-04, 1.0e-03 |"
+    assert lines[3].startswith("| lora | 9 | 5.800 | 20% |")
+    assert page_module._ranked_table(rows[:1]) == ""
+
+
+def test_three_epochs_give_every_block_a_visit_in_each() -> None:
+    settings, layers = epochs_settings(), EPOCHS_CONTESTANTS[0]
+    blocks = len(plan_of(layers, settings, 1e-3, 0).partition.blocks)
+    assert settings.training_pairs == settings.batch_size * blocks * layers.switch_every
+    assert settings.steps == 3 * blocks * layers.switch_every
+    assert few_updates_settings().steps == settings.steps // blocks
+
+
+def test_a_new_setting_that_is_not_used_leaves_records_valid() -> None:
+    assert load_contestant(convergence.RECORDS, "adam", SETTINGS.digest).runs

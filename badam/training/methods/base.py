@@ -31,6 +31,8 @@ class TrainingMethod(ABC):
         keeps_gradients: whether the optimizer's step finds gradients, as opposed to what backward has done by itself.
         keeps_base: whether adapters alone are saved, and the weights beside them are loaded again to go on.
         composes: whether a block's rehearsal may leave out frozen layers and repeat their equals instead.
+        repeats_trained_layers: whether a rehearsal may also leave out layers that are trained, since all that happens
+            to the weights of a layer happens while backward is in it or in its neighbour.
     """
 
     name: ClassVar[Method]
@@ -40,6 +42,12 @@ class TrainingMethod(ABC):
     keeps_gradients: ClassVar[bool] = True
     keeps_base: ClassVar[bool] = False
     composes: ClassVar[bool] = False
+    repeats_trained_layers: ClassVar[bool] = False
+
+    @property
+    def rehearses_few_layers(self) -> bool:
+        """Whether its rehearsal may leave layers out, of whichever kind."""
+        return self.composes or self.repeats_trained_layers
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan that asks of the method what it cannot do.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from badam.plan import Target
+from badam.plan import Method, Target
 from badam.vocabulary import Phase
 from badam_planner import compose as composing
 from badam_planner import rehearsed
@@ -98,6 +98,49 @@ def test_a_composed_recording_equals_the_one_at_full_depth(case: dict[str, Any])
 @given(cases())
 def test_three_hundred_composed_recordings_equal_those_at_full_depth(case: dict[str, Any]) -> None:
     compare(case)
+
+
+@st.composite
+def cases_inside_backward(draw: st.DrawFn) -> dict[str, Any]:
+    """Everything is trained, and updated inside backward."""
+    return {
+        **draw(cases()),
+        "strategy": "full",
+        "method": draw(st.sampled_from(["lomo", "adalomo"])),
+        "grad_accum": 1,
+        "include_embedding": False,
+        "block": 0.0,
+    }
+
+
+TRAINED = {**DEEP, "strategy": "full", "depth": 9}
+
+
+@settings(max_examples=6, **RELAXED)
+@given(cases_inside_backward())
+@example({**TRAINED, "method": "lomo"})
+@example({**TRAINED, "method": "adalomo", "checkpointing": False})
+@example({**TRAINED, "method": "adalomo", "architecture": "gpt2"})
+def test_layers_that_are_trained_inside_backward_are_composed_exactly(case: dict[str, Any]) -> None:
+    compare(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, **RELAXED)
+@given(cases_inside_backward())
+def test_sixty_recordings_with_updates_inside_backward_equal_those_at_full_depth(case: dict[str, Any]) -> None:
+    compare(case)
+
+
+@pytest.mark.parametrize("method", ["lomo", "adalomo"])
+def test_four_of_many_layers_answer_for_a_method_that_updates_inside_backward(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, tree = plan_of(LLAMA, 12, strategy="full", method=method, target=CARD)
+    asked = counted(monkeypatch)
+    found = Evaluator(tree).worst_block(plan)
+    assert asked == [12 - composing.KEPT_CYCLES]
+    assert found == Evaluator(tree, exact=True).worst_block(plan)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -131,9 +131,11 @@ def test_lora_trains_a_classifiers_new_head_in_fp32_and_leaves_it_like_the_other
     predicted = Timeline(rehearse(plan, 0), tree.head_module).peak().nbytes
     gc.collect()
     # Without a vocabulary's logits the peak is where adapters run: the CPU's kernels copy operands of two types to a
-    # common one in scratch that no operator returns, 3 to 6 kB here, with a trained head and without.
-    assert 0 <= measure(plan).peak_bytes - predicted <= 6144
+    # common one in scratch that no operator returns, 3 to 6 kB here, with a trained head and without. And the scale
+    # of each adapter is a Python number, which takes 8 bytes of host memory.
     labels = {one.label: one.dtype for one in rehearse(plan, 0).allocations}
+    scales = 8 * sum(label is not None and label.startswith("gradient of") and "lora_A" in label for label in labels)
+    assert 0 <= measure(plan).peak_bytes - predicted <= 6144 + scales
     head = "classifier.out_proj" if config is ROBERTA else "score"
     assert labels[f"gradient of {head}.weight"] == labels[f"exp_avg of {head}.weight"] == "float32"
     model = build_model(plan.model, plan.training)

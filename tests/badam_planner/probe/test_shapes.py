@@ -72,3 +72,12 @@ def test_the_generator_of_random_numbers_makes_no_difference(mode: FakeTensorMod
             options = {"generator": torch.Generator()}
             assert answer(maker, aten.random_.default, (target,), options)[0] is target
     assert len(shapes._KNOWN) == 1
+
+
+def test_a_tensor_to_write_to_comes_back_itself(mode: FakeTensorMode) -> None:
+    maker = Maker(mode)
+    with mode:
+        for _ in range(2):
+            target = torch.empty(3, 4)
+            given = (torch.empty(3, 1), torch.empty(1, 4))
+            assert answer(maker, aten.mul.out, given, {"out": target})[0] is target

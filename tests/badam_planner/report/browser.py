@@ -32,7 +32,7 @@ PROBE = """
 
 # A headless window is never narrower than 500 pixels; a frame is.
 FRAME = """
-<body style="margin:0"><iframe src="%s" style="border:0;width:%dpx;height:9000px"></iframe>
+<body style="margin:0"><iframe src="%s" style="border:0;width:%dpx;height:%dpx"></iframe>
 <script>
 addEventListener("message", (event) => {
   const place = document.createElement("pre");
@@ -52,18 +52,21 @@ class Visit:
     console: tuple[str, ...]  # lines that the page wrote to its console, errors included
 
 
-def visit(page: Path, script: str, *, width: int = 1000, dark: bool = False) -> Visit:
-    """Open ``page`` with ``width`` CSS pixels and run ``script``, the body of an async function."""
+def visit(page: Path, script: str, *, width: int = 1000, height: int = 9000, dark: bool = False) -> Visit:
+    """Open ``page`` and run ``script``, the body of an async function, in a frame of so many CSS pixels.
+
+    By default all of the page is in sight. A frame of a local file sees no further than its edges.
+    """
     probed, frame = page.with_name(f"probed-{page.name}"), page.with_name(f"frame-{page.name}")
     probed.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{PROBE % script}</body>"), encoding="utf-8")
-    frame.write_text(FRAME % (probed.name, width), encoding="utf-8")
+    frame.write_text(FRAME % (probed.name, width, height), encoding="utf-8")
     assert CHROMIUM is not None
     done = subprocess.run(
         [
             CHROMIUM,
             *FLAGS,
             f"--user-data-dir={page.parent / 'profile'}",
-            f"--window-size={max(width, 500)},9000",
+            f"--window-size={max(width, 500)},{height}",
             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
             "--dump-dom",
             frame.as_uri(),

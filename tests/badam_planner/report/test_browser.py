@@ -132,6 +132,26 @@ def test_clicking_the_legend_hides_a_trace(report: Path) -> None:
     assert visit(report, script).answer == ["legendonly", True]
 
 
+def test_charts_are_drawn_as_they_come_into_sight_and_all_of_them_for_paper(report: Path) -> None:
+    script = """
+    const places = [...document.querySelectorAll(".chart")];
+    const drawn = () => places.map((place) => place.querySelector(".main-svg") !== null);
+    const states = [drawn()];
+    document.querySelector("#loss").scrollIntoView();
+    for (let turn = 0; turn < 100 && !drawn().at(-1); turn++) await pause(50);
+    states.push(drawn());
+    dispatchEvent(new Event("beforeprint"));
+    states.push(drawn());
+    return states;
+    """
+    first, scrolled, printed = visit(report, script, height=1500).answer
+    assert first[0]
+    assert not first[-1]
+    assert scrolled[-1]
+    assert not all(scrolled)
+    assert all(printed)
+
+
 def test_printing_is_light_and_as_wide_as_paper(report: Path) -> None:
     script = """
     dispatchEvent(new Event("beforeprint"));
