@@ -26,7 +26,15 @@ SHARED_ENGINES = ("ddp", "fsdp2", "zero3")
 LAUNCHERS_SETTINGS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
 """How ``accelerate launch`` asks for what the plan decides."""
 
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "NCCL", "Socket")
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process",
+    "Timed out waiting",
+    "NCCL",
+    "Socket",
+)
 
 T = TypeVar("T")
 
