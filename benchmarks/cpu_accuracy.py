@@ -1,6 +1,6 @@
 """Predicted against measured memory on this CPU, through the three commands: writes docs/accuracy-cpu.md.
 
-Twelve architectures, every method that trains on a CPU, activation checkpointing on and off, two lengths: each is
+Twelve architectures, every method but qlora, activation checkpointing on and off, two lengths: each is
 planned with badam-plan, trained with badam-train and compared with badam-report. What was measured is kept in
 profiles/measured/cpu after every case, and a call goes on where an earlier one stopped.
 

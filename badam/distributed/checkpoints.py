@@ -37,6 +37,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: B
 
     Raises:
         InputError: if there is something at ``path`` already.
+        OSError: in all processes, if one of them could not write its part.
     """
     target = Path(path)
     partial = target.with_name(f".{target.name}{_PARTIAL}")
@@ -49,7 +50,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: B
     rest = _without_tensors(optimizer.state_dict(), "", tensors)
     layouts = {key: (_is_like_a_parameter(value), tuple(value.shape), value.dtype) for key, value in tensors.items()}
     packed = _packed({"rest": rest, "layouts": layouts})
-    save({"model": get_model_state_dict(model), "optimizer": tensors, "badam": packed}, checkpoint_id=partial)
+    _save({"model": get_model_state_dict(model), "optimizer": tensors, "badam": packed}, partial)
     if _rank() == 0:
         partial.rename(target)
     _wait_for_all()
@@ -134,6 +135,16 @@ def _packed(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
+
+
+def _save(state: dict[str, Any], partial: Path) -> None:
+    try:
+        save(state, checkpoint_id=partial)
+    except CheckpointException as error:  # no Exception to Python, so nobody would turn it into a sentence
+        if _rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        raise OSError(f"process {rank} could not write its part: {in_one_line(cause)}") from error
 
 
 def _load(state: dict[str, Any], target: Path) -> None:

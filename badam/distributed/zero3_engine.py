@@ -59,24 +59,12 @@ def start_zero3(
     import deepspeed
     import deepspeed.ops
 
-    every = list(model.parameters())
-    parameter = every[0]
+    parameter = next(model.parameters())
     prefixes = [prefix for block in optimizer.block_prefix_list for prefix in block] + list(optimizer.active_modules)
     largest = max(each.numel() for name, each in optimizer.named_parameters_list if belongs(name, prefixes))
     if parameter.device.type == "cpu":  # it would be compiled for two minutes, and does what gloo does
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    layer = _largest_layer(model)
-    stage: dict[str, Any] = {
-        "stage": 3,
-        # The buffer that gradients are collected in has the size of the largest; DeepSpeed's own would be a gigabyte.
-        "reduce_bucket_size": largest,
-        # One layer is gathered ahead, and none is kept from forward to backward: a gigabyte of them would be otherwise.
-        "stage3_prefetch_bucket_size": layer,
-        "stage3_max_live_parameters": layer,
-        "stage3_max_reuse_distance": 0,
-        # Norms and biases stay gathered: a message for each would take longer than they are worth.
-        "stage3_param_persistence_threshold": max((each.numel() for each in every if each.ndim < 2), default=0),
-    }
+    stage = _partitioning(model, largest)
     if offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu"}
     if offload_parameters:
@@ -95,6 +83,24 @@ def start_zero3(
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     optimizer.ds_optimizer = engine.optimizer
     return engine
+
+
+def _partitioning(model: nn.Module, largest: int) -> dict[str, Any]:
+    """The settings of ZeRO-3 under which what it holds can be foreseen; ``largest`` is that of the trained tensors."""
+    layer = _largest_layer(model)
+    return {
+        "stage": 3,
+        # The buffer that gradients are collected in has the size of the largest; DeepSpeed's own would be a gigabyte.
+        "reduce_bucket_size": largest,
+        # One layer is gathered ahead, and none is kept from forward to backward: a gigabyte of them would be otherwise.
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": layer,
+        "stage3_max_reuse_distance": 0,
+        # Norms and biases stay gathered: a message for each would take longer than they are worth.
+        "stage3_param_persistence_threshold": max(
+            (each.numel() for each in model.parameters() if each.ndim < 2), default=0
+        ),
+    }
 
 
 def _largest_layer(model: nn.Module) -> int:

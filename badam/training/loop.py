@@ -24,7 +24,7 @@ from badam.training.engines import Engine, engine_of
 from badam.training.evaluation import evaluate
 from badam.training.methods import method_of
 from badam.training.out_of_memory import is_refusal
-from badam.training.processes import Processes
+from badam.training.processes import Processes, noticing_losses
 from badam.vocabulary import Phase
 
 if TYPE_CHECKING:
@@ -302,7 +302,11 @@ class PlanLoop(Trainer):
         """Write a checkpoint whole or not at all; the previous one stays until then."""
         name = f"checkpoint-{self.state.global_step}"
         output = Path(self.args.output_dir)
-        with saving(f"checkpoint of step {self.state.global_step}"), self.processes.writing(output / name) as partial:
+        with (
+            saving(f"checkpoint of step {self.state.global_step}"),
+            noticing_losses(self.processes),
+            self.processes.writing(output / name) as partial,
+        ):
             self._save_into = partial
             try:
                 # Past TRL's method, which writes a model card, to the one that writes <run directory>/<name>.

@@ -1,7 +1,7 @@
 """One of several processes that run a plan together, started by torchrun, accelerate or deepspeed.
 
-They share the run's directory. The first speaks for all and writes what is kept; checkpoints they write together. What
-only one of them notices (a signal, a full disk) all of them learn at the end of the step.
+They share the run's directory. The first speaks for all and writes what is kept; checkpoints they write together. A
+signal that one of them gets all of them learn at the end of the step. One that fails ends, and the others lose it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ SHARED_ENGINES = ("ddp", "fsdp2", "zero3")
 LAUNCHERS_SETTINGS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
 """How ``accelerate launch`` asks for what the plan decides."""
 
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "NCCL", "Socket")
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process",
+    "Timed out waiting",
+    "NCCL",
+    "Socket",
+)
 
 T = TypeVar("T")
 
@@ -92,25 +100,16 @@ class Processes:
     def writing(self, target: Path) -> Iterator[Path]:
         """A directory for all processes to write into, which becomes ``target`` if none of them fails.
 
-        Raises:
-            OSError: where another process failed, and here nothing did.
+        One that fails cannot tell the others, which may be waiting for it anywhere in what they write together. It has
+        to end: then their waiting fails, here at the latest.
         """
         with ExitStack() as stack:
             partial = target.with_name(f".{target.name}.partial")
             if self.is_first:
                 stack.enter_context(written_whole(target))
             self.wait()
-            failure: BaseException | None = None
-            try:
-                yield partial
-            except Exception as error:
-                failure = error
-            failures = self.gathered(None if failure is None else in_one_line(failure))
-            if failure is not None:
-                raise failure
-            for rank, text in enumerate(failures):
-                if text is not None:
-                    raise OSError(f"process {rank} failed: {text}")
+            yield partial
+            self.wait()
         self.wait()
 
     def file(self, path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What is planned, trained and compared: small models of many architectures, every method that trains on a CPU."""
+"""What is planned, trained and compared: small models of many architectures, every method but qlora."""
 
 from __future__ import annotations
 

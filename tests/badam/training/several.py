@@ -11,10 +11,12 @@ from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from badam.errors import BadamError
 from badam.plan import Plan
 from badam.training.interruption import Interruption
+from badam.training.loop import PlanLoop
 from badam.training.options import RunOptions
 from badam.training.processes import Processes
 from badam.training.run import run_plan
@@ -24,17 +26,19 @@ def run_all(plan: str, runs: dict[str, dict[str, Any]]) -> dict[str, str]:
     """One run after another of the same plan; what each one's error said, or nothing.
 
     Of a run's settings ``from`` is a directory to copy and resume in, of which only one checkpoint is left, ``stop``
-    the step after which process 1 gets a signal; ``plan`` are changes of the plan.
+    the step after which process 1 gets a signal, ``full`` whether its disk is; ``plan`` are changes of the plan.
     """
     errors = {}
     for name, settings in runs.items():
         source, stop = settings.pop("from", None), settings.pop("stop", None)
-        changes = settings.pop("plan", {})
+        changes, full = settings.pop("plan", {}), settings.pop("full", False)
         options = RunOptions(**settings)
         if source is not None and dist.get_rank() == 0:
             leave_only(source, options.output_dir)
         dist.barrier()
-        usual = Interruption.spread
+        usual, writes = Interruption.spread, FileSystemWriter.write_data
+        if full and dist.get_rank() == 1:
+            FileSystemWriter.write_data = no_space  # type: ignore[method-assign]
         if stop is not None:
             Interruption.spread = signalled_at(stop)  # type: ignore[method-assign]
         try:
@@ -45,7 +49,20 @@ def run_all(plan: str, runs: dict[str, dict[str, Any]]) -> dict[str, str]:
             errors[name] = f"ended with {end.code}"
         finally:
             Interruption.spread = usual  # type: ignore[method-assign]
+            FileSystemWriter.write_data = writes  # type: ignore[method-assign]
     return errors
+
+
+def fail_alone(plan: str, settings: dict[str, Any]) -> None:
+    """A run in which the disk is full for what the first process alone writes of a checkpoint."""
+    if dist.get_rank() == 0:
+        PlanLoop.save_model = no_space  # type: ignore[method-assign]
+    run_plan(Plan.model_validate_json(plan), RunOptions(**settings), Console(quiet=True), command="test")
+
+
+def no_space(*_: Any, **__: Any) -> Any:
+    """What writing to a full disk does."""
+    raise OSError(28, "No space left on device")
 
 
 def leave_only(source: tuple[str, str], target: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from badam.plan import Partition, Plan
 from badam.training.checkpoints import is_whole
-from tests.badam.distributed.workers import on_ranks
+from tests.badam.distributed.workers import JobFailedError, on_ranks
 from tests.badam.training import several
 from tests.badam.training.tiny import CONFIG, records, run_tiny, tiny_plan, write_jsonl
 
@@ -52,6 +52,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "best": {**EVALUATED, "save_steps": 1, "eval_steps": 1, "keep_best": True, "patience": 1, "keep": 1},
         "classes": {},
         "adapting": {"adapt": True},
+        "full disk": {"save_steps": 1, "full": True},
         "of one process": {"resume": True, "from": (str(directory), "checkpoint-1")},
     }
     (directory / "checkpoint-1").mkdir()
@@ -132,11 +133,29 @@ def test_the_best_checkpoint_is_kept_and_training_stops_when_it_is_past(runs: Ru
 
 def test_what_processes_cannot_do_together_is_refused_by_all_of_them_in_a_sentence(runs: Runs) -> None:
     first, second = runs[1]
-    assert set(first) == set(second) == {"adapting", "of one process"}
+    assert set(first) == set(second) == {"adapting", "of one process", "full disk"}
     assert "--adapt among several processes" in first["adapting"]
     assert "was written by one process" in first["of one process"]
     assert second["of one process"] == "ended with 2"
     assert not list(runs[0].glob("*/.*.partial"))
+
+
+def test_a_disk_that_is_full_for_one_process_ends_all_of_them_with_the_reason(runs: Runs) -> None:
+    for errors in runs[1]:
+        assert "checkpoint of step 1 could not be written: process 1 could not write its part" in errors["full disk"]
+        assert "No space left on device" in errors["full disk"]
+    assert not list((runs[0] / "full disk").glob("*checkpoint*"))
+
+
+def test_a_process_that_fails_alone_in_a_checkpoint_leaves_nobody_waiting(tmp_path: Path) -> None:
+    data = str(write_jsonl(tmp_path / "data.jsonl", records()))
+    settings = {"data": data, "output_dir": tmp_path / "run", "max_steps": 2, "save_steps": 1}
+    with pytest.raises(JobFailedError) as caught:
+        on_ranks(2, several.fail_alone, plan=plan_on("ddp", 2).model_dump_json(), settings=settings)
+    first, second = caught.value.errors
+    assert "checkpoint of step 1 could not be written: [Errno 28] No space left" in first
+    assert "lost another one in the middle of a step" in second
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 
 def test_a_classifier_is_trained_and_evaluated_by_two_processes_as_by_one(runs: Runs, tmp_path: Path) -> None:
