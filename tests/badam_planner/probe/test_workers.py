@@ -98,7 +98,7 @@ def test_blocks_rehearsed_ahead_are_what_they_would_have_been(monkeypatch: pytes
     def not_again(*_: object, **__: object) -> None:
         raise AssertionError("rehearsed twice")
 
-    monkeypatch.setattr(evaluate.Evaluator, "_rehearse", not_again)
+    monkeypatch.setattr(evaluate.Evaluator, "_record", not_again)
     assert together.worst_block(plan) == alone.worst_block(plan)
     monkeypatch.undo()
     assert together.every_block(plan, together.worst_block(plan)) == expected
