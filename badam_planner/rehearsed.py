@@ -64,7 +64,7 @@ class Rehearsed:
 
     def forecaster(self, layers: Sequence[str], runs: Sequence[Run], target: Target, head_module: str) -> Forecaster:
         """A forecaster of what :meth:`composed` gives."""
-        key = (tuple(runs), target.gpu == "cpu", target.workspace_bytes)
+        key = (tuple(runs), target.gpu == "cpu", target.workspace_bytes, head_module)
         if key not in self.forecasters:
             self.forecasters[key] = Forecaster(self.composed(layers, runs), target, head_module=head_module)
         return self.forecasters[key]

@@ -90,10 +90,12 @@ def _gathered(one: Pass, sharding: Sharding) -> Iterator[Allocation]:
     for unit in sharding.units:
         if unit not in layers and unit.path != ROOT:
             whole = _matrix_bytes(unit.parameters, sharding)
-            yield buffer(f"gathered {unit.path}", whole, one.begins + 2, min(ticks), Phase.FORWARD, unit.path)
+            yield buffer(
+                f"gathered {unit.path}", whole, one.begins + 2, min(ticks, default=one.turns), Phase.FORWARD, unit.path
+            )
     rest = _matrix_bytes(sharding.units[-1].parameters, sharding)
     until = min((tick for unit, tick in one.backward.items() if unit in layers), default=one.ends)
-    yield buffer("gathered head", rest, max(ticks), until, Phase.LOSS, ROOT)
+    yield buffer("gathered head", rest, max(ticks, default=one.turns), until, Phase.LOSS, ROOT)
 
 
 def _whole_gradients(

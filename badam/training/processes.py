@@ -214,7 +214,6 @@ def noticing_losses(processes: Processes) -> Iterator[None]:
         if processes.count == 1 or not any(sign in str(error) for sign in _LOST):
             raise
         raise RanksDisagree(
-            f"Process {processes.rank} of {processes.count} lost another one in the middle of a step "
-            f"({in_one_line(error, 120)}).",
+            f"Process {processes.rank} of {processes.count} lost another one ({in_one_line(error, 120)}).",
             advice="See what the first one to end says. The last checkpoint is whole: go on with --resume.",
         ) from error

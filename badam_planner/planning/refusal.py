@@ -54,7 +54,9 @@ def _what_would_fit(request: Request, evaluator: Evaluator, progress: Progress) 
     kinds = strategies(request.method, "auto")
 
     def resized(size: Relief) -> Request:
-        smaller = replace(request, batch_size=size.batch_size, seq_len=size.seq_len)
+        # What is not said of the decoder's length follows the encoder's, in the advised command as here.
+        decoder_len = size.seq_len if request.decoder_len == request.seq_len else request.decoder_len
+        smaller = replace(request, batch_size=size.batch_size, seq_len=size.seq_len, decoder_len=decoder_len)
         progress(f"trying batch {batch_in_words(smaller)}")
         return replace(smaller, checkpointing="auto", loss="auto", expandable_segments="auto")
 

@@ -154,7 +154,7 @@ def test_a_process_that_fails_alone_in_a_checkpoint_leaves_nobody_waiting(tmp_pa
         on_ranks(2, several.fail_alone, plan=plan_on("ddp", 2).model_dump_json(), settings=settings)
     first, second = caught.value.errors
     assert "checkpoint of step 1 could not be written: [Errno 28] No space left" in first
-    assert "lost another one in the middle of a step" in second
+    assert "lost another one" in second
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 
