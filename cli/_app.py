@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,3 +37,15 @@ def reporting_errors() -> Iterator[None]:
 def say(text: str) -> None:
     """A line for the person at the terminal; stdout stays free for results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Libraries speak only of errors, unless the user asked for more; before they are imported, where they ask."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # installed or not, most runs have no use for it
+    # Where DeepSpeed is installed transformers imports it; it sets its own level, and warns on the standard output.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    warnings.filterwarnings("ignore", r".*Please use `torch\.distributed", FutureWarning)  # DeepSpeed calls old names
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

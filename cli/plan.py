@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from badam_cli._app import reporting_errors, say
+from badam_cli._app import quiet_libraries, reporting_errors, say
 
 if TYPE_CHECKING:
     from badam.plan import Target
@@ -115,6 +115,7 @@ def plan(
     Exit code 0: a plan that fits was written; 1: nothing fits, and what would; 2: bad input.
     """
     with reporting_errors():
+        quiet_libraries()
         cards = _cards(engine, num_gpus, gpus_per_node, offload)
         options = {
             "method": method,

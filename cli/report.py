@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from badam.errors import BadamError, InputError
-from badam_cli._app import reporting_errors, say
+from badam_cli._app import quiet_libraries, reporting_errors, say
 
 if TYPE_CHECKING:
     from badam_planner.compare import Accuracy
@@ -53,6 +53,7 @@ def report(
     Exit code: 0 within the tolerance, 1 beyond it, 2 bad input.
     """
     with reporting_errors():
+        quiet_libraries()
         accuracy, run_paths = _compare(_files([plan, *(measured or [])]), parse_percent(tolerance))
         _show(accuracy, as_json=as_json)
         if html is not None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +11,7 @@ import typer
 
 from badam.errors import InputError
 from badam_cli._allocator import configure_allocator
-from badam_cli._app import reporting_errors, say
+from badam_cli._app import quiet_libraries, reporting_errors, say
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -106,7 +103,7 @@ def train(
 
         loaded = load_plan(plan)
         columns = _columns(column or [])
-        _quiet()
+        quiet_libraries()
         configure_allocator(loaded.target)
         from rich.console import Console
 
@@ -175,18 +172,6 @@ def _columns(given: list[str]) -> dict[str, str]:
             raise InputError(f"--column {text} has no name on both sides of '='.", advice="Write completion=answer.")
         columns[name] = theirs
     return columns
-
-
-def _quiet() -> None:
-    """Libraries speak only of errors, unless the user asked for more; before they are imported, where they ask."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # installed or not, most runs have no use for it
-    # Where DeepSpeed is installed transformers imports it; it sets its own level, and warns on the standard output.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    warnings.filterwarnings("ignore", r".*Please use `torch\.distributed", FutureWarning)  # DeepSpeed calls old names
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def main() -> None:
