@@ -27,6 +27,7 @@ Offload = Literal["none", "optimizer", "all"]
 Strategy = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
 SwitchMode = Literal["random", "ascending", "descending", "fixed"]
 Dtype = Literal["bfloat16", "float16", "float32"]
+ENTRY_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 Checkpointing = Literal["all", "none", "list"]
 Loss = Literal["full", "chunked"]
 Attention = Literal["sdpa", "eager"]

@@ -20,9 +20,11 @@ address is its number, the first one being the lowest.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 from badam.units import MIB
 
@@ -74,8 +76,24 @@ class _Pool:
         return self.blocks[segment, offset]
 
 
-class CachingAllocator:
-    """A simulated allocator; handles are whatever hashable the caller names its allocations by."""
+class Taken(Protocol):
+    """A range of addresses."""
+
+    size: int
+
+
+TakenT = TypeVar("TakenT", bound=Taken)
+PoolT = TypeVar("PoolT")
+
+
+class SimulatedAllocator(ABC, Generic[TakenT, PoolT]):
+    """What both kinds of segments share: requests under handles, and the account.
+
+    Handles are whatever hashable the caller names its allocations by.
+
+    Args:
+        capacity: bytes that the card has to reserve; ``None`` for as many as are asked for.
+    """
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
@@ -83,10 +101,7 @@ class CachingAllocator:
         self.reserved = 0
         self.peak_allocated = 0
         self.peak_reserved = 0
-        self._pools = {True: _Pool(small=True), False: _Pool(small=False)}
-        self._held: dict[Hashable, tuple[_Block, bool]] = {}
-        self._segments: dict[int, int] = {}
-        self._next_segment = 0
+        self._held: dict[Hashable, tuple[TakenT, PoolT]] = {}
 
     def allocate(self, handle: Hashable, size: int) -> int:
         """Allocate ``size`` bytes under ``handle``; zero-sized requests take nothing.
@@ -95,39 +110,71 @@ class CachingAllocator:
             Bytes of the block that was taken: ``size`` rounded up, and what was too little to be split off.
 
         Raises:
-            AllocationRefused: if ``capacity`` is set and does not allow the segment that is needed.
+            AllocationRefused: if ``capacity`` is set and does not allow what has to be reserved.
         """
         if size == 0:
             return 0
-        rounded = -(-size // ROUNDING) * ROUNDING
-        small = rounded <= SMALL_REQUEST
-        pool = self._pools[small]
-        block = pool.best_fit(rounded)
-        if block is None:
-            block = self._new_segment(_segment_size(rounded), pool)
-        pool.remove(block)
-        rest = block.size - rounded
-        if rest >= ROUNDING if small else rest > SMALL_REQUEST:
-            remainder = _Block(block.segment, block.offset + rounded, rest, True, block, block.following)
-            if block.following is not None:
-                block.following.previous = remainder
-            block.following = remainder
-            block.size = rounded
-            pool.add(remainder)
-        block.free = False
-        self._held[handle] = (block, small)
-        self.allocated += block.size
+        taken, pool = self._take(-(-size // ROUNDING) * ROUNDING)
+        self._held[handle] = taken, pool
+        self.allocated += taken.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
-        return block.size
+        return taken.size
 
     def release(self, handle: Hashable) -> None:
-        """Free what ``handle`` holds; its block becomes available, its segment stays reserved."""
+        """Free what ``handle`` holds; it becomes available, and stays reserved."""
         held = self._held.pop(handle, None)
         if held is None:  # a zero-sized request holds nothing
             return
-        block, small = held
-        self.allocated -= block.size
-        pool = self._pools[small]
+        taken, pool = held
+        self.allocated -= taken.size
+        self._give_back(taken, pool)
+
+    @abstractmethod
+    def empty_cache(self) -> None:
+        """Unreserve that in which nothing is allocated."""
+
+    @abstractmethod
+    def _take(self, size: int) -> tuple[TakenT, PoolT]:
+        """Find or reserve a block for ``size`` bytes, rounded already; it is no longer free."""
+
+    @abstractmethod
+    def _give_back(self, taken: TakenT, pool: PoolT) -> None:
+        """Free a block, as one with its free neighbours."""
+
+    def _allows(self, size: int) -> bool:
+        return self.capacity is None or self.reserved + size <= self.capacity
+
+    def _reserve(self, size: int) -> None:
+        self.reserved += size
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+
+class CachingAllocator(SimulatedAllocator[_Block, _Pool]):
+    """A simulated allocator with the usual segments."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        super().__init__(capacity)
+        self._pools = {True: _Pool(small=True), False: _Pool(small=False)}
+        self._segments: dict[int, int] = {}
+        self._next_segment = 0
+
+    def _take(self, size: int) -> tuple[_Block, _Pool]:
+        pool = self._pools[size <= SMALL_REQUEST]
+        block = pool.best_fit(size) or self._new_segment(_segment_size(size), pool)
+        pool.remove(block)
+        rest = block.size - size
+        if rest >= ROUNDING if pool.small else rest > SMALL_REQUEST:
+            remainder = _Block(block.segment, block.offset + size, rest, True, block, block.following)
+            if block.following is not None:
+                block.following.previous = remainder
+            block.following = remainder
+            block.size = size
+            pool.add(remainder)
+        block.free = False
+        return block, pool
+
+    def _give_back(self, taken: _Block, pool: _Pool) -> None:
+        block = taken
         if (before := block.previous) is not None and before.free:
             pool.remove(before)
             before.size += block.size
@@ -153,17 +200,16 @@ class CachingAllocator:
                     self.reserved -= self._segments.pop(block.segment)
 
     def _new_segment(self, size: int, pool: _Pool) -> _Block:
-        if self.capacity is not None and self.reserved + size > self.capacity:
+        if not self._allows(size):
             self.empty_cache()
-            if self.reserved + size > self.capacity:
-                raise AllocationRefused(
-                    f"{size} bytes are needed, {self.capacity - self.reserved} of {self.capacity} are left"
-                )
+        if self.capacity is not None and not self._allows(size):
+            raise AllocationRefused(
+                f"{size} bytes are needed, {self.capacity - self.reserved} of {self.capacity} are left"
+            )
         block = _Block(self._next_segment, 0, size)
         self._segments[self._next_segment] = size
         self._next_segment += 1
-        self.reserved += size
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        self._reserve(size)
         pool.add(block)
         return block
 

@@ -17,10 +17,17 @@ Not counted: more than one stream, and the end of the address space, which is an
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from badam_planner.allocator import MEDIUM_SEGMENT, ROUNDING, SMALL_REQUEST, SMALL_SEGMENT, AllocationRefused
+from badam_planner.allocator import (
+    MEDIUM_SEGMENT,
+    ROUNDING,
+    SMALL_REQUEST,
+    SMALL_SEGMENT,
+    AllocationRefused,
+    SimulatedAllocator,
+)
 
 _ENDLESS = 1 << 62
 """Bytes of address space of a pool."""
@@ -119,55 +126,26 @@ class _Pool:
         return item
 
 
-class ExpandableAllocator:
-    """A simulated allocator; handles are whatever hashable the caller names its allocations by.
-
-    Args:
-        capacity: bytes of pages that the card has; ``None`` for as many as are asked for.
-    """
+class ExpandableAllocator(SimulatedAllocator[_Range, _Pool]):
+    """A simulated allocator with segments that grow."""
 
     def __init__(self, capacity: int | None = None) -> None:
-        self.capacity = capacity
-        self.allocated = 0
-        self.reserved = 0
-        self.peak_allocated = 0
-        self.peak_reserved = 0
+        super().__init__(capacity)
         self.retries = 0
         self._pools = {True: _Pool(SMALL_SEGMENT), False: _Pool(MEDIUM_SEGMENT)}
-        self._held: dict[Hashable, tuple[_Range, _Pool]] = {}
 
-    def allocate(self, handle: Hashable, size: int) -> int:
-        """Allocate ``size`` bytes under ``handle``; zero-sized requests take nothing.
-
-        Returns:
-            ``size`` rounded up.
-
-        Raises:
-            AllocationRefused: if ``capacity`` is set and does not allow the pages that are needed.
-        """
-        if size == 0:
-            return 0
-        rounded = -(-size // ROUNDING) * ROUNDING
-        pool = self._pools[rounded <= SMALL_REQUEST]
-        item = pool.best_fit(rounded) or self._grow(pool, rounded)
+    def _take(self, size: int) -> tuple[_Range, _Pool]:
+        pool = self._pools[size <= SMALL_REQUEST]
+        item = pool.best_fit(size) or self._grow(pool, size)
         pool.remove(item)
-        if item.size - rounded >= ROUNDING:
-            pool.add(item.split(rounded))
+        if item.size - size >= ROUNDING:
+            pool.add(item.split(size))
         item.free = False
-        self._held[handle] = item, pool
-        self.allocated += item.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
-        return item.size
+        return item, pool
 
-    def release(self, handle: Hashable) -> None:
-        """Free what ``handle`` holds; its pages stay mapped."""
-        held = self._held.pop(handle, None)
-        if held is None:  # a zero-sized request holds nothing
-            return
-        item, pool = held
-        self.allocated -= item.size
-        item.free = True
-        pool.add(pool.merged(item))
+    def _give_back(self, taken: _Range, pool: _Pool) -> None:
+        taken.free = True
+        pool.add(pool.merged(taken))
 
     def empty_cache(self) -> None:
         """Give back every page in which nothing is allocated."""
@@ -197,7 +175,7 @@ class ExpandableAllocator:
     def _map(self, pool: _Pool, item: _Range, size: int) -> _Range | None:
         """Map the first ``size`` bytes of ``item``, in whole pages; ``None`` if the card has not as many."""
         paged = -(-size // pool.page) * pool.page
-        if self.capacity is not None and self.reserved + paged > self.capacity:
+        if not self._allows(paged):
             return None
         pool.remove(item)
         if paged < item.size:
@@ -205,8 +183,7 @@ class ExpandableAllocator:
         item.mapped = True
         item = pool.merged(item)
         pool.add(item)
-        self.reserved += paged
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        self._reserve(paged)
         return item
 
     def _unmap(self, pool: _Pool, item: _Range) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from badam.plan import Target
 from badam.vocabulary import Category, Phase
-from badam_planner.allocator import ROUNDING, CachingAllocator
+from badam_planner.allocator import ROUNDING, CachingAllocator, SimulatedAllocator
 from badam_planner.events import GIVEN, NEVER, Allocation, Recording
 from badam_planner.expandable import ExpandableAllocator
 from badam_planner.timeline import Peak, Timeline
@@ -122,7 +123,7 @@ def with_workspace(recording: Recording, nbytes: int) -> Recording:
 
 def replay(
     timeline: Timeline, capacity: int | None = None, *, expandable_segments: bool = False
-) -> tuple[CachingAllocator | ExpandableAllocator, list[int]]:
+) -> tuple[SimulatedAllocator[Any, Any], list[int]]:
     """Run a timeline through the simulated allocator, or through the one with expandable segments.
 
     Returns:
@@ -131,6 +132,7 @@ def replay(
     Raises:
         AllocationRefused: if ``capacity`` bytes of segments are not enough.
     """
+    allocator: SimulatedAllocator[Any, Any]
     allocator = ExpandableAllocator(capacity) if expandable_segments else CachingAllocator(capacity)
     sizes = [0] * len(timeline.sizes)
     for _, change, index in timeline.events():

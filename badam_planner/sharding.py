@@ -13,18 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from badam.naming import ParameterInfo, belongs, enclosing
-from badam.plan import Dtype, Plan
+from badam.plan import ENTRY_BYTES, Dtype, Plan
 from badam.vocabulary import Category, Phase
 from badam_planner.events import NEVER, Allocation, Recording
+from badam_planner.parts import SPREAD, buffer, cut, dealt_out, owner_of, spread_out
 
 ROOT = ""
 """The unit of all parameters that are in no layer: gathered from the begin of forward to the end of backward."""
-
-_SPREAD = 16
-"""Ticks between two ticks of the rehearsal: room for what sharding adds there."""
-
-STATES = (Category.MASTER, Category.OPTIMIZER_STATE, Category.GRADIENT)
-_ENTRY_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +54,11 @@ class Sharding:
     dtype: Dtype
     trained: frozenset[str]
 
+    @property
+    def shapes(self) -> dict[str, ParameterInfo]:
+        """The model's parameters by name."""
+        return {info.name: info for unit in self.units for info in unit.parameters}
+
     def unit_of(self, name: str) -> Unit:
         """The unit that a parameter or module belongs to."""
         for unit in self.units:
@@ -69,7 +69,7 @@ class Sharding:
     @property
     def entry_bytes(self) -> int:
         """Bytes of one gathered entry."""
-        return _ENTRY_BYTES[self.dtype]
+        return ENTRY_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,21 +149,15 @@ def shard(recording: Recording, sharding: Sharding) -> Recording:
     gradient in the model's type meets the fp32 buffer of the reduction and its 1/N.
     Not counted: buffers of the communication library on a card (NCCL: see docs/many-gpus.md), event and stream objects.
     """
-    shapes = {info.name: info for unit in sharding.units for info in unit.parameters}
+    shapes = sharding.shapes
     spread = spread_out(recording)
     passes = Passes(spread, sharding)
-    allocations: list[Allocation] = []
-    gradients: list[Allocation] = []
-    for allocation in spread.allocations:
-        info = shapes.get(owner_of(allocation))
-        if allocation.category is Category.GRADIENT and allocation.phase is Phase.BACKWARD and info is not None:
-            gradients.append(allocation)
-        elif info is not None and allocation.category in (Category.PARAMETER, *STATES):
-            allocations.append(_cut(allocation, info, sharding.shards))
-        elif allocation.phase in (Phase.STEP, Phase.SWITCH) and allocation.category is None:
-            allocations.append(replace(allocation, nbytes=-(-allocation.nbytes // sharding.shards)))
-        else:
-            allocations.append(allocation)
+
+    def rows(allocation: Allocation, info: ParameterInfo) -> Allocation:
+        count, *rest = info.shape or (1,)
+        return cut(allocation, info, (math.ceil(count / sharding.shards), *rest))
+
+    gradients, allocations = dealt_out(spread, shapes, sharding.shards, rows)
     allocations += [buffer for buffer in passes.buffers() if buffer.nbytes]
     if gradients:
         allocations += _reduced(gradients, allocations, passes, sharding, shapes)
@@ -360,7 +354,7 @@ def twin_of(gradient: Allocation, allocations: Sequence[Allocation], sharding: S
     if gradient.dtype == sharding.dtype:
         return None
     for allocation in allocations:
-        close = gradient.born < allocation.died <= gradient.born + 4 * _SPREAD
+        close = gradient.born < allocation.died <= gradient.born + 4 * SPREAD
         if close and allocation.dtype == sharding.dtype and math.prod(allocation.shape) == math.prod(gradient.shape):
             return allocation
     return None
@@ -370,38 +364,6 @@ def _trained(unit: Unit, sharding: Sharding) -> tuple[ParameterInfo, ...]:
     return tuple(info for info in unit.parameters if info.name in sharding.trained)
 
 
-def _cut(allocation: Allocation, info: ParameterInfo, shards: int) -> Allocation:
-    if math.prod(allocation.shape) != info.numel:  # a step counter
-        return allocation
-    entry = allocation.nbytes // max(info.numel, 1)
-    rows, *rest = info.shape or (1,)
-    shape = (math.ceil(rows / shards), *rest)
-    return replace(allocation, nbytes=entry * math.prod(shape), shape=shape)
-
-
-def owner_of(allocation: Allocation) -> str:
-    """The parameter that a labelled allocation belongs to: the last word of its label."""
-    return (allocation.label or "").rpartition(" ")[2]
-
-
-def buffer(label: str, nbytes: int, born: int, died: int, phase: Phase, module: str) -> Allocation:
-    return Allocation(nbytes, born, died, phase, module, "fsdp2", (nbytes,), "uint8", Category.WORKSPACE, label)
-
-
 def _last_step(recording: Recording) -> int:
     forward = max(tick for tick, phase in recording.phase_starts if phase is Phase.FORWARD)
     return next(tick for tick, phase in recording.phase_starts if phase is Phase.STEP and tick > forward)
-
-
-def spread_out(recording: Recording) -> Recording:
-    """The same recording with room between its ticks."""
-    return replace(
-        recording,
-        allocations=[
-            replace(one, born=one.born * _SPREAD, died=NEVER if one.died == NEVER else one.died * _SPREAD)
-            for one in recording.allocations
-        ],
-        phase_starts=[(tick * _SPREAD, phase) for tick, phase in recording.phase_starts],
-        layer_marks=[replace(mark, tick=mark.tick * _SPREAD) for mark in recording.layer_marks],
-        end=recording.end * _SPREAD,
-    )

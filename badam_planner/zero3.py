@@ -15,16 +15,13 @@ from badam.naming import ParameterInfo
 from badam.plan import Offload
 from badam.vocabulary import Category, Phase
 from badam_planner.events import NEVER, Allocation, Recording
+from badam_planner.parts import STATES, buffer, cut, dealt_out, spread_out
 from badam_planner.sharding import (
     ROOT,
-    STATES,
     Pass,
     Passes,
     Sharding,
     Traffic,
-    buffer,
-    owner_of,
-    spread_out,
     traffic,
     traffic_of_everything,
     twin_of,
@@ -47,24 +44,17 @@ def partition(recording: Recording, sharding: Sharding, offload: Offload = "none
     ``offload`` is ``optimizer``, and parts of matrices too if it is ``all``.
     Not counted: buffers of the communication library on a card, event and stream objects, what lies in host memory.
     """
-    shapes = {info.name: info for unit in sharding.units for info in unit.parameters}
     spread = spread_out(recording)
-    allocations: list[Allocation] = []
-    gradients: list[Allocation] = []
-    for allocation in spread.allocations:
-        info = shapes.get(owner_of(allocation))
-        if allocation.category is Category.GRADIENT and allocation.phase is Phase.BACKWARD and info is not None:
-            gradients.append(allocation)
-        elif info is not None and allocation.category in (Category.PARAMETER, *STATES):
-            if offload != "none" and (allocation.category in STATES or (offload == "all" and info.is_matrix)):
-                continue
-            keeps = allocation.category is Category.PARAMETER and not info.is_matrix
-            allocations.append(allocation if keeps else _cut(allocation, info, sharding.shards))
-        elif allocation.phase in (Phase.STEP, Phase.SWITCH) and allocation.category is None:
-            if offload == "none":  # the optimizer steps where its states are
-                allocations.append(replace(allocation, nbytes=-(-allocation.nbytes // sharding.shards)))
-        else:
-            allocations.append(allocation)
+
+    def part(allocation: Allocation, info: ParameterInfo) -> Allocation | None:
+        if offload != "none" and (allocation.category in STATES or (offload == "all" and info.is_matrix)):
+            return None
+        if allocation.category is Category.PARAMETER and not info.is_matrix:
+            return allocation
+        return cut(allocation, info, (-(-info.numel // sharding.shards),))
+
+    # The optimizer steps where its states are.
+    gradients, allocations = dealt_out(spread, sharding.shapes, sharding.shards, part, steps_here=offload == "none")
     passes = Passes(spread, sharding)
     for one in passes.every:
         allocations += _gathered(one, sharding)
@@ -135,11 +125,3 @@ def _buffers(sharding: Sharding, offload: Offload) -> Iterator[Allocation]:
 
 def _matrix_bytes(parameters: Sequence[ParameterInfo], sharding: Sharding) -> int:
     return sum(info.numel for info in parameters if info.is_matrix) * sharding.entry_bytes
-
-
-def _cut(allocation: Allocation, info: ParameterInfo, shards: int) -> Allocation:
-    if math.prod(allocation.shape) != info.numel:  # a step counter
-        return allocation
-    entries = -(-info.numel // shards)
-    nbytes = allocation.nbytes // max(info.numel, 1) * entries
-    return replace(allocation, nbytes=nbytes, shape=(entries,))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from badam.errors import DoesNotFit
-from badam.plan import Dtype, Plan
+from badam.plan import ENTRY_BYTES, Plan
 from badam.training.assemble import model_config
 from badam.training.tasks import input_positions
 from badam.units import format_bytes
@@ -14,8 +14,6 @@ from badam_planner.planning.request import Request, batch_in_words
 from badam_planner.planning.trial import Progress, first_that_fits, fits_at_its_leanest, headroom, in_words
 from badam_planner.probe.evaluate import Evaluator, PlanForecast
 from badam_planner.search import Relief, Setting, relief, strategies
-
-BYTES_PER_WEIGHT: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def refusal(
@@ -39,7 +37,7 @@ def refusal(
         options = options and f"--method badam {options}"
     if options is not None:
         return DoesNotFit(message, advice=f"This would fit: {options}")
-    weights = request.spec.parameters * BYTES_PER_WEIGHT[request.dtype]
+    weights = request.spec.parameters * ENTRY_BYTES[request.dtype]
     return DoesNotFit(
         message,
         advice="No batch size, length or partition makes it fit: the weights alone take "

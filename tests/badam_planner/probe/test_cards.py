@@ -14,9 +14,9 @@ from badam.errors import InputError
 from badam.plan import Plan, Target
 from badam.vocabulary import Category
 from badam_planner.links import LINKS, transfer_times
+from badam_planner.parts import owner_of
 from badam_planner.planning import Request, make_plan
 from badam_planner.probe.cards import CardsEvaluator, smallest_number
-from badam_planner.sharding import owner_of
 from badam_planner.timeline import Timeline
 from tests.badam.distributed import jobs
 from tests.badam.distributed.workers import ROOT, on_ranks
