@@ -18,7 +18,7 @@ from badam_planner.parts import owner_of
 from badam_planner.planning import Request, make_plan
 from badam_planner.probe.cards import CardsEvaluator, smallest_number
 from badam_planner.timeline import Timeline
-from tests.badam.distributed import jobs
+from tests.badam.distributed import step_memory_jobs as jobs
 from tests.badam.distributed.workers import ROOT, on_ranks
 from tests.badam_planner.probe.plans import CPU, LLAMA, plan_of, spec_of
 
