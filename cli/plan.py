@@ -262,39 +262,46 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 
 def _present(answer: Answer, output: Path, html: Path | None, *, as_json: bool) -> None:
-    """The table and where the plan went, or the plan alone; then the refusal, if it is one."""
+    """Write the plan, show the table and say where the plan went, or print the plan alone; or raise the refusal."""
     from badam.plan import save_record
 
-    if not as_json:
-        from rich.console import Console
-
-        from badam_planner.report.plan_table import render_candidates, render_largest, render_peak, render_time
-
-        console, result = Console(), answer.result
-        shown = next((one for one in result.candidates if one.recommended), result.candidates[0])
-        console.print(render_candidates(result))
-        console.print()
-        console.print(render_peak(shown, result.usable_bytes))
-        console.print()
-        console.print(render_largest(shown))
-        if answer.plan is not None:
-            console.print()
-            console.print(render_time(answer.plan))
-    if answer.refusal is not None:
-        raise answer.refusal
-    assert answer.plan is not None  # without a refusal there is a plan
-    if not as_json and answer.plan.target.engine != "single":
-        from badam_planner.report.cards_table import render_transfers
-
-        console.print(render_transfers(answer.plan))
+    plan = answer.plan
     if as_json:
-        print(answer.plan.model_dump_json(indent=2))
+        if answer.refusal is not None:
+            raise answer.refusal
+        assert plan is not None  # without a refusal there is a plan
+        print(plan.model_dump_json(indent=2))
     else:
-        save_record(answer.plan, output)
+        if plan is not None:
+            save_record(plan, output)  # before anything is printed: who reads it may close the pipe
+        _show(answer)
+        if answer.refusal is not None:
+            raise answer.refusal
         say(f"plan written to {output}")
     if html is not None:
         _write_html(answer, html)
         say(f"report written to {html}")
+
+
+def _show(answer: Answer) -> None:
+    """The table of partitions, and what is in the peak, the time and the transfers of the one shown."""
+    from rich.console import Console
+
+    from badam_planner.report.cards_table import render_transfers
+    from badam_planner.report.plan_table import render_candidates, render_largest, render_peak, render_time
+
+    console, result = Console(), answer.result
+    shown = next((one for one in result.candidates if one.recommended), result.candidates[0])
+    console.print(render_candidates(result))
+    console.print()
+    console.print(render_peak(shown, result.usable_bytes))
+    console.print()
+    console.print(render_largest(shown))
+    if answer.plan is not None:
+        console.print()
+        console.print(render_time(answer.plan))
+        if answer.plan.target.engine != "single":
+            console.print(render_transfers(answer.plan))
 
 
 def _write_html(answer: Answer, html: Path) -> None:

@@ -61,13 +61,14 @@ def render_time(plan: Plan) -> RenderableType:
             f"How long a step takes on {clean(plan.target.gpu)} is not known before a run has been measured there."
         )
     parts = [
-        f"{phase} {format_seconds(prediction.seconds_by_phase[phase])}"
+        f"{phase} {format_seconds(prediction.seconds_by_phase[phase], rough=True)}"
         for phase in Phase
         if phase not in ONCE_PER_VISIT and phase in prediction.seconds_by_phase
     ]
-    text = f"One step takes {format_seconds(prediction.step_seconds)} in the mean over blocks ({', '.join(parts)})"
+    whole = format_seconds(prediction.step_seconds, rough=True)
+    text = f"One step takes about {whole}, the mean over blocks ({', '.join(parts)})"
     if prediction.epoch_seconds is not None:
-        text += f", an epoch {format_seconds(prediction.epoch_seconds)}"
+        text += f", an epoch {format_seconds(prediction.epoch_seconds, rough=True)}"
     return Text(f"{text}, {clean(rates.basis)}.")
 
 
