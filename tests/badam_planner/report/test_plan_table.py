@@ -87,5 +87,5 @@ def test_the_time_of_a_run_is_that_of_an_epoch_as_often_as_there_are_epochs() ->
         }
     )
     once, thrice = (" ".join(render(render_time(timed, epochs), 100).split()) for epochs in (1, 3))
-    assert "an epoch 10 min, assuming" in once
-    assert "an epoch 10 min, 3 epochs 30 min, assuming" in thrice
+    assert "an epoch 10 min 00 s, assuming" in once
+    assert "an epoch 10 min 00 s, 3 epochs 30 min 00 s, assuming" in thrice
