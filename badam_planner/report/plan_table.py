@@ -53,8 +53,8 @@ def render_peak(candidate: Candidate, usable_bytes: int) -> RenderableType:
     return StackedBars((Bar(f"peak in {candidate.peak_phase}", "", parts),), limit)
 
 
-def render_time(plan: Plan) -> RenderableType:
-    """How long a step is predicted to take, phase by phase, on what assumption."""
+def render_time(plan: Plan, epochs: float = 1.0) -> RenderableType:
+    """How long a step, an epoch and ``epochs`` of them are predicted to take, and on what assumption."""
     prediction, rates = plan.prediction, plan.target.rates
     if prediction is None or prediction.step_seconds is None or rates is None:
         return Text(
@@ -69,6 +69,8 @@ def render_time(plan: Plan) -> RenderableType:
     text = f"One step takes about {whole}, the mean over blocks ({', '.join(parts)})"
     if prediction.epoch_seconds is not None:
         text += f", an epoch {format_seconds(prediction.epoch_seconds, rough=True)}"
+        if epochs != 1:
+            text += f", {epochs:g} epochs {format_seconds(epochs * prediction.epoch_seconds, rough=True)}"
     return Text(f"{text}, {clean(rates.basis)}.")
 
 

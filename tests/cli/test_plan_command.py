@@ -27,11 +27,11 @@ def test_the_plan_is_there_even_if_the_reader_of_the_table_goes_away(
 ) -> None:
     plan, output = factories.plan(), tmp_path / "plan.json"
 
-    def closed(answer: Answer) -> None:
+    def closed(answer: Answer, epochs: float) -> None:
         raise BrokenPipeError
 
     monkeypatch.setattr(command, "_show", closed)
     answer = Answer(SearchResult("model", "card", 9, 1, 2, ()), plan, None)
     with pytest.raises(BrokenPipeError):
-        command._present(answer, output, None, as_json=False)
+        command._present(answer, output, None, epochs=1, as_json=False)
     assert load_plan(output) == plan
