@@ -38,6 +38,13 @@ def plan(
         Literal["single", "ddp", "fsdp2", "zero3"],
         typer.Option(help="How several cards share the model: ddp copies it, fsdp2 and zero3 shard it."),
     ] = "single",
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            help="With fsdp2, cards that one copy of the model is cut over, auto for the fewest that do; all by "
+            "default. With fewer than all there are several copies (HSDP)."
+        ),
+    ] = None,
     offload: Annotated[
         Literal["none", "optimizer", "all"],
         typer.Option(help="With zero3: keep the optimizer's state, or parameters as well, in host memory."),
@@ -145,7 +152,7 @@ def plan(
     """
     with reporting_errors():
         quiet_libraries()
-        cards = _cards(engine, num_gpus, gpus_per_node, offload)
+        cards = _cards(engine, num_gpus, shard_size, gpus_per_node, offload)
         options = {
             "method": method,
             "compare_methods": compare_methods,
@@ -171,6 +178,7 @@ def plan(
             "seed": seed,
             "exact": exact,
             "find_num_gpus": num_gpus == "auto",
+            "find_shard_size": shard_size == "auto",
         }
         with _progress() as progress:
             progress(f"reading {model}")
@@ -215,15 +223,21 @@ def _answer(
     return answer
 
 
-def _cards(engine: str, num_gpus: str, gpus_per_node: int, offload: str) -> dict[str, Any]:
+def _cards(engine: str, num_gpus: str, shard_size: str | None, gpus_per_node: int, offload: str) -> dict[str, Any]:
     """The fields of the target that say how many cards there are and what joins them."""
     from badam.errors import InputError
 
-    if num_gpus != "auto" and not (num_gpus.isdecimal() and int(num_gpus) > 0):
-        raise InputError(f"--num-gpus {num_gpus!r} is neither a number of cards nor auto.")
+    for option, given in (("--num-gpus", num_gpus), ("--shard-size", shard_size or "auto")):
+        if given != "auto" and not (given.isdecimal() and int(given) > 0):
+            raise InputError(f"{option} {given!r} is neither a number of cards nor auto.")
     if engine == "single" and num_gpus != "1":
         raise InputError(
             f"--num-gpus {num_gpus} needs an engine for several cards.", advice="Add --engine fsdp2, or --engine ddp."
+        )
+    if engine != "single" and num_gpus == "1":
+        raise InputError(
+            f"--engine {engine} joins cards, and there is one.",
+            advice=f"Say how many with --num-gpus, or leave --engine {engine} out.",
         )
     if engine == "ddp" and num_gpus == "auto":
         raise InputError(
@@ -233,7 +247,36 @@ def _cards(engine: str, num_gpus: str, gpus_per_node: int, offload: str) -> dict
     if offload != "none" and engine != "zero3":
         raise InputError(f"--offload {offload} needs DeepSpeed, not {engine}.", advice="Add --engine zero3.")
     cards = 1 if num_gpus == "auto" else int(num_gpus)
-    return {"engine": engine, "num_gpus": cards, "gpus_per_node": gpus_per_node, "offload": offload}
+    if shard_size is not None:
+        _check_shard_size(shard_size, engine, num_gpus)
+    size = None if shard_size is None or shard_size in ("auto", num_gpus) else int(shard_size)
+    return {
+        "engine": engine,
+        "num_gpus": cards,
+        "shard_size": size,
+        "gpus_per_node": gpus_per_node,
+        "offload": offload,
+    }
+
+
+def _check_shard_size(shard_size: str, engine: str, num_gpus: str) -> None:
+    from badam.errors import InputError
+
+    if engine != "fsdp2":
+        raise InputError(f"--shard-size {shard_size} needs FSDP2, not {engine}.", advice="Add --engine fsdp2.")
+    if shard_size == "1":
+        raise InputError("With --shard-size 1 no copy of the model would be cut.", advice="Use --engine ddp.")
+    if num_gpus == "auto":
+        raise InputError(
+            f"With --shard-size {shard_size} what a card needs does not depend on the number of cards.",
+            advice="Give --num-gpus a number; or leave --shard-size out, to find the fewest cards for one copy.",
+        )
+    if shard_size != "auto" and int(num_gpus) % int(shard_size):
+        whole = [size for size in range(2, min(int(num_gpus), 4096) + 1) if int(num_gpus) % size == 0]
+        raise InputError(
+            f"{num_gpus} cards cannot be dealt out in groups of {shard_size}.",
+            advice=f"Choose --shard-size among {', '.join(map(str, whole))}.",
+        )
 
 
 def _target(gpu: str, gpu_memory: str | None) -> Target:
