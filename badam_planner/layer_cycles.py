@@ -76,7 +76,7 @@ class Span:
     items: list[Item]
 
 
-class Passages:
+class LayerCycles:
     """A recording cut into spans, with every birth and release in a cycle as seen from that cycle."""
 
     def __init__(self, recording: Recording, cycles: Sequence[tuple[str, ...]]) -> None:
