@@ -51,7 +51,8 @@ class BlockOptimizer(BlockVisits):
         include_lm_head: also make a block of the output projection; only without ``block_prefix_list``.
         verbose: 0 says nothing, 1 names each new block, 2 also its parameters.
         log_fn: called with each message; by default they are printed, by rank 0 only.
-        ds_zero3_enabled: accepted for callers that pass it; has no effect.
+        ds_zero3_enabled: DeepSpeed's ZeRO-3 will drive this optimizer, so that its checkpoints are read into the block
+            that was active; known without being told where DeepSpeed has partitioned the model already.
         write_back: how masters are rounded into the model when a block is left: ``stochastic`` keeps the movement in
             expectation, ``nearest`` loses what is smaller than the model's precision. Between steps of a visit it is
             always nearest, because the master is kept.
@@ -111,7 +112,7 @@ class BlockOptimizer(BlockVisits):
         self.non_finite_steps = 0
         self._released: set[str] = set()
         self._skipped_in_step = False
-        self._is_averaged = False
+        self._is_averaged = self._host_is_checked = False
         ranks = _ranks_for(model, average_gradients=average_gradients)
         self._check_ranks_suit(ranks)
         super().__init__(
@@ -125,6 +126,10 @@ class BlockOptimizer(BlockVisits):
             ranks=ranks,
         )
         ranks.check_same(self._facts())
+        if ds_zero3_enabled or is_held_by_deepspeed(self.named_parameters_list[0][1]):
+            from badam.distributed.zero3_hosts import follow_checkpoints
+
+            follow_checkpoints()
 
     # The step
 
@@ -140,7 +145,7 @@ class BlockOptimizer(BlockVisits):
         """
         if is_held_by_deepspeed(self.named_parameters_list[0][1]):
             return self._step_within_deepspeed()
-        self._check_parameters_are_the_models()
+        self._check_host()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -155,15 +160,30 @@ class BlockOptimizer(BlockVisits):
         self.step_is_done()
         return loss
 
-    def _check_parameters_are_the_models(self) -> None:
-        """A host that shards the model puts new parameters into the groups; training the old ones would do nothing."""
+    def _check_host(self) -> None:
+        """Refuse what a host may have done to the model since, under which training would go wrong without a word."""
         first = next((group["params"][0] for group in self.param_groups if group["params"]), None)
         if first is not None and first is not next(group[0] for group in self._user_groups if group):
             raise InputError(
                 "The parameters were replaced after this optimizer was built, as accelerate does when it shards a "
                 "model: the blocks would be those of the old ones.",
-                advice="Shard the model first, with badam.distributed.shard_blocks, and build the optimizer after it.",
+                advice="Turn the host's sharding off: train with badam-train and a plan for the engine fsdp2, or, in a "
+                "loop of your own, call badam.distributed.shard_blocks first and build the optimizer after it.",
             )
+        if self._host_is_checked:
+            return
+        self._host_is_checked = True
+        changes = self.block_num > 1 and self.switch_block_every > 0 and self.switch_mode != "fixed"
+        if changes and not isinstance(self._ranks, ProcessRanks) and torch.distributed.is_initialized():
+            from badam.distributed.copies import ddp_wrappers_of
+
+            if ddp_wrappers_of(self._model.trainable[0][1]):
+                raise InputError(
+                    "DistributedDataParallel averages the gradients of the first block alone: from the second one on "
+                    "the processes would train different models.",
+                    advice="Call badam.distributed.average_instead_of_ddp(wrapped_model, optimizer) before training, "
+                    "or use BAdamCallback in a Trainer.",
+                )
 
     def _step_within_deepspeed(self) -> None:
         """The base step on what DeepSpeed has put into the groups: its fp32 copies, one sub-group at a time."""
@@ -272,9 +292,11 @@ class BlockOptimizer(BlockVisits):
             return
         ranks = _ranks_for(self._model, average_gradients=True)
         self._check_ranks_suit(ranks)
-        self._ranks = ranks
         ranks.check_same(self._facts())
+        state = self.state_dict()
+        self._ranks = ranks
         self._restart_visit(self.visit, self.steps_in_visit)
+        self._take_state(self.check_state(state), state)
 
     def _check_ranks_suit(self, ranks: OneProcess) -> None:
         if self.gradient_release and isinstance(ranks, ProcessRanks):
@@ -331,14 +353,18 @@ class BlockOptimizer(BlockVisits):
         saved = self.check_state(state_dict)
         self.schedule, self.global_step, self.non_finite_steps = saved.schedule, saved.step, saved.non_finite_steps
         self._restart_visit(saved.visit, saved.steps_in_visit)
+        self._take_state(saved, state_dict)
+        self._ranks.check_same(self._facts())
+        self._announce_switch()
+
+    def _take_state(self, saved: Progress, state_dict: dict[str, Any]) -> None:
+        """The active block's masters and the base optimizer's state and options."""
         for member in self._active:
             if member.name in saved.masters:
                 member.load_master(saved.masters[member.name])
         self._base.unpack(self._active, state_dict["state"], state_dict["param_groups"])
         self._base.unpack_changes(saved.group_changes)
         self._share_with_base()
-        self._ranks.check_same(self._facts())
-        self._announce_switch()
 
     def _load_within_deepspeed(self, state_dict: dict[str, Any]) -> None:
         saved = Progress.unpack(state_dict["badam"])
