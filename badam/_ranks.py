@@ -7,7 +7,7 @@ travel with the finiteness of the gradients, in every step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from badam._shards import is_sharded
-from badam.errors import RanksDisagree
+from badam.errors import InputError, RanksDisagree
 from badam.functional import all_finite, is_fake, non_finite_flags
 
 PATIENCE = timedelta(seconds=60)
@@ -122,13 +122,33 @@ class ProcessRanks(OneProcess):
                 member.copy_(mean.view_as(member))
 
 
-def ranks_of(parameters: Iterable[Tensor]) -> OneProcess:
-    """The processes over which ``parameters`` are sharded. Collective where one is; they average gradients already."""
-    for parameter in parameters:
-        if is_sharded(parameter):
-            mesh = parameter.device_mesh
-            return ProcessRanks(torch.device(mesh.device_type), mesh.mesh.flatten().tolist())
-    return OneProcess()
+def ranks_of(parameters: Sequence[Tensor], *, average_gradients: bool = False) -> OneProcess:
+    """The processes that train ``parameters`` together. Collective if there are several.
+
+    Args:
+        parameters: of the model; if FSDP2 has sharded them, it also averages their gradients.
+        average_gradients: every process holds a whole copy, and gradients are to be averaged here.
+
+    Raises:
+        InputError: if sharded gradients, or those of a single process, are to be averaged.
+    """
+    sharded = next(filter(is_sharded, parameters), None)
+    if sharded is not None:
+        if average_gradients:
+            raise InputError(
+                "The parameters are sharded, so FSDP2 averages their gradients already.",
+                advice="Leave average_gradients off.",
+            )
+        mesh = sharded.device_mesh
+        return ProcessRanks(torch.device(mesh.device_type), mesh.mesh.flatten().tolist())
+    if not average_gradients:
+        return OneProcess()
+    if not dist.is_initialized():
+        raise InputError(
+            "average_gradients needs an initialized process group.",
+            advice="Call torch.distributed.init_process_group() first.",
+        )
+    return ProcessRanks(parameters[0].device, averages=True)
 
 
 def _difference(name: str, values: Mapping[str, list[int]]) -> str:

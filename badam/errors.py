@@ -75,3 +75,14 @@ def near_matches(name: str, known: Iterable[str], limit: int = 5) -> list[str]:
     inside = [original for key, original in folded.items() if wanted and (wanted in key or key in wanted)]
     close = [folded[key] for key in difflib.get_close_matches(wanted, list(folded), n=limit, cutoff=0.5)]
     return list(dict.fromkeys([*close, *sorted(inside, key=len)]))[:limit]
+
+
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a ``value`` of ``option`` that is not one of ``choices``.
+
+    Raises:
+        InputError: with the choices.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise InputError(f"Unknown {option} {value!r}.", advice=f"Choose {', '.join(choices[:-1])} or {choices[-1]}.")

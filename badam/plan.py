@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from badam.errors import PlanError
 from badam.vocabulary import Category, Phase
@@ -73,6 +73,7 @@ class Target(Record):
     num_gpus: PositiveInt = 1
     gpus_per_node: PositiveInt = 8
     engine: Engine = "single"
+    shard_size: PositiveInt | None = None  # under fsdp2, cards that one copy of the model is cut over; None for all
     offload: Offload = "none"  # what lies in host memory under zero3
     total_bytes: Bytes  # what the driver reports as the card's memory
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
@@ -80,6 +81,28 @@ class Target(Record):
     workspace_bytes: Bytes = 0  # matrix-multiplication workspace, allocated through torch
     expandable_segments: bool = False  # torch's allocator grows few segments by pages instead of taking many
     rates: Rates | None = None  # None: nothing is known of its speed
+
+    @property
+    def shards(self) -> int:
+        """Cards that one copy of the model is cut over; 1 for whole copies."""
+        if self.engine == "fsdp2":
+            return self.shard_size or self.num_gpus
+        return self.num_gpus if self.engine == "zero3" else 1
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model, whole or cut; more than one of cut ones is HSDP."""
+        return self.num_gpus // self.shards
+
+    @model_validator(mode="after")
+    def _deals_out_all_cards(self) -> Target:
+        if self.shard_size is not None and self.engine != "fsdp2":
+            raise ValueError(f"a shard_size needs the engine fsdp2, not {self.engine}")
+        if self.shard_size == 1:
+            raise ValueError("copies that are not cut are those of the engine ddp")
+        if self.num_gpus % self.shards:
+            raise ValueError(f"{self.num_gpus} cards cannot be dealt out in groups of {self.shards}")
+        return self
 
 
 class BlockPlan(Record):
@@ -178,6 +201,8 @@ class Prediction(Record):
     seconds_by_phase: dict[Phase, Seconds] = Field(default_factory=dict)  # the same in time, where rates are known
     sent_bytes: Bytes | None = None  # by each card in a step, the ring algorithm assumed; None for one card
     sent_bytes_of_full: Bytes | None = None  # the same if every parameter were trained
+    sent_between_bytes: Bytes | None = None  # of sent_bytes, to other copies of the model
+    sent_between_bytes_of_full: Bytes | None = None  # the same if every parameter were trained
     step_seconds: Seconds | None = None  # one optimizer step with its share of the switch, mean over blocks
     epoch_seconds: Seconds | None = None  # one pass over the samples that the plan was made for
 

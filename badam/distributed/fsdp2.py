@@ -79,6 +79,26 @@ def shard_blocks(
     return model
 
 
+def mesh_of(shard_size: int) -> DeviceMesh:
+    """The mesh of all processes in which every ``shard_size`` that follow each other hold one copy of the model.
+
+    Launchers number the processes of a machine one after another, so that a group which a machine's number is a
+    multiple of lies within one, and gradients alone travel between machines.
+
+    Raises:
+        InputError: if the processes cannot be dealt out in groups of that size.
+    """
+    count, device = dist.get_world_size(), "cuda" if dist.get_backend() == "nccl" else "cpu"
+    if count % shard_size:
+        raise InputError(
+            f"{count} processes cannot be dealt out in groups of {shard_size}.",
+            advice=f"Choose a size that {count} is a multiple of.",
+        )
+    if count == shard_size:
+        return init_device_mesh(device, (count,))
+    return init_device_mesh(device, (count // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+
+
 def sharded_block_optimizer(model: nn.Module, base: BaseFactory, **options: Any) -> BlockOptimizer:
     """A block optimizer on a model that :func:`shard_blocks` has sharded; its gathers follow the active block.
 

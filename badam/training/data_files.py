@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from badam.errors import DataError, InputError
+from badam.errors import DataError
+from badam.extras import require
 from badam.training.json_array import BrokenJson, BrokenText, array_values
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -209,12 +210,9 @@ def _object(value: Any, path: Path, place: str) -> PlacedRow:
 
 
 def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            "Reading this data needs the package datasets.", advice="Install it: pip install badam[train]."
-        ) from error
+    require("Reading this data", {"datasets": "datasets"}, extra="train")
+    import datasets
+
     return datasets
 
 

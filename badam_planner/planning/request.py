@@ -61,6 +61,7 @@ class Request:
     seed: int = 0
     exact: bool = False
     find_num_gpus: bool = False
+    find_shard_size: bool = False
     command: str = ""
 
     def __post_init__(self) -> None:
