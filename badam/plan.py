@@ -282,7 +282,7 @@ def load_record(path: Path, kind: type[RecordT], word: str, advice: str) -> Reco
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         raise PlanError(f"The {word} {path} cannot be read as JSON: {error}.", advice=advice) from error
     if not isinstance(content, dict):
-        raise PlanError(f"The {word} {path} holds no JSON object but a {type(content).__name__}.", advice=advice)
+        raise PlanError(f"The {word} {path} holds a JSON {type(content).__name__}, not an object.", advice=advice)
     if (found := content.get("schema_version")) != SCHEMA_VERSION:
         raise PlanError(
             f"The {word} {path} has schema_version {found!r}; this version reads {SCHEMA_VERSION}.", advice=advice
