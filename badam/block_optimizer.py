@@ -185,7 +185,7 @@ class BlockOptimizer(ResumableBlocks):
         """The base step on what DeepSpeed has put into the groups: its fp32 copies, one sub-group at a time."""
         if self.ds_optimizer is None:
             raise InputError(
-                "DeepSpeed drives this optimizer, which does not know it: it would never switch blocks.",
+                "DeepSpeed drives this optimizer without being connected to it, so blocks would never be switched.",
                 advice="Set optimizer.ds_optimizer = engine.optimizer after deepspeed.initialize, or use BAdamCallback "
                 "in a Trainer.",
             )
@@ -297,6 +297,6 @@ class BlockOptimizer(ResumableBlocks):
     def _check_ranks_suit(self, ranks: OneProcess) -> None:
         if self.gradient_release and isinstance(ranks, ProcessRanks):
             raise InputError(
-                "gradient_release steps within backward, where the processes cannot look at a gradient together.",
+                "gradient_release updates within backward, where processes cannot check gradients together.",
                 advice="Leave gradient_release off: only one block's gradients exist at once.",
             )
