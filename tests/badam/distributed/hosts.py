@@ -19,7 +19,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from badam import BAdamCallback, BlockOptimizer, clip_grad_norm_old_version
 from badam.errors import BadamError
-from tests.badam.distributed.jobs import whole
 
 LAYERS, EVERY, ACCUMULATE, GLOBAL_BATCH, VOCABULARY = 3, 3, 2, 4, 64
 STEPS = 2 * LAYERS * EVERY
@@ -86,7 +85,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def block_optimizer(model: nn.Module, rate: float, **options: Any) -> BlockOptimizer:
