@@ -78,9 +78,15 @@ class Target(Record):
     total_bytes: Bytes  # what the driver reports as the card's memory
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
     context_bytes: Bytes = 0  # taken by the process's device context, outside torch
+    communication_bytes: Bytes = 0  # taken by the communication library, outside torch
     workspace_bytes: Bytes = 0  # matrix-multiplication workspace, allocated through torch
     expandable_segments: bool = False  # torch's allocator grows few segments by pages instead of taking many
     rates: Rates | None = None  # None: nothing is known of its speed
+
+    @property
+    def outside_bytes(self) -> int:
+        """What a process takes outside torch's allocator: its device context and the communication library."""
+        return self.context_bytes + self.communication_bytes
 
     @property
     def shards(self) -> int:
