@@ -33,7 +33,7 @@ class BlockPeaks:
 
 
 class _Step(NamedTuple):
-    """A birth (sign 1) or a death (sign -1) of an allocation, or the begin of a phase (sign 0)."""
+    """A birth (sign 1) or a death (sign -1) of an allocation, or the start of a phase (sign 0)."""
 
     allocation: int
     sign: int

@@ -274,7 +274,7 @@ def _check_shard_size(shard_size: str, engine: str, num_gpus: str) -> None:
     if shard_size != "auto" and int(num_gpus) % int(shard_size):
         whole = [size for size in range(2, min(int(num_gpus), 4096) + 1) if int(num_gpus) % size == 0]
         raise InputError(
-            f"{num_gpus} cards cannot be dealt out in groups of {shard_size}.",
+            f"{num_gpus} cards cannot be divided into groups of {shard_size}.",
             advice=f"Choose --shard-size among {', '.join(map(str, whole))}.",
         )
 

@@ -19,8 +19,8 @@ REFUSED = {
     "--engine fsdp2 --num-gpus 4 --shard-size 1": "no copy of the model would be cut. Use --engine ddp.",
     "--engine fsdp2 --num-gpus 4 --shard-size half": "--shard-size 'half' is neither a number of cards nor auto.",
     "--engine fsdp2 --num-gpus auto --shard-size 8": "does not depend on the number of cards. Give --num-gpus a number",
-    "--engine fsdp2 --num-gpus 12 --shard-size 8": "dealt out in groups of 8. Choose --shard-size among 2, 3, 4",
-    "--engine fsdp2 --num-gpus 7 --shard-size 2": "dealt out in groups of 2. Choose --shard-size among 7",
+    "--engine fsdp2 --num-gpus 12 --shard-size 8": "divided into groups of 8. Choose --shard-size among 2, 3, 4",
+    "--engine fsdp2 --num-gpus 7 --shard-size 2": "divided into groups of 2. Choose --shard-size among 7",
     "--engine fsdp2 --num-gpus 8 --gpus-per-node 0": "Invalid value for '--gpus-per-node'",
 }
 
