@@ -8,11 +8,11 @@ from typer.testing import CliRunner
 from badam_cli import plan as command
 
 REFUSED = {
-    "--num-gpus 4": "--num-gpus 4 needs an engine that joins cards. Add --engine fsdp2",
+    "--num-gpus 4": "--num-gpus 4 needs an engine for several cards. Add --engine fsdp2",
     "--num-gpus many": "--num-gpus 'many' is neither a number of cards nor auto.",
     "--num-gpus 0 --engine fsdp2": "--num-gpus '0' is neither",
     "--engine fsdp2": "--engine fsdp2 joins cards, and there is one. Say how many with --num-gpus",
-    "--engine ddp --num-gpus auto": "Copies take as much on many cards as on one. Give --num-gpus a number.",
+    "--engine ddp --num-gpus auto": "every card needs the same memory, so there is no fewest that fit. Give a number.",
     "--engine fsdp2 --num-gpus 4 --offload all": "--offload all needs DeepSpeed, not fsdp2. Add --engine zero3.",
     "--engine zero3 --num-gpus 4 --shard-size 2": "--shard-size 2 needs FSDP2, not zero3. Add --engine fsdp2.",
     "--shard-size auto": "--shard-size auto needs FSDP2, not single. Add --engine fsdp2.",
