@@ -1,13 +1,13 @@
 """The processes that train one model together: what they must agree on, and how they find out.
 
-Every process works out the block order, K and the random numbers by itself, from the same seed. Nothing is sent around
-for that; it is checked, when an optimizer is built, when a state is loaded, at every switch and, by two numbers that
-travel with the finiteness of the gradients, in every step.
+Every process computes the block order, K and the random numbers by itself, from the same seed. Nothing is communicated
+for that, but it is checked: when an optimizer is built, when a state is loaded, at every switch and, by two numbers
+sent along with the finiteness of the gradients, in every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -15,15 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from badam._shards import is_sharded
-from badam.errors import RanksDisagree
+from badam.errors import InputError, RanksDisagree
 from badam.functional import all_finite, is_fake, non_finite_flags
 
 PATIENCE = timedelta(seconds=60)
-"""How long a process waits for the others where they should meet, before it says who is missing."""
+"""How long a process waits for the others at a check before it raises an error."""
 
 
 class OneProcess:
-    """Nobody to agree with."""
+    """A single process, which has nothing to agree on with others."""
 
     averages = False  # whether gradients are this optimizer's to average
 
@@ -75,8 +75,8 @@ class ProcessRanks(OneProcess):
             dist.all_gather_object(every, here, group=self._checks)
         except RuntimeError as error:
             raise RanksDisagree(
-                f"Rank {dist.get_rank()} reached a check of {', '.join(facts)} and not all of the {self._size} ranks "
-                f"came there within {self._patience.total_seconds():.0f} s.",
+                f"Rank {dist.get_rank()} waited at the check of {', '.join(facts)}, which not all of the {self._size} "
+                f"ranks reached within {self._patience.total_seconds():.0f} s.",
                 advice="Look for the rank that stopped, or that switched blocks by itself.",
             ) from error
         for name in {name: None for facts in every for name in facts}:
@@ -122,13 +122,33 @@ class ProcessRanks(OneProcess):
                 member.copy_(mean.view_as(member))
 
 
-def ranks_of(parameters: Iterable[Tensor]) -> OneProcess:
-    """The processes over which ``parameters`` are sharded. Collective where one is; they average gradients already."""
-    for parameter in parameters:
-        if is_sharded(parameter):
-            mesh = parameter.device_mesh
-            return ProcessRanks(torch.device(mesh.device_type), mesh.mesh.flatten().tolist())
-    return OneProcess()
+def ranks_of(parameters: Sequence[Tensor], *, average_gradients: bool = False) -> OneProcess:
+    """The processes that train ``parameters`` together. Collective if there are several.
+
+    Args:
+        parameters: of the model; if FSDP2 has sharded them, it also averages their gradients.
+        average_gradients: every process holds a whole copy, and gradients are to be averaged here.
+
+    Raises:
+        InputError: if sharded gradients, or those of a single process, are to be averaged.
+    """
+    sharded = next(filter(is_sharded, parameters), None)
+    if sharded is not None:
+        if average_gradients:
+            raise InputError(
+                "The parameters are sharded, so FSDP2 averages their gradients already.",
+                advice="Leave average_gradients off.",
+            )
+        mesh = sharded.device_mesh
+        return ProcessRanks(torch.device(mesh.device_type), mesh.mesh.flatten().tolist())
+    if not average_gradients:
+        return OneProcess()
+    if not dist.is_initialized():
+        raise InputError(
+            "average_gradients needs an initialized process group.",
+            advice="Call torch.distributed.init_process_group() first.",
+        )
+    return ProcessRanks(parameters[0].device, averages=True)
 
 
 def _difference(name: str, values: Mapping[str, list[int]]) -> str:

@@ -1,9 +1,9 @@
-"""Which windows there are, where they are now, and what it takes to move them."""
+"""Which windows there are, where they are now, and moving them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from badam import phases
 from badam._messages import Messages
 from badam._ratio_parameters import WindowSizes, given_groups
+from badam._visiting import VisitingOptimizer, rounding_seed_of
 from badam._window import Window, WindowOptions, collect_gradients
 from badam.errors import InputError
 from badam.plan import WriteBack
@@ -20,7 +21,7 @@ from badam.vocabulary import Phase
 BaseFactory = Callable[[list[dict[str, Any]]], Optimizer]
 
 
-class WindowVisits(Optimizer):
+class WindowVisits(VisitingOptimizer):
     """The part of :class:`badam.BlockOptimizerRatio` that goes from visit to visit.
 
     Args:
@@ -54,15 +55,10 @@ class WindowVisits(Optimizer):
         self.switch_every = switch_every
         self.write_back = write_back
         self.seed = seed
-        self.global_step = 0
-        self.visit = 0
-        self.steps_in_visit = 0
         self.windows: list[Window] = []
         self.given_group_sizes: list[int] = []
         self._sizes = sizes
         self._options = options
-        self._messages = messages
-        self._switch_hooks: list[Callable[[Any], None]] = []
 
         masters = [self._with_masters(group, index) for index, group in enumerate(groups)]
         if not self.windows:
@@ -71,14 +67,11 @@ class WindowVisits(Optimizer):
                 "frozen, or belong to the embedding or the output projection.",
                 advice="Set requires_grad, or include_embedding and include_lm_head.",
             )
-        self.base_optimizer: Optimizer | None = None
+        base = None
         if base_factory is not None:
-            self.base_optimizer = base_factory([{"lr": defaults["lr"], **group} for group in masters])
-            defaults, masters = self.base_optimizer.defaults, self.base_optimizer.param_groups
-        self._is_built = False
-        super().__init__(masters, defaults)
-        self._is_built = True
-        self._share_with_base()
+            base = base_factory([{"lr": defaults["lr"], **group} for group in masters])
+            defaults, masters = base.defaults, base.param_groups
+        super().__init__(masters, defaults, base=base, messages=messages)
         self._announce()
 
     # What is trained
@@ -115,17 +108,6 @@ class WindowVisits(Optimizer):
         masters = {id(w.parameter): w.master for w in self.windows if w.is_loaded}
         return {index: masters[id(p)] for index, p in self.param_idx2lp.items() if id(p) in masters}
 
-    @property
-    def verbose(self) -> int:
-        """0 says nothing, 1 announces the start, moves and skipped steps, 2 also each window's size."""
-        return self._messages.verbose
-
-    def register_switch_hook(self, hook: Callable[[Self], None]) -> Callable[[], None]:
-        """Call ``hook(self)`` now and whenever the windows have moved on; returns what removes it again."""
-        self._switch_hooks.append(hook)
-        hook(self)
-        return lambda: self._switch_hooks.remove(hook)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; their windows join the visit under way."""
         if self._is_built:
@@ -151,9 +133,8 @@ class WindowVisits(Optimizer):
             self._go_to(self.visit + 1, 0)
             for window in self.windows:
                 window.ready_master()
-        self._messages.say(f"Visit {self.visit + 1}: the windows have moved on after {self.global_step} steps.")
-        for hook in list(self._switch_hooks):
-            hook(self)
+        self._messages.say(f"Visit {self.visit + 1}: the windows move on after {self.global_step} steps.")
+        self._call_switch_hooks()
 
     @torch.no_grad()
     def write_back_block(self) -> None:
@@ -168,7 +149,7 @@ class WindowVisits(Optimizer):
         for window in self.windows:
             device = window.parameter.device
             if device not in generators:
-                generators[device] = torch.Generator(device).manual_seed(self._rounding_seed())
+                generators[device] = torch.Generator(device).manual_seed(rounding_seed_of(self.seed, self.visit))
             window.write_stochastically(generators[device])
 
     def _go_to(self, visit: int, steps_in_visit: int) -> None:
@@ -177,10 +158,6 @@ class WindowVisits(Optimizer):
         for window in self.windows:
             window.drop_gradient()
             window.move(visit, self.seed)
-
-    def _rounding_seed(self) -> int:
-        """Different in every visit and a function of saved numbers only, so that a resumed run rounds alike."""
-        return (self.seed * 0x9E3779B97F4A7C15 + self.visit * 0xD1B54A32D192ED03 + 1) % 2**63
 
     # Masters in the place of parameters
 
@@ -203,21 +180,6 @@ class WindowVisits(Optimizer):
                 masters.append(window.master)
         self.given_group_sizes.append(len(group["params"]))
         return {**group, "params": masters}
-
-    def _share_with_base(self) -> None:
-        """Let groups, state and defaults be those of the base optimizer, if there is one."""
-        if self.base_optimizer is not None:
-            self.param_groups = self.base_optimizer.param_groups
-            self.state = self.base_optimizer.state
-            self.defaults = self.base_optimizer.defaults
-
-    def train(self) -> None:
-        """Passed on to a base optimizer that knows it (schedule-free ones)."""
-        getattr(self.base_optimizer, "train", lambda: None)()
-
-    def eval(self) -> None:
-        """Passed on to a base optimizer that knows it (schedule-free ones)."""
-        getattr(self.base_optimizer, "eval", lambda: None)()
 
     def _announce(self) -> None:
         entries = sum(window.numel for window in self.windows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -12,16 +11,14 @@ from torch.optim import Optimizer
 
 from badam import phases
 from badam._active import ActiveParameter
-from badam._block_state import Progress, check_groups, model_digest
-from badam._blocks_of_model import BlocksOfModel, BlockSpec, blocks_of_model
+from badam._blocks_of_model import BlockSpec, blocks_of_model
 from badam._master_groups import MasterGroups
 from badam._messages import Messages
 from badam._ranks import OneProcess, ProcessRanks, ranks_of
+from badam._resumable_blocks import ResumableBlocks
 from badam._shards import is_held_by_deepspeed
-from badam._state_of_1_4 import NOT_SAVED, read_state_of_1_4
-from badam._visits import BlockVisits
 from badam.compiled_update import CompiledAdamW
-from badam.errors import InputError, StateError
+from badam.errors import InputError, check_choice
 from badam.plan import WriteBack
 from badam.schedule import BlockSchedule, SwitchMode
 from badam.vocabulary import Phase
@@ -29,7 +26,7 @@ from badam.vocabulary import Phase
 Update = Literal["base", "compiled"]
 
 
-class BlockOptimizer(BlockVisits):
+class BlockOptimizer(ResumableBlocks):
     """Train a model block by block with ``base_optimizer``, BAdam (arXiv 2404.02827) if that is Adam or AdamW.
 
     Only the active block has gradients, fp32 masters and optimizer state. A *visit* is ``switch_block_every`` steps
@@ -51,7 +48,8 @@ class BlockOptimizer(BlockVisits):
         include_lm_head: also make a block of the output projection; only without ``block_prefix_list``.
         verbose: 0 says nothing, 1 names each new block, 2 also its parameters.
         log_fn: called with each message; by default they are printed, by rank 0 only.
-        ds_zero3_enabled: accepted for callers that pass it; has no effect.
+        ds_zero3_enabled: DeepSpeed's ZeRO-3 will drive this optimizer, so that its checkpoints are read into the block
+            that was active; known without being told where DeepSpeed has partitioned the model already.
         write_back: how masters are rounded into the model when a block is left: ``stochastic`` keeps the movement in
             expectation, ``nearest`` loses what is smaller than the model's precision. Between steps of a visit it is
             always nearest, because the master is kept.
@@ -95,8 +93,8 @@ class BlockOptimizer(BlockVisits):
         seed: int = 0,
         average_gradients: bool = False,
     ) -> None:
-        _check_choice("write_back", write_back, ("stochastic", "nearest"))
-        _check_choice("update", update, ("base", "compiled"))
+        check_choice("write_back", write_back, ("stochastic", "nearest"))
+        check_choice("update", update, ("base", "compiled"))
         model = blocks_of_model(
             named_parameters_list,
             block_prefix_list,
@@ -108,11 +106,10 @@ class BlockOptimizer(BlockVisits):
         )
         self.update = update
         self.gradient_release = gradient_release
-        self.non_finite_steps = 0
         self._released: set[str] = set()
         self._skipped_in_step = False
-        self._is_averaged = False
-        ranks = _ranks_for(model, average_gradients=average_gradients)
+        self._is_averaged = self._host_is_checked = False
+        ranks = ranks_of([parameter for _, parameter in model.trainable], average_gradients=average_gradients)
         self._check_ranks_suit(ranks)
         super().__init__(
             CompiledAdamW(base_optimizer) if update == "compiled" else MasterGroups(base_optimizer),
@@ -125,6 +122,10 @@ class BlockOptimizer(BlockVisits):
             ranks=ranks,
         )
         ranks.check_same(self._facts())
+        if ds_zero3_enabled or is_held_by_deepspeed(self.named_parameters_list[0][1]):
+            from badam.distributed.zero3_hosts import follow_checkpoints
+
+            follow_checkpoints()
 
     # The step
 
@@ -140,7 +141,7 @@ class BlockOptimizer(BlockVisits):
         """
         if is_held_by_deepspeed(self.named_parameters_list[0][1]):
             return self._step_within_deepspeed()
-        self._check_parameters_are_the_models()
+        self._check_host()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -155,21 +156,36 @@ class BlockOptimizer(BlockVisits):
         self.step_is_done()
         return loss
 
-    def _check_parameters_are_the_models(self) -> None:
-        """A host that shards the model puts new parameters into the groups; training the old ones would do nothing."""
+    def _check_host(self) -> None:
+        """Refuse what a host may have done to the model since, under which training would go wrong without a word."""
         first = next((group["params"][0] for group in self.param_groups if group["params"]), None)
         if first is not None and first is not next(group[0] for group in self._user_groups if group):
             raise InputError(
                 "The parameters were replaced after this optimizer was built, as accelerate does when it shards a "
                 "model: the blocks would be those of the old ones.",
-                advice="Shard the model first, with badam.distributed.shard_blocks, and build the optimizer after it.",
+                advice="Turn the host's sharding off: train with badam-train and a plan for the engine fsdp2, or, in a "
+                "loop of your own, call badam.distributed.shard_blocks first and build the optimizer after it.",
             )
+        if self._host_is_checked:
+            return
+        self._host_is_checked = True
+        changes = self.block_num > 1 and self.switch_block_every > 0 and self.switch_mode != "fixed"
+        if changes and not isinstance(self._ranks, ProcessRanks) and torch.distributed.is_initialized():
+            from badam.distributed.copies import ddp_wrappers_of
+
+            if ddp_wrappers_of(self._model.trainable[0][1]):
+                raise InputError(
+                    "DistributedDataParallel averages the gradients of the first block alone: from the second one on "
+                    "the processes would train different models.",
+                    advice="Call badam.distributed.average_instead_of_ddp(wrapped_model, optimizer) before training, "
+                    "or use BAdamCallback in a Trainer.",
+                )
 
     def _step_within_deepspeed(self) -> None:
         """The base step on what DeepSpeed has put into the groups: its fp32 copies, one sub-group at a time."""
         if self.ds_optimizer is None:
             raise InputError(
-                "DeepSpeed drives this optimizer, which does not know it: it would never switch blocks.",
+                "DeepSpeed drives this optimizer without being connected to it, so blocks would never be switched.",
                 advice="Set optimizer.ds_optimizer = engine.optimizer after deepspeed.initialize, or use BAdamCallback "
                 "in a Trainer.",
             )
@@ -270,175 +286,17 @@ class BlockOptimizer(BlockVisits):
         """
         if self._ranks.averages:
             return
-        ranks = _ranks_for(self._model, average_gradients=True)
+        ranks = ranks_of([parameter for _, parameter in self._model.trainable], average_gradients=True)
         self._check_ranks_suit(ranks)
-        self._ranks = ranks
         ranks.check_same(self._facts())
+        state = self.state_dict()
+        self._ranks = ranks
         self._restart_visit(self.visit, self.steps_in_visit)
+        self._take_state(self.check_state(state), state)
 
     def _check_ranks_suit(self, ranks: OneProcess) -> None:
         if self.gradient_release and isinstance(ranks, ProcessRanks):
             raise InputError(
-                "gradient_release steps within backward, where the processes cannot look at a gradient together.",
+                "gradient_release updates within backward, where processes cannot check gradients together.",
                 advice="Leave gradient_release off: only one block's gradients exist at once.",
             )
-
-    def _facts(self) -> dict[str, object]:
-        """What all processes must agree on."""
-        plain = (bool, int, float, str, tuple, type(None))
-        options = [
-            {key: value for key, value in group.items() if key != "params" and isinstance(value, plain)}
-            for group in self.param_groups
-        ]
-        return {
-            "the model": (len(self.named_parameters_list), model_digest(self.named_parameters_list)),
-            "the blocks": (self.block_num, [block.prefixes for block in self.blocks], self.active_modules),
-            "the schedule": self.schedule,
-            "the position": {"step": self.global_step, "visit": self.visit, "steps in it": self.steps_in_visit},
-            "the base optimizer": (type(self.base_optimizer).__name__, options),
-            "the write-back": self.write_back,
-        }
-
-    # Saving
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue bit-identically, in plain types and tensors.
-
-        Laid out as torch does (``state`` and ``param_groups``, by position in the user's groups), plus ``badam``.
-        """
-        if self.ds_optimizer is not None:  # which has put its copies into the groups, and saves them itself
-            return {**self.base_optimizer.state_dict(), "badam": self._progress().pack()}
-        state, groups = self._base.pack(self._active)
-        return {"state": state, "param_groups": groups, "badam": self._progress().pack()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken; the model's weights are the caller's to load, before or after.
-
-        The schedule (order, K, seed) is the saved one, like learning rates and all other options of the groups.
-
-        A state that badam 1.4 saved is taken as far as it goes, and a warning says what was not in it.
-
-        Raises:
-            StateError: if it belongs to another model or partition; nothing is changed then.
-        """
-        if "badam" not in state_dict:
-            self._load_state_of_1_4(state_dict)
-            return
-        if self.ds_optimizer is not None:
-            self._load_within_deepspeed(state_dict)
-            return
-        saved = self.check_state(state_dict)
-        self.schedule, self.global_step, self.non_finite_steps = saved.schedule, saved.step, saved.non_finite_steps
-        self._restart_visit(saved.visit, saved.steps_in_visit)
-        for member in self._active:
-            if member.name in saved.masters:
-                member.load_master(saved.masters[member.name])
-        self._base.unpack(self._active, state_dict["state"], state_dict["param_groups"])
-        self._base.unpack_changes(saved.group_changes)
-        self._share_with_base()
-        self._ranks.check_same(self._facts())
-        self._announce_switch()
-
-    def _load_within_deepspeed(self, state_dict: dict[str, Any]) -> None:
-        saved = Progress.unpack(state_dict["badam"])
-        saved.check_against(self._progress())
-        if (saved.visit, saved.steps_in_visit) != (self.visit, self.steps_in_visit):
-            raise StateError(
-                f"The state was saved {saved.steps_in_visit} steps into visit {saved.visit}; here it is "
-                f"{self.steps_in_visit} steps into visit {self.visit}, and DeepSpeed reads only what is trainable now.",
-                advice="Load with badam.distributed.load_zero3_checkpoint, which goes there first.",
-            )
-        self.base_optimizer.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self._share_with_base()
-
-    def position(self) -> dict[str, Any]:
-        """Where the run stands and what it belongs to, in plain types; see :meth:`go_to`."""
-        kept = ("masters", "group_changes")  # tensors, or options of the base optimizer
-        return {key: value for key, value in self._progress().pack().items() if key not in kept}
-
-    def go_to(self, position: dict[str, Any]) -> None:
-        """Be where :meth:`position` was taken, without masters and moments: the active block's are to be loaded next.
-
-        Raises:
-            StateError: if it belongs to another model or partition; nothing is changed then.
-        """
-        saved = Progress.unpack({**position, "masters": {}, "group_changes": []})
-        saved.check_against(self._progress())
-        self.schedule, self.global_step, self.non_finite_steps = saved.schedule, saved.step, saved.non_finite_steps
-        self._restart_visit(saved.visit, saved.steps_in_visit)
-        self._announce_switch()
-
-    def check_state(self, state_dict: dict[str, Any]) -> Progress:
-        """What ``state_dict``, whose tensors are not looked at, says of the position.
-
-        Raises:
-            StateError: if it belongs to another model or partition.
-        """
-        saved = Progress.unpack(state_dict["badam"])
-        saved.check_against(self._progress())
-        check_groups(state_dict["param_groups"], self.param_groups)
-        return saved
-
-    def _load_state_of_1_4(self, state_dict: dict[str, Any]) -> None:
-        index, old = read_state_of_1_4(state_dict, self.blocks, self.active_modules, self._model.trainable)
-        text = f"The optimizer state was written by badam 1.4, which did not save {NOT_SAVED}. "
-        visits = (visit for visit in range(self.block_num) if self.schedule.block_at(visit) == index)
-        visit = next(visits, None)
-        if visit is None:
-            warnings.warn(
-                f"{text}Its moments fit no block or several, or one that is never visited, so they are not used: "
-                f"training goes on with a fresh visit to {self.current_block.name}.",
-                stacklevel=3,
-            )
-            return
-        self._restart_visit(visit, old.steps)
-        self.global_step = visit * max(self.switch_block_every, 0) + old.steps
-        positions = self._base.positions()
-        entries = {positions[id(m.parameter)]: old.entries[m.name] for m in self._active if m.name in old.entries}
-        self._base.unpack(self._active, entries, self._base.pack([])[1])
-        self._share_with_base()
-        self._announce_switch()
-        warnings.warn(
-            f"{text}Its moments fit {self.current_block.name} alone and are used there, {old.steps} steps into the "
-            "visit; the masters are the model's weights.",
-            stacklevel=3,
-        )
-
-    def _progress(self) -> Progress:
-        return Progress(
-            step=self.global_step,
-            visit=self.visit,
-            steps_in_visit=self.steps_in_visit,
-            non_finite_steps=self.non_finite_steps,
-            schedule=self.schedule,
-            blocks=self.block_prefix_list,
-            active_modules=self.active_modules,
-            parameters=len(self.named_parameters_list),
-            model_digest=model_digest(self.named_parameters_list),
-            masters=self.masters,
-            group_changes=self._base.pack_changes(),
-        )
-
-
-def _ranks_for(model: BlocksOfModel, *, average_gradients: bool) -> OneProcess:
-    parameters = [parameter for _, parameter in model.trainable]
-    ranks = ranks_of(parameters)
-    if not average_gradients:
-        return ranks
-    if isinstance(ranks, ProcessRanks):
-        raise InputError(
-            "The parameters are sharded, so FSDP2 averages their gradients already.",
-            advice="Leave average_gradients off.",
-        )
-    if not torch.distributed.is_initialized():
-        raise InputError(
-            "average_gradients needs the processes to know each other.",
-            advice="Call torch.distributed.init_process_group() first.",
-        )
-    return ProcessRanks(parameters[0].device, averages=True)
-
-
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"Unknown {option} {value!r}.", advice=f"Choose one of {', '.join(choices)}.")

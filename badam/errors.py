@@ -57,7 +57,7 @@ class OutOfMemory(BadamError):
 
 
 def in_one_line(error: BaseException, most: int = 200) -> str:
-    """An exception of foreign code as part of a sentence: its class and the begin of what it says."""
+    """An exception from other code as part of a sentence: its class and the start of its message."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return text if len(text) <= most else f"{text[:most]}…"
 
@@ -75,3 +75,14 @@ def near_matches(name: str, known: Iterable[str], limit: int = 5) -> list[str]:
     inside = [original for key, original in folded.items() if wanted and (wanted in key or key in wanted)]
     close = [folded[key] for key in difflib.get_close_matches(wanted, list(folded), n=limit, cutoff=0.5)]
     return list(dict.fromkeys([*close, *sorted(inside, key=len)]))[:limit]
+
+
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a ``value`` of ``option`` that is not one of ``choices``.
+
+    Raises:
+        InputError: with the choices.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise InputError(f"Unknown {option} {value!r}.", advice=f"Choose {', '.join(choices[:-1])} or {choices[-1]}.")

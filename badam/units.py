@@ -27,12 +27,12 @@ def format_gib(size: int, *, digits: int = 2) -> str:
     return f"{size / GIB:.{digits}f}"
 
 
-def format_seconds(seconds: float) -> str:
-    """A duration as text: ``1.2 ms``, ``3.4 s``, ``5 min 06 s``, ``7 h 08 min``."""
+def format_seconds(seconds: float, *, rough: bool = False) -> str:
+    """A duration as text: ``1.2 ms``, ``3.45 s``, ``5 min 06 s``, ``7 h 08 min``; an estimate has fewer digits."""
     if seconds < 1:
-        return f"{seconds * 1e3:.1f} ms"
+        return f"{seconds * 1e3:.{0 if rough and seconds >= 0.01 else 1}f} ms"
     if seconds < 60:
-        return f"{seconds:.2f} s"
+        return f"{seconds:.{1 if rough else 2}f} s"
     if seconds < 3600:
         return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"

@@ -21,11 +21,9 @@ from badam_planner.sharding import (
     Pass,
     Passes,
     Sharding,
-    Traffic,
-    traffic,
-    traffic_of_everything,
     twin_of,
 )
+from badam_planner.traffic import Traffic, traffic, traffic_of_everything
 
 BUCKETS = 2
 """Buffers of the size of the largest trained matrix that DeepSpeed keeps while a block is active."""

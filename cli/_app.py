@@ -8,10 +8,26 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import typer
 
 from badam.errors import BadamError
+
+
+def _print_version(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        import badam
+
+        print(context.info_name, badam.__version__)
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+]
+"""The option ``--version`` of each command."""
 
 
 @contextmanager

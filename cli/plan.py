@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from badam_cli._app import quiet_libraries, reporting_errors, say
+from badam_cli._app import Version, quiet_libraries, reporting_errors, say
 
 if TYPE_CHECKING:
     from badam.plan import Target
@@ -23,32 +23,43 @@ if TYPE_CHECKING:
 
 Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = typer.Typer(rich_markup_mode=None)
 
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Catalogue name, Hub id, directory or config.json.")],
-    gpu: Annotated[str, typer.Option(help="Card by name, 'auto' for the one in this machine, or 'cpu'.")] = "auto",
-    gpu_memory: Annotated[str | None, typer.Option(help="Memory a process may use instead, such as 24GiB.")] = None,
-    num_gpus: Annotated[str, typer.Option(help="Cards to train on; auto for the fewest that do.")] = "1",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Catalogue name, Hub id, directory or config.json.")],
+    gpu: Annotated[str, typer.Option(help="Card by name, auto for the one in this machine, or cpu.")] = "auto",
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory that may be used, such as 24GiB, instead of what the card has.")
+    ] = None,
+    num_gpus: Annotated[str, typer.Option(help="Number of cards; auto finds the fewest that fit.")] = "1",
     engine: Annotated[
-        Literal["single", "ddp", "fsdp2", "zero3"], typer.Option(help="What copies or shards over cards.")
+        Literal["single", "ddp", "fsdp2", "zero3"],
+        typer.Option(help="How several cards share the model: ddp copies it, fsdp2 and zero3 shard it."),
     ] = "single",
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            help="With fsdp2, cards that one copy of the model is cut over, auto for the fewest that do; all by "
+            "default. With fewer than all there are several copies (HSDP)."
+        ),
+    ] = None,
     offload: Annotated[
         Literal["none", "optimizer", "all"],
-        typer.Option(help="With zero3, what lies in host memory: masters and moments, or parameters as well."),
+        typer.Option(help="With zero3: keep the optimizer's state, or parameters as well, in host memory."),
     ] = "none",
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Cards in one machine, for the time of transfers.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Cards in one machine, for transfer times.")] = 8,
     method: Annotated[Method, typer.Option(help="Training method.")] = "badam",
-    compare_methods: Annotated[bool, typer.Option("--compare-methods", help="Show other methods too.")] = False,
+    compare_methods: Annotated[bool, typer.Option("--compare-methods", help="Also plan every other method.")] = False,
     partition: Annotated[
-        Literal["auto", "layer", "attn-mlp", "matrix"], typer.Option(help="What a block is; auto tries all.")
+        Literal["auto", "layer", "attn-mlp", "matrix"], typer.Option(help="What a block is; auto tries all three.")
     ] = "auto",
     include_embedding: Annotated[bool, typer.Option(help="Train the embedding as a block.")] = False,
     include_lm_head: Annotated[bool, typer.Option(help="Train the output projection as a block.")] = False,
     active_module: Annotated[
-        list[str] | None, typer.Option(help="A module to train in every visit, besides its block.")
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="Train this module in every visit, besides its block. Can be repeated."),
     ] = None,
     task: Annotated[
         Literal[
@@ -59,64 +70,89 @@ def plan(
             "image-classification",
             "speech-to-text",
         ],
-        typer.Option(help="What to train for; auto is what the model's configuration says."),
+        typer.Option(help="What to train for; auto follows the model's configuration."),
     ] = "auto",
-    num_labels: Annotated[int | None, typer.Option(min=2, help="Classes of a classification; two by default.")] = None,
+    num_labels: Annotated[
+        int | None, typer.Option(min=2, help="Number of classes of a classification; two by default.")
+    ] = None,
     update_ratio: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="badam-ratio: share of each parameter trained at a time.")
     ] = 0.1,
-    rank: Annotated[int | None, typer.Option(min=1, help="lora: 8 by default; galore: 128 by default.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="lora: scale of the adapters, twice the rank by default.")] = None,
-    target_module: Annotated[
-        list[str] | None, typer.Option(help="lora: a module to adapt; every linear layer but the head by default.")
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank, for lora and qlora (8 by default) and galore (128 by default).")
     ] = None,
-    sampled_layers: Annotated[int, typer.Option(min=1, help="lisa: layers trained at a time.")] = 2,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per micro-batch.")] = 1,
+    alpha: Annotated[
+        float | None, typer.Option(help="lora, qlora: alpha of the adapters, twice the rank by default.")
+    ] = None,
+    target_module: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE",
+            help="lora, qlora: adapt modules of this name. Can be repeated. By default every linear layer but the "
+            "output projection.",
+        ),
+    ] = None,
+    sampled_layers: Annotated[int, typer.Option(min=1, help="lisa: number of layers trained at a time.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per micro-batch (and card).")] = 1,
     seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per sequence, 512 by default; images and speech have their own.")
+        int | None, typer.Option(min=1, help="Tokens per sequence, 512 by default; fixed for images and speech.")
     ] = None,
     decoder_len: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Tokens that a decoder beside an encoder learns to write; by default as many as the encoder reads, "
-            "of speech as many as it can.",
+            help="Models with encoder and decoder: tokens per target sequence. By default --seq-len, or for speech the "
+            "longest that the decoder can write.",
         ),
     ] = None,
     grad_accum: Annotated[int, typer.Option(min=1, help="Micro-batches per optimizer step.")] = 1,
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Type of the weights.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Data type of the weights.")
+    ] = "bfloat16",
     checkpointing: Annotated[
-        Literal["auto", "all", "none"], typer.Option(help="Recompute layers in backward; auto only if needed.")
+        Literal["auto", "all", "none"],
+        typer.Option(help="Activation checkpointing of all layers; auto only where needed to fit."),
     ] = "auto",
     loss: Annotated[
-        Literal["auto", "full", "chunked"], typer.Option(help="Logits at once or in chunks; auto only if needed.")
+        Literal["auto", "full", "chunked"],
+        typer.Option(help="Logits in full or in chunks; auto in chunks only where needed to fit."),
     ] = "auto",
     expandable_segments: Annotated[
-        Literal["auto", "on", "off"], typer.Option(help="Let torch's allocator grow its segments; auto only if needed.")
+        Literal["auto", "on", "off"],
+        typer.Option(help="Expandable segments of the CUDA allocator; auto only where needed to fit."),
     ] = "auto",
     attention: Annotated[
-        Literal["auto", "sdpa", "eager"], typer.Option(help="Attention; auto is sdpa where the model has it.")
+        Literal["auto", "sdpa", "eager"],
+        typer.Option(help="Attention implementation; auto is sdpa where the model has it."),
     ] = "auto",
-    switch_every: Annotated[str, typer.Option(help="Steps per visit of a block, or auto.")] = "auto",
+    switch_every: Annotated[
+        str, typer.Option(help="K, the optimizer steps of each visit to a block; auto takes 50 to 100, by --samples.")
+    ] = "auto",
     switch_mode: Annotated[
-        Literal["random", "ascending", "descending", "fixed"], typer.Option(help="Order of the blocks.")
+        Literal["random", "ascending", "descending", "fixed"], typer.Option(help="Order in which blocks are visited.")
     ] = "random",
-    samples: Annotated[int | None, typer.Option(min=1, help="Training examples, for --switch-every auto.")] = None,
-    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate to write into the plan.")] = 1e-5,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of training examples, for --switch-every auto and the time of an epoch."),
+    ] = None,
+    epochs: Annotated[
+        float, typer.Option(min=0.0, help="With --samples: passes over the data, for the time of the run.")
+    ] = 1.0,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate, as badam-train will use it.")] = 1e-5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the block order.")] = 0,
     output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML report.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan on stdout and nothing else.")] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Rehearse every layer instead of composing.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Rehearse every layer instead of one of each kind.")] = False,
+    version: Version = False,
 ) -> None:
-    """Propose block partitions of MODEL, predict their peak memory, and write the best that fits to a plan.
+    """Predict the peak memory of fine-tuning MODEL for each way to cut it into blocks, and write a plan for the best.
 
-    Exit code 0: a plan that fits was written; 1: nothing fits, and what would; 2: bad input.
+    Exit code 0: it fits, and the plan was written; 1: nothing fits; 2: bad input.
     """
     with reporting_errors():
         quiet_libraries()
-        cards = _cards(engine, num_gpus, gpus_per_node, offload)
+        cards = _cards(engine, num_gpus, shard_size, gpus_per_node, offload)
         options = {
             "method": method,
             "compare_methods": compare_methods,
@@ -142,13 +178,14 @@ def plan(
             "seed": seed,
             "exact": exact,
             "find_num_gpus": num_gpus == "auto",
+            "find_shard_size": shard_size == "auto",
         }
         with _progress() as progress:
             progress(f"reading {model}")
             target = _target(gpu, gpu_memory).model_copy(update=cards)
             purpose = {"task": None if task == "auto" else task, "labels": num_labels}
             answer = _answer(model, purpose, target, options, progress)
-        _present(answer, output, html, as_json=as_json)
+        _present(answer, output, html, epochs=epochs, as_json=as_json)
 
 
 def _answer(
@@ -186,22 +223,60 @@ def _answer(
     return answer
 
 
-def _cards(engine: str, num_gpus: str, gpus_per_node: int, offload: str) -> dict[str, Any]:
+def _cards(engine: str, num_gpus: str, shard_size: str | None, gpus_per_node: int, offload: str) -> dict[str, Any]:
     """The fields of the target that say how many cards there are and what joins them."""
     from badam.errors import InputError
 
-    if num_gpus != "auto" and not (num_gpus.isdecimal() and int(num_gpus) > 0):
-        raise InputError(f"--num-gpus {num_gpus!r} is neither a number of cards nor auto.")
+    for option, given in (("--num-gpus", num_gpus), ("--shard-size", shard_size or "auto")):
+        if given != "auto" and not (given.isdecimal() and int(given) > 0):
+            raise InputError(f"{option} {given!r} is neither a number of cards nor auto.")
     if engine == "single" and num_gpus != "1":
         raise InputError(
-            f"--num-gpus {num_gpus} needs an engine that joins cards.", advice="Add --engine fsdp2, or --engine ddp."
+            f"--num-gpus {num_gpus} needs an engine for several cards.", advice="Add --engine fsdp2, or --engine ddp."
+        )
+    if engine != "single" and num_gpus == "1":
+        raise InputError(
+            f"--engine {engine} joins cards, and there is one.",
+            advice=f"Say how many with --num-gpus, or leave --engine {engine} out.",
         )
     if engine == "ddp" and num_gpus == "auto":
-        raise InputError("Copies take as much on many cards as on one.", advice="Give --num-gpus a number.")
+        raise InputError(
+            "With --engine ddp every card needs the same memory, so there is no fewest that fit.",
+            advice="Give a number.",
+        )
     if offload != "none" and engine != "zero3":
         raise InputError(f"--offload {offload} needs DeepSpeed, not {engine}.", advice="Add --engine zero3.")
     cards = 1 if num_gpus == "auto" else int(num_gpus)
-    return {"engine": engine, "num_gpus": cards, "gpus_per_node": gpus_per_node, "offload": offload}
+    if shard_size is not None:
+        _check_shard_size(shard_size, engine, num_gpus)
+    size = None if shard_size is None or shard_size in ("auto", num_gpus) else int(shard_size)
+    return {
+        "engine": engine,
+        "num_gpus": cards,
+        "shard_size": size,
+        "gpus_per_node": gpus_per_node,
+        "offload": offload,
+    }
+
+
+def _check_shard_size(shard_size: str, engine: str, num_gpus: str) -> None:
+    from badam.errors import InputError
+
+    if engine != "fsdp2":
+        raise InputError(f"--shard-size {shard_size} needs FSDP2, not {engine}.", advice="Add --engine fsdp2.")
+    if shard_size == "1":
+        raise InputError("With --shard-size 1 no copy of the model would be cut.", advice="Use --engine ddp.")
+    if num_gpus == "auto":
+        raise InputError(
+            f"With --shard-size {shard_size} what a card needs does not depend on the number of cards.",
+            advice="Give --num-gpus a number; or leave --shard-size out, to find the fewest cards for one copy.",
+        )
+    if shard_size != "auto" and int(num_gpus) % int(shard_size):
+        whole = [size for size in range(2, min(int(num_gpus), 4096) + 1) if int(num_gpus) % size == 0]
+        raise InputError(
+            f"{num_gpus} cards cannot be divided into groups of {shard_size}.",
+            advice=f"Choose --shard-size among {', '.join(map(str, whole))}.",
+        )
 
 
 def _target(gpu: str, gpu_memory: str | None) -> Target:
@@ -261,40 +336,47 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def _present(answer: Answer, output: Path, html: Path | None, *, as_json: bool) -> None:
-    """The table and where the plan went, or the plan alone; then the refusal, if it is one."""
+def _present(answer: Answer, output: Path, html: Path | None, *, epochs: float, as_json: bool) -> None:
+    """Write the plan, show the table and say where the plan went, or print the plan alone; or raise the refusal."""
     from badam.plan import save_record
 
-    if not as_json:
-        from rich.console import Console
-
-        from badam_planner.report.plan_table import render_candidates, render_largest, render_peak, render_time
-
-        console, result = Console(), answer.result
-        shown = next((one for one in result.candidates if one.recommended), result.candidates[0])
-        console.print(render_candidates(result))
-        console.print()
-        console.print(render_peak(shown, result.usable_bytes))
-        console.print()
-        console.print(render_largest(shown))
-        if answer.plan is not None:
-            console.print()
-            console.print(render_time(answer.plan))
-    if answer.refusal is not None:
-        raise answer.refusal
-    assert answer.plan is not None  # without a refusal there is a plan
-    if not as_json and answer.plan.target.engine != "single":
-        from badam_planner.report.cards_table import render_transfers
-
-        console.print(render_transfers(answer.plan))
+    plan = answer.plan
     if as_json:
-        print(answer.plan.model_dump_json(indent=2))
+        if answer.refusal is not None:
+            raise answer.refusal
+        assert plan is not None  # without a refusal there is a plan
+        print(plan.model_dump_json(indent=2))
     else:
-        save_record(answer.plan, output)
+        if plan is not None:
+            save_record(plan, output)  # before anything is printed: who reads it may close the pipe
+        _show(answer, epochs)
+        if answer.refusal is not None:
+            raise answer.refusal
         say(f"plan written to {output}")
     if html is not None:
         _write_html(answer, html)
         say(f"report written to {html}")
+
+
+def _show(answer: Answer, epochs: float) -> None:
+    """The table of partitions, and what is in the peak, the time and the transfers of the one shown."""
+    from rich.console import Console
+
+    from badam_planner.report.cards_table import render_transfers
+    from badam_planner.report.plan_table import render_candidates, render_largest, render_peak, render_time
+
+    console, result = Console(), answer.result
+    shown = next((one for one in result.candidates if one.recommended), result.candidates[0])
+    console.print(render_candidates(result))
+    console.print()
+    console.print(render_peak(shown, result.usable_bytes))
+    console.print()
+    console.print(render_largest(shown))
+    if answer.plan is not None:
+        console.print()
+        console.print(render_time(answer.plan, epochs))
+        if answer.plan.target.engine != "single":
+            console.print(render_transfers(answer.plan))
 
 
 def _write_html(answer: Answer, html: Path) -> None:

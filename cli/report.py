@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from badam.errors import BadamError, InputError
-from badam_cli._app import quiet_libraries, reporting_errors, say
+from badam_cli._app import Version, quiet_libraries, reporting_errors, say
 
 if TYPE_CHECKING:
-    from badam_planner.compare import Accuracy
+    from badam_planner.comparison import Accuracy
 
 PLAN, MEASURED = "plan.json", "measured.json"
 """What badam-train leaves in the directory of a run."""
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -31,26 +31,30 @@ def report(
         list[Path] | None,
         typer.Argument(
             metavar="MEASURED...",
-            help="Measured runs, as badam-train wrote them, or directories of runs, which hold their plans too. "
-            "Further plans may stand among them: each run is compared with the plan that it was started with.",
+            help="Measured runs, as badam-train wrote them, or directories of runs. Plans may stand among them: each "
+            "run is compared with the plan that it was started with.",
         ),
     ] = None,
     tolerance: Annotated[
-        str, typer.Option(metavar="PERCENT", help="Largest accepted error of a peak; beyond it the exit code is 1.")
+        str,
+        typer.Option(metavar="PERCENT", help="Largest error of a peak that is accepted; beyond it the exit code is 1."),
     ] = "5%",
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a self-contained HTML report.")] = None,
     calibrate: Annotated[
         bool,
         typer.Option(
-            "--calibrate", help="Also keep what these runs say about their device; badam-plan then plans with it."
+            "--calibrate", help="Also keep what these runs show of their device, for badam-plan to plan with."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Every figure on stdout as JSON, and nothing else.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print every figure as JSON on stdout and nothing else.")
+    ] = False,
+    version: Version = False,
 ) -> None:
-    """Show what was predicted beside what was measured.
+    """Compare what was predicted with what was measured.
 
-    One run is shown in full: per phase, category and block. Several are shown as a table of accuracy.
-    Exit code: 0 within the tolerance, 1 beyond it, 2 bad input.
+    One run is shown in full, by phase, category and block; several as a table of accuracy.
+    Exit code 0: every peak is within the tolerance; 1: one is beyond it; 2: bad input.
     """
     with reporting_errors():
         quiet_libraries()
@@ -74,8 +78,8 @@ def _files(paths: list[Path]) -> list[Path]:
             continue
         if not (path / MEASURED).is_file():
             raise InputError(
-                f"{path} holds no {MEASURED}, so no run has ended there.",
-                advice="Give the directory that badam-train was told with --output-dir.",
+                f"{path} holds no {MEASURED}, so no run was completed there.",
+                advice="Give the --output-dir of a finished run of badam-train.",
             )
         found += [path / name for name in (PLAN, MEASURED) if (path / name).is_file()]
     return found

@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 import typer
 
 from badam.errors import InputError
+from badam.extras import require
 from badam_cli._allocator import configure_allocator
-from badam_cli._app import quiet_libraries, reporting_errors, say
+from badam_cli._app import Version, quiet_libraries, reporting_errors, say
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = typer.Typer(rich_markup_mode=None)
 
 
 @app.command()
@@ -91,8 +92,9 @@ def train(
     report_to: Annotated[
         list[str] | None, typer.Option(help="Also log to tensorboard, wandb, ... as transformers can.")
     ] = None,
+    version: Version = False,
 ) -> None:
-    """Train the plan's model, and measure memory and time beside it.
+    """Train the plan's model, and measure its memory and time.
 
     The output directory gets model/ (safetensors and tokenizer), checkpoint-N/, measured.json, metrics.jsonl,
     evaluations.jsonl and plan.json. Exit code: 0 done; 2 bad input; 3 out of memory; 130 or 143 stopped by SIGINT or
@@ -102,6 +104,7 @@ def train(
         from badam.plan import load_plan
 
         loaded = load_plan(plan)
+        require("badam-train", {"trl": "trl", "datasets": "datasets", "accelerate": "accelerate"}, extra="train")
         columns = _columns(column or [])
         quiet_libraries()
         configure_allocator(loaded.target)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from badam.errors import DataError, InputError
+from badam.errors import DataError
+from badam.extras import require
 from badam.training.json_array import BrokenJson, BrokenText, array_values
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -152,7 +153,7 @@ def _hub_rows(name: str, split: str) -> Iterator[PlacedRow]:
         loaded = datasets.load_dataset(name, split=split)
     except Exception as error:  # offline, unknown, gated, no such split: the library has a class for each, no base
         raise DataError(
-            f"{name} is neither a file here nor a data set that the Hub gives ({_first_line(error)}).",
+            f"{name} is neither a file here nor a data set on the Hub ({_first_line(error)}).",
             advice="Give a local file or directory; without --data, docstrings of Python's library are used.",
         ) from error
     for number, row in enumerate(loaded, start=1):
@@ -209,12 +210,9 @@ def _object(value: Any, path: Path, place: str) -> PlacedRow:
 
 
 def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            "Reading this data needs the package datasets.", advice="Install it: pip install badam[train]."
-        ) from error
+    require("Reading this data", {"datasets": "datasets"}, extra="train")
+    import datasets
+
     return datasets
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from badam import phases
 from badam.naming import enclosing
 from badam.vocabulary import Category, Phase
 from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, MemoryTraffic, Recording
 from badam_planner.probe.accumulation import accumulates_in_place, holders_of_a_sum, scatters_in_place
+from badam_planner.probe.flops import FLOPS, four_bit_product
 from badam_planner.probe.owners import Arguments, Owners
 from badam_planner.probe.shapes import Maker, answer, moved_bytes
 from badam_planner.scratch import (
@@ -36,31 +36,7 @@ from badam_planner.timeline import LOSS_MODULE
 INTERRUPTING = (Phase.RECOMPUTE, Phase.STEP)
 """Phases from which backward is resumed; it begins after any other."""
 
-
 NO_TRAFFIC = MemoryTraffic()
-
-
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
-
-
-def _attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
-
-
-def _four_bit_flops(inputs: Tensor, _packed: Tensor, shape: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * inputs.numel() * shape[0]
-
-
-FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-"""Operations of products by operator: torch's formulas, and the same for attention on the CPU, which it leaves out.
-
-A causal mask halves the work of a good kernel; it is counted in full, as torch does.
-"""
 
 
 class StorageTracker(TorchDispatchMode):
@@ -139,7 +115,7 @@ class StorageTracker(TorchDispatchMode):
             inputs, _, shape, _, blocksize = args[:5]
             sizes = unpacked_bytes(shape, blocksize, inputs.element_size())
             self._pass_through(sizes, name, "unpacked weight", card_only=False)
-            FLOPS.setdefault(func._overloadpacket, _four_bit_flops)  # it exists since bitsandbytes was imported
+            FLOPS.setdefault(func._overloadpacket, four_bit_product)  # it exists since bitsandbytes was imported
         elif self._on_cpu and name in BY_INDEX:
             sizes = by_index_bytes(output.shape, output.element_size())
             self._pass_through(sizes, name, "fp32 copy", card_only=False)

@@ -53,21 +53,24 @@ def render_peak(candidate: Candidate, usable_bytes: int) -> RenderableType:
     return StackedBars((Bar(f"peak in {candidate.peak_phase}", "", parts),), limit)
 
 
-def render_time(plan: Plan) -> RenderableType:
-    """How long a step is predicted to take, phase by phase, on what assumption."""
+def render_time(plan: Plan, epochs: float = 1.0) -> RenderableType:
+    """How long a step, an epoch and ``epochs`` of them are predicted to take, and on what assumption."""
     prediction, rates = plan.prediction, plan.target.rates
     if prediction is None or prediction.step_seconds is None or rates is None:
         return Text(
             f"How long a step takes on {clean(plan.target.gpu)} is not known before a run has been measured there."
         )
     parts = [
-        f"{phase} {format_seconds(prediction.seconds_by_phase[phase])}"
+        f"{phase} {format_seconds(prediction.seconds_by_phase[phase], rough=True)}"
         for phase in Phase
         if phase not in ONCE_PER_VISIT and phase in prediction.seconds_by_phase
     ]
-    text = f"One step takes {format_seconds(prediction.step_seconds)} in the mean over blocks ({', '.join(parts)})"
+    whole = format_seconds(prediction.step_seconds, rough=True)
+    text = f"One step takes about {whole}, the mean over blocks ({', '.join(parts)})"
     if prediction.epoch_seconds is not None:
-        text += f", an epoch {format_seconds(prediction.epoch_seconds)}"
+        text += f", an epoch {format_seconds(prediction.epoch_seconds, rough=True)}"
+        if epochs != 1:
+            text += f", {epochs:g} epochs {format_seconds(epochs * prediction.epoch_seconds, rough=True)}"
     return Text(f"{text}, {clean(rates.basis)}.")
 
 

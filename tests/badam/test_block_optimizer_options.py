@@ -325,7 +325,7 @@ def test_only_the_object_itself_clips_gradients_of_ranges() -> None:
 def test_older_torch_accumulates_in_fp32_through_a_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = net(), net()
     expected = blocks(twin, switch_block_every=3)
-    monkeypatch.setattr("badam._visits.HAS_GRAD_DTYPE", False)
+    monkeypatch.setattr("badam._block_visits.HAS_GRAD_DTYPE", False)
     optimizer = blocks(model, switch_block_every=3)
     assert optimizer.hides_gradients
     train(model, optimizer, 7, accumulate=3, clip=0.05)

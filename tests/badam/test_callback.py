@@ -127,7 +127,7 @@ def test_hidden_gradients_are_clipped_and_their_norm_is_logged(
 ) -> None:
     visible = trainer_for(model := tiny_llama(), tmp_path / "visible")
     visible.train()
-    monkeypatch.setattr("badam._visits.HAS_GRAD_DTYPE", False)  # as on older torch
+    monkeypatch.setattr("badam._block_visits.HAS_GRAD_DTYPE", False)  # as on older torch
     hidden = trainer_for(twin := tiny_llama(), tmp_path / "hidden")
     hidden.train()
     for ours, expected in zip(curve(hidden), curve(visible), strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from badam.errors import InputError
+from badam.extras import require
 from badam.plan import Method, Plan
 from badam.training.step import forward_loss
 
@@ -57,12 +57,7 @@ class TrainingMethod(ABC):
         Raises:
             InputError: with what is missing or contradictory, and what to change.
         """
-        missing = [package for module, package in self.libraries.items() if find_spec(module) is None]
-        if missing:
-            raise InputError(
-                f"The method {self.name} needs {' and '.join(missing)}, which cannot be imported here.",
-                advice="Install it with: pip install 'badam[train,compare]'.",
-            )
+        require(f"The method {self.name}", self.libraries, extra="train,compare")
         if plan.training.grad_accum > 1 and not self.accumulates:
             raise InputError(
                 f"{self.name} updates weights inside backward, so it cannot accumulate {plan.training.grad_accum} "

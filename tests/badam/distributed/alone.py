@@ -2,7 +2,7 @@
 
 FSDP2, the optimizer and the allocator are the real ones, so every tensor of one rank is there at its time; what is not
 there is what a communication library takes for itself. Reads a list of requests as JSON from stdin, each with the
-number of processes, a plan and the active block, and writes what ``jobs.llama_peak`` found for each to stdout.
+number of processes, a plan and the active block, and writes what ``llama_peak`` found for each to stdout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from badam._ranks import ProcessRanks
-from tests.badam.distributed import jobs
+from tests.badam.distributed.step_memory_jobs import llama_peak
 
 
 def without_gloo(*args: Any, **options: Any) -> Any:
@@ -34,7 +34,7 @@ if __name__ == "__main__":
     found = []
     for request in json.load(sys.stdin):
         dist.init_process_group("fake", rank=0, world_size=request["processes"], store=FakeStore())
-        found.append(jobs.llama_peak(request["plan"], request["block"]))
+        found.append(llama_peak(request["plan"], request["block"]))
         dist.destroy_process_group()
     print(json.dumps(found), flush=True)
     os._exit(0)

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 
 from badam.distributed import save_checkpoint
-from tests.badam.distributed import jobs
+from tests.badam.distributed.small_training import SWITCH_EVERY, make, train
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     directory = Path(sys.argv[1])
     (directory / f"rank-{dist.get_rank()}.pid").write_text(str(os.getpid()))
-    model, optimizer = jobs.make("fsdp")
+    model, optimizer = make("fsdp")
     while True:
-        jobs.train(model, optimizer, optimizer.global_step + jobs.SWITCH_EVERY)
+        train(model, optimizer, optimizer.global_step + SWITCH_EVERY)
         save_checkpoint(directory / f"step-{optimizer.global_step}", model, optimizer)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.badam.distributed import jobs
-from tests.badam.distributed.workers import ROOT, on_ranks
+from tests.badam.distributed import checkpoint_jobs as jobs
+from tests.badam.distributed.small_training import assert_equal_runs
+from tests.badam.distributed.workers import ROOT, on_ranks, results_of
 
 SECONDS_TO_END = 60
 
@@ -20,29 +21,24 @@ SECONDS_TO_END = 60
 def test_a_run_saved_on_four_processes_goes_on_on_two_with_the_same_losses(tmp_path: Path) -> None:
     path = str(tmp_path / "saved")
     expected = on_ranks(4, jobs.save, path=path)[0]
-    for losses, weights in on_ranks(2, jobs.resume, path=path):
-        torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=0)
-        torch.testing.assert_close(weights, expected[1], rtol=0, atol=1e-5)
+    for run in on_ranks(2, jobs.resume, path=path):
+        assert_equal_runs(run, expected)
 
 
 def test_a_run_goes_on_bit_identically_and_wrong_checkpoints_are_refused(tmp_path: Path) -> None:
     sharded, copies, model = (str(tmp_path / name) for name in ("sharded", "copies", "model"))
-    results = on_ranks(
+    results = results_of(
         2,
-        jobs.all_of,
-        requests={
-            "saved": ("save", {"path": sharded, "dtype": "bfloat16"}),
-            "resumed": ("resume", {"path": sharded, "dtype": "bfloat16"}),
-            "saved copies": ("save", {"path": copies, "how": "copies"}),
-            "resumed copies": ("resume", {"path": copies, "how": "copies"}),
-            "refusals": ("checkpoint_refusals", {"path": copies}),
-            "model": ("whole_model", {"path": model}),
+        {
+            "saved": (jobs.save, {"path": sharded, "dtype": "bfloat16"}),
+            "resumed": (jobs.resume, {"path": sharded, "dtype": "bfloat16"}),
+            "saved copies": (jobs.save, {"path": copies, "how": "copies"}),
+            "resumed copies": (jobs.resume, {"path": copies, "how": "copies"}),
+            "refusals": (jobs.checkpoint_refusals, {"path": copies}),
+            "model": (jobs.whole_model, {"path": model}),
         },
     )
     for each in results:
-        for result in each.values():
-            if isinstance(result, AssertionError):
-                raise result
         torch.testing.assert_close(each["resumed"], each["saved"], rtol=0, atol=0)
         torch.testing.assert_close(each["resumed copies"], each["saved copies"], rtol=0, atol=0)
         refusals = each["refusals"]

@@ -4,36 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.badam.distributed import jobs
-from tests.badam.distributed.workers import on_ranks
+from tests.badam.distributed import small_training
+from tests.badam.distributed import zero3_jobs as jobs
+from tests.badam.distributed.small_training import LAYERS, SWITCH_EVERY, assert_equal_runs
+from tests.badam.distributed.workers import on_ranks, results_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-
-Run = tuple[list[float], dict[str, torch.Tensor]]
 
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-
-
-def assert_equal_runs(run: Run, reference: Run) -> None:
-    torch.testing.assert_close(run[0], reference[0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(run[1], reference[1], rtol=0, atol=1e-5)
-
-
-def results_of(processes: int, requests: dict[str, tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    results = on_ranks(processes, jobs.all_of, requests=requests)
-    for each in results:
-        for result in each.values():
-            if isinstance(result, AssertionError):
-                raise result
-    return results
 
 
 @pytest.mark.slow
@@ -42,25 +27,25 @@ def test_two_processes_train_like_one_and_lose_no_update_and_resume(tmp_path: Pa
     results = results_of(
         2,
         {
-            "run": ("run_deepspeed", {}),
-            "optimizer offloaded": ("run_deepspeed", {"offload": ("optimizer",)}),
-            "all offloaded": ("run_deepspeed", {"offload": ("optimizer", "param")}),
-            "last updates": ("last_updates", {}),
-            "saved": ("save_deepspeed", {"directory": directory}),
-            "resumed": ("resume_deepspeed", {"directory": directory}),
-            "saved bf16": ("save_deepspeed", {"directory": narrow, "dtype": "bfloat16"}),
-            "resumed bf16": ("resume_deepspeed", {"directory": narrow, "dtype": "bfloat16"}),
-            "saved whole": ("save_portable", {"directory": directory}),
-            "resumed whole": ("resume_portable", {"directory": directory}),
-            "refusals": ("deepspeed_refusals", {"directory": directory}),
-            "other number": ("other_number_of_processes", {"directory": directory}),
+            "run": (jobs.run_deepspeed, {}),
+            "optimizer offloaded": (jobs.run_deepspeed, {"offload": ("optimizer",)}),
+            "all offloaded": (jobs.run_deepspeed, {"offload": ("optimizer", "param")}),
+            "last updates": (jobs.last_updates, {}),
+            "saved": (jobs.save_deepspeed, {"directory": directory}),
+            "resumed": (jobs.resume_deepspeed, {"directory": directory}),
+            "saved bf16": (jobs.save_deepspeed, {"directory": narrow, "dtype": "bfloat16"}),
+            "resumed bf16": (jobs.resume_deepspeed, {"directory": narrow, "dtype": "bfloat16"}),
+            "saved whole": (jobs.save_portable, {"directory": directory}),
+            "resumed whole": (jobs.resume_portable, {"directory": directory}),
+            "refusals": (jobs.deepspeed_refusals, {"directory": directory}),
+            "other number": (jobs.other_number_of_processes, {"directory": directory}),
         },
     )
-    reference = jobs.run(how="single")
+    reference = small_training.run(how="single")
     for each in results:
         for run in ("run", "optimizer offloaded", "all offloaded"):
             assert_equal_runs(each[run], reference)
-        assert each["last updates"] == [(True, False)] * jobs.LAYERS
+        assert each["last updates"] == [(True, False)] * LAYERS
         torch.testing.assert_close(each["resumed"], each["saved"], rtol=0, atol=0)
         torch.testing.assert_close(each["resumed bf16"], each["saved bf16"], rtol=0, atol=0)
         torch.testing.assert_close(each["resumed whole"], each["saved whole"], rtol=0, atol=0)
@@ -85,7 +70,7 @@ def test_a_portable_checkpoint_of_four_processes_goes_on_in_two(tmp_path: Path, 
 
 @pytest.mark.slow
 def test_four_processes_train_like_one() -> None:
-    reference = jobs.run(how="single")
+    reference = small_training.run(how="single")
     for run in on_ranks(4, jobs.run_deepspeed):
         assert_equal_runs(run, reference)
 
@@ -93,5 +78,5 @@ def test_four_processes_train_like_one() -> None:
 @pytest.mark.slow
 def test_a_trainer_under_zero3_switches_blocks_through_the_callback(tmp_path: Path) -> None:
     for steps, visits, driven, losses in on_ranks(2, jobs.zero3_in_a_trainer, directory=str(tmp_path)):
-        assert (steps, visits, driven) == (jobs.LAYERS * jobs.SWITCH_EVERY, jobs.LAYERS, True)
+        assert (steps, visits, driven) == (LAYERS * SWITCH_EVERY, LAYERS, True)
         assert losses[-1] < losses[0]

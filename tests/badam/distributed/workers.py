@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,31 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+Requests = dict[str, tuple[Callable[..., Any], dict[str, Any]]]
+"""By name: a function of a module and its keyword arguments."""
+
+
+def one_after_another(requests: Requests) -> dict[str, Any]:
+    """Several jobs in the same processes, because starting processes takes longer than most jobs do.
+
+    What one of them raises takes the place of its result.
+    """
+    results: dict[str, Any] = {}
+    for name, (job, settings) in requests.items():
+        try:
+            results[name] = job(**settings)
+        except Exception:
+            results[name] = AssertionError(traceback.format_exc())
+    return results
+
+
+def results_of(count: int, requests: Requests) -> list[dict[str, Any]]:
+    """The results of ``requests`` on each of ``count`` processes; raises the first failure."""
+    on_each = on_ranks(count, one_after_another, requests=requests)
+    for results in on_each:
+        for result in results.values():
+            if isinstance(result, AssertionError):
+                raise result
+    return on_each

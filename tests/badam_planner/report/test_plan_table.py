@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from badam_planner.report.plan_table import render_candidates, render_peak
+from badam.plan import Rates
+from badam_planner.report.plan_table import render_candidates, render_peak, render_time
 from tests.badam_planner import factories
 from tests.badam_planner.report.rendering import assert_golden, render
 
@@ -73,3 +74,18 @@ def test_candidates_that_count_on_expandable_segments_are_named_with_how_to_get_
     text = " ".join(render(render_candidates(growing), 100).split())
     assert "With expandable segments: layer. badam-train switches them on" in text
     assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in text
+
+
+def test_the_time_of_a_run_is_that_of_an_epoch_as_often_as_there_are_epochs() -> None:
+    plan = factories.plan()
+    assert plan.prediction is not None
+    rates = Rates(flops_per_second={"bfloat16": 1e12}, bytes_per_second=1e12, basis="assuming 1 TFLOP/s")
+    timed = plan.model_copy(
+        update={
+            "target": plan.target.model_copy(update={"rates": rates}),
+            "prediction": plan.prediction.model_copy(update={"step_seconds": 0.5, "epoch_seconds": 600.0}),
+        }
+    )
+    once, thrice = (" ".join(render(render_time(timed, epochs), 100).split()) for epochs in (1, 3))
+    assert "an epoch 10 min 00 s, assuming" in once
+    assert "an epoch 10 min 00 s, 3 epochs 30 min 00 s, assuming" in thrice

@@ -1,9 +1,8 @@
-"""Which block is active, what belongs to it, and what it takes to change that."""
+"""Which block is active, what belongs to it, and switching to the next one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from badam._master_groups import MasterGroups
 from badam._messages import Messages
 from badam._ranks import OneProcess
 from badam._shards import is_sharded, seed_of_shard
+from badam._visiting import VisitingOptimizer, rounding_seed_of
 from badam.errors import InputError
 from badam.naming import Block, belongs, rows_of
 from badam.plan import WriteBack
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from badam.distributed.zero3 import ZeroThree
 
 
-class BlockVisits(Optimizer):
+class BlockVisits(VisitingOptimizer):
     """The part of :class:`badam.BlockOptimizer` that goes from block to block.
 
     Args:
@@ -57,22 +57,15 @@ class BlockVisits(Optimizer):
         self.active_modules = model.always
         self.schedule = schedule
         self.write_back = write_back
-        self.global_step = 0
-        self.steps_in_visit = 0
-        self.visit = 0
         self._base = base
         self._model = model
         self._hide_gradients = hide_gradients
         self._keep_dtype = keep_dtype
-        self._messages = messages
         self._ranks = ranks
         self._zero3: ZeroThree | None = None
         self._user_groups = [list(group["params"]) for group in base.base.param_groups]
-        self._switch_hooks: list[Callable[[Any], None]] = []
         self._active: list[ActiveParameter] = []
-        self._is_built = False
-        super().__init__(base.base.param_groups, base.base.defaults)
-        self._share_with_base()
+        super().__init__(base.base.param_groups, base.base.defaults, base=base.base, messages=messages)
         base.forget()
         self._begin_visit()
         self._announce(None)
@@ -83,11 +76,6 @@ class BlockVisits(Optimizer):
     def base_optimizer(self) -> Optimizer:
         """The optimizer that runs inside a block."""
         return self._base.base
-
-    @property
-    def verbose(self) -> int:
-        """0 says nothing, 1 names each new block, 2 also its parameters."""
-        return self._messages.verbose
 
     @property
     def block_num(self) -> int:
@@ -153,12 +141,6 @@ class BlockVisits(Optimizer):
 
     # Changing it
 
-    def register_switch_hook(self, hook: Callable[[Self], None]) -> Callable[[], None]:
-        """Call ``hook(self)`` now and whenever another block has become active; returns what removes it again."""
-        self._switch_hooks.append(hook)
-        hook(self)
-        return lambda: self._switch_hooks.remove(hook)
-
     @torch.no_grad()
     def switch_trainable_params(self, verbose: int | None = None) -> None:
         """End the visit now and begin the next one; ``step`` calls this after K steps.
@@ -191,13 +173,9 @@ class BlockVisits(Optimizer):
         for member in self._active:
             device, shard = member.parameter.device, member.shard_number
             if (device, shard) not in generators:
-                seed = seed_of_shard(self._rounding_seed(), shard)
+                seed = seed_of_shard(self.rounding_seed(), shard)
                 generators[device, shard] = torch.Generator(device).manual_seed(seed)
             member.write_stochastically(generators[device, shard])
-
-    def _rounding_seed(self) -> int:
-        """Different in every visit and a function of saved numbers only, so that a resumed run rounds alike."""
-        return (self.schedule.seed * 0x9E3779B97F4A7C15 + self.visit * 0xD1B54A32D192ED03 + 1) % 2**63
 
     def _begin_visit(self) -> None:
         prefixes = self.active_param_prefixs
@@ -253,12 +231,15 @@ class BlockVisits(Optimizer):
         if engine is None or engine is self.ds_optimizer:
             return
         from badam.distributed.zero3 import ZeroThree
+        from badam.distributed.zero3_hosts import follow_checkpoints
 
         for member in self._active:  # gradients, copies and states are DeepSpeed's from here on
             member.close()
             member.parameter.requires_grad_(True)
         self._zero3 = ZeroThree(engine, self)
         self._ranks = self._zero3.ranks
+        self._user_groups = [group for group in self._user_groups if group]  # DeepSpeed has dropped empty ones
+        follow_checkpoints()
 
     @property
     def driven_by(self) -> ZeroThree | None:
@@ -271,7 +252,7 @@ class BlockVisits(Optimizer):
 
     def rounding_seed(self) -> int:
         """The seed of stochastic rounding at the end of this visit."""
-        return self._rounding_seed()
+        return rounding_seed_of(self.schedule.seed, self.visit)
 
     def step_is_done(self) -> None:
         """Count a step, and switch when the visit is over."""
@@ -281,7 +262,7 @@ class BlockVisits(Optimizer):
             self.switch_trainable_params()
 
     def _restart_visit(self, visit: int, steps_in_visit: int) -> None:
-        """Be ``steps_in_visit`` steps into ``visit``, without masters or state and without touching a weight."""
+        """Move to ``steps_in_visit`` steps into ``visit``, without masters or state and without changing a weight."""
         self._base.forget()
         self._end_visit()
         self.visit, self.steps_in_visit = visit, steps_in_visit
@@ -291,12 +272,6 @@ class BlockVisits(Optimizer):
         """The gradient of ``member`` is complete, within backward."""
 
     # Being an optimizer to the outside
-
-    def _share_with_base(self) -> None:
-        self.param_groups = self.base_optimizer.param_groups
-        self.state = self.base_optimizer.state
-        self.defaults = self.base_optimizer.defaults
-        self._is_built = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not supported once built: a parameter that came later would be in no block.
@@ -311,21 +286,12 @@ class BlockVisits(Optimizer):
             )
         super().add_param_group(param_group)
 
-    def train(self) -> None:
-        """Passed on to a base optimizer that knows it (schedule-free ones)."""
-        getattr(self.base_optimizer, "train", lambda: None)()
-
-    def eval(self) -> None:
-        """Passed on to a base optimizer that knows it (schedule-free ones)."""
-        getattr(self.base_optimizer, "eval", lambda: None)()
-
     def _index_by_name(self) -> dict[str, int]:
         return {name: index for index, (name, _) in enumerate(self.named_parameters_list)}
 
     def _announce_switch(self, verbose: int | None = None) -> None:
         self._announce(verbose)
-        for hook in list(self._switch_hooks):
-            hook(self)
+        self._call_switch_hooks()
 
     def _announce(self, verbose: int | None) -> None:
         text = f"Training block {self.current_block_idx + 1} of {self.block_num}: {self.current_block.name}."
