@@ -231,12 +231,15 @@ class BlockVisits(VisitingOptimizer):
         if engine is None or engine is self.ds_optimizer:
             return
         from badam.distributed.zero3 import ZeroThree
+        from badam.distributed.zero3_hosts import follow_checkpoints
 
         for member in self._active:  # gradients, copies and states are DeepSpeed's from here on
             member.close()
             member.parameter.requires_grad_(True)
         self._zero3 = ZeroThree(engine, self)
         self._ranks = self._zero3.ranks
+        self._user_groups = [group for group in self._user_groups if group]  # DeepSpeed has dropped empty ones
+        follow_checkpoints()
 
     @property
     def driven_by(self) -> ZeroThree | None:

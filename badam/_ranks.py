@@ -75,8 +75,8 @@ class ProcessRanks(OneProcess):
             dist.all_gather_object(every, here, group=self._checks)
         except RuntimeError as error:
             raise RanksDisagree(
-                f"Rank {dist.get_rank()} reached a check of {', '.join(facts)} and not all of the {self._size} ranks "
-                f"came there within {self._patience.total_seconds():.0f} s.",
+                f"Rank {dist.get_rank()} waited at the check of {', '.join(facts)}, which not all of the {self._size} "
+                f"ranks reached within {self._patience.total_seconds():.0f} s.",
                 advice="Look for the rank that stopped, or that switched blocks by itself.",
             ) from error
         for name in {name: None for facts in every for name in facts}:

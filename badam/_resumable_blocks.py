@@ -46,14 +46,18 @@ class ResumableBlocks(BlockVisits):
         saved = self.check_state(state_dict)
         self.schedule, self.global_step, self.non_finite_steps = saved.schedule, saved.step, saved.non_finite_steps
         self._restart_visit(saved.visit, saved.steps_in_visit)
+        self._take_state(saved, state_dict)
+        self._ranks.check_same(self._facts())
+        self._announce_switch()
+
+    def _take_state(self, saved: Progress, state_dict: dict[str, Any]) -> None:
+        """The active block's masters and the base optimizer's state and options."""
         for member in self._active:
             if member.name in saved.masters:
                 member.load_master(saved.masters[member.name])
         self._base.unpack(self._active, state_dict["state"], state_dict["param_groups"])
         self._base.unpack_changes(saved.group_changes)
         self._share_with_base()
-        self._ranks.check_same(self._facts())
-        self._announce_switch()
 
     def _load_within_deepspeed(self, state_dict: dict[str, Any]) -> None:
         saved = Progress.unpack(state_dict["badam"])

@@ -78,9 +78,15 @@ class Target(Record):
     total_bytes: Bytes  # what the driver reports as the card's memory
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
     context_bytes: Bytes = 0  # taken by the process's device context, outside torch
+    communication_bytes: Bytes = 0  # taken by the communication library, outside torch
     workspace_bytes: Bytes = 0  # matrix-multiplication workspace, allocated through torch
     expandable_segments: bool = False  # torch's allocator grows few segments by pages instead of taking many
     rates: Rates | None = None  # None: nothing is known of its speed
+
+    @property
+    def outside_bytes(self) -> int:
+        """What a process takes outside torch's allocator: its device context and the communication library."""
+        return self.context_bytes + self.communication_bytes
 
     @property
     def shards(self) -> int:
@@ -276,7 +282,7 @@ def load_record(path: Path, kind: type[RecordT], word: str, advice: str) -> Reco
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         raise PlanError(f"The {word} {path} cannot be read as JSON: {error}.", advice=advice) from error
     if not isinstance(content, dict):
-        raise PlanError(f"The {word} {path} holds no JSON object but a {type(content).__name__}.", advice=advice)
+        raise PlanError(f"The {word} {path} holds a JSON {type(content).__name__}, not an object.", advice=advice)
     if (found := content.get("schema_version")) != SCHEMA_VERSION:
         raise PlanError(
             f"The {word} {path} has schema_version {found!r}; this version reads {SCHEMA_VERSION}.", advice=advice

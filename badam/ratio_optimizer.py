@@ -107,15 +107,15 @@ class BlockOptimizerRatio(WindowVisits):
         check_choice("write_back", write_back, ("stochastic", "nearest"))
         if scatter_run < 1 or scatter_run & (scatter_run - 1):
             raise InputError(
-                f"scatter_run is {scatter_run}, which is no power of two.", advice="Choose 1, 2, 4, 8, 16."
+                f"scatter_run is {scatter_run}, which is not a power of two.", advice="Choose 1, 2, 4, 8, 16."
             )
         if fused and foreach:
             raise InputError("fused and foreach exclude each other.", advice="Ask for one of them.")
         named = distinct_parameters(named_parameters_list)
         if any(is_sharded(parameter) or is_held_by_deepspeed(parameter) for _, parameter in named):
             raise InputError(
-                "A window is a part of a whole parameter, and these are spread over several processes.",
-                advice="Train blocks of a sharded model, with BlockOptimizer.",
+                "Windows are cut from whole parameters, but these are spread over several processes.",
+                advice="Train a sharded model by blocks, with BlockOptimizer.",
             )
         for parameter in outside_parameters(named, include_embedding, include_lm_head):
             parameter.requires_grad_(False)

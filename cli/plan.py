@@ -232,7 +232,7 @@ def _cards(engine: str, num_gpus: str, shard_size: str | None, gpus_per_node: in
             raise InputError(f"{option} {given!r} is neither a number of cards nor auto.")
     if engine == "single" and num_gpus != "1":
         raise InputError(
-            f"--num-gpus {num_gpus} needs an engine that joins cards.", advice="Add --engine fsdp2, or --engine ddp."
+            f"--num-gpus {num_gpus} needs an engine for several cards.", advice="Add --engine fsdp2, or --engine ddp."
         )
     if engine != "single" and num_gpus == "1":
         raise InputError(
@@ -240,7 +240,10 @@ def _cards(engine: str, num_gpus: str, shard_size: str | None, gpus_per_node: in
             advice=f"Say how many with --num-gpus, or leave --engine {engine} out.",
         )
     if engine == "ddp" and num_gpus == "auto":
-        raise InputError("Copies take as much on many cards as on one.", advice="Give --num-gpus a number.")
+        raise InputError(
+            "With --engine ddp every card needs the same memory, so there is no fewest that fit.",
+            advice="Give a number.",
+        )
     if offload != "none" and engine != "zero3":
         raise InputError(f"--offload {offload} needs DeepSpeed, not {engine}.", advice="Add --engine zero3.")
     cards = 1 if num_gpus == "auto" else int(num_gpus)

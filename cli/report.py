@@ -78,8 +78,8 @@ def _files(paths: list[Path]) -> list[Path]:
             continue
         if not (path / MEASURED).is_file():
             raise InputError(
-                f"{path} holds no {MEASURED}, so no run has ended there.",
-                advice="Give the directory that badam-train was told with --output-dir.",
+                f"{path} holds no {MEASURED}, so no run was completed there.",
+                advice="Give the --output-dir of a finished run of badam-train.",
             )
         found += [path / name for name in (PLAN, MEASURED) if (path / name).is_file()]
     return found

@@ -12,6 +12,7 @@ from dataclasses import replace
 from badam.errors import BadamError
 from badam.plan import Plan
 from badam.training.methods import METHODS, method_of
+from badam_planner.communication import with_communication
 from badam_planner.planning.outcome import candidate_of, with_prediction
 from badam_planner.planning.refusal import refusal
 from badam_planner.planning.request import Request, staged_plan
@@ -92,7 +93,7 @@ def _rehearse_ahead(request: Request, asked_for: Sequence[Cut], evaluator: Cards
     largest = [(plan, evaluator.decisive(plan)[0]) for plan in plans]
     in_the_middle = [(plan, len(plan.partition.blocks) // 2) for plan in plans[:1]]  # these answer for most others
     evaluator.prepare([*largest, *in_the_middle])
-    limit = request.target.usable_bytes - request.target.context_bytes
+    limit = request.target.usable_bytes - request.target.outside_bytes
     promising = [plan for plan, index in largest if evaluator.peaks(plan, index).peak_allocated_bytes <= limit]
     decisive = [(plan, index) for plan in promising for index in evaluator.decisive(plan)]
     recommended = [(plan, index) for plan in promising[:1] for index in range(len(plan.partition.blocks))]
@@ -103,7 +104,7 @@ def _with_enough_cards(request: Request, evaluator: CardsEvaluator, progress: Pr
     """The request for the fewest cards, or the fewest of one copy, on which it fits, if it leaves their number open."""
 
     def on(**cards: object) -> Request:
-        return replace(request, target=request.target.model_copy(update=cards))
+        return replace(request, target=with_communication(request.target.model_copy(update=cards)))
 
     def fits(asked: Request) -> bool:
         progress(f"trying {asked.target.shards} cards")
@@ -119,7 +120,7 @@ def _with_enough_cards(request: Request, evaluator: CardsEvaluator, progress: Pr
     if request.find_shard_size:
         *fewer, _ = shard_sizes(request.target.num_gpus, request.target.gpus_per_node)
         return next(filter(fits, (on(shard_size=size) for size in fewer)), on(shard_size=None))
-    return request
+    return on()
 
 
 def _other_methods(

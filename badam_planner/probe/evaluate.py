@@ -92,7 +92,7 @@ class Evaluator:
             peaks[index] = self.peaks(plan, index)
             if (
                 give_up_above is not None
-                and peaks[index].peak_allocated_bytes + plan.target.context_bytes > give_up_above
+                and peaks[index].peak_allocated_bytes + plan.target.outside_bytes > give_up_above
             ):
                 return None
         forecasts = {index: self._forecast(plan, index) for index in _worth_simulating(peaks)}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from badam.plan import Plan, Target
 from badam.units import format_bytes
+from badam_planner.communication import communicators
 from badam_planner.links import transfer_times
 
 
-def render_transfers(plan: Plan) -> Table:
+def render_transfers(plan: Plan) -> RenderableType:
     """Bytes that each card sends in a step and the time for them, beside those of training everything."""
     target, prediction = plan.target, plan.prediction
     assert prediction is not None, "a plan for several cards has a prediction"
@@ -31,7 +34,19 @@ def render_transfers(plan: Plan) -> Table:
     ]
     for (name, seconds), (_, everything) in zip(*columns, strict=True):
         table.add_row(name, f"{seconds:.3f} s", f"{everything:.3f} s")
-    return table
+    return Group(table, *_library_in_words(target))
+
+
+def _library_in_words(target: Target) -> list[Text]:
+    if not target.communication_bytes:
+        return []
+    joined = ", ".join(str(size) for size in communicators(target))
+    return [
+        Text(
+            f"The device peak has {format_bytes(target.communication_bytes)} for NCCL, with communicators of {joined} "
+            "cards: an assumption from what others measured."
+        )
+    ]
 
 
 def _cards_in_words(target: Target) -> str:

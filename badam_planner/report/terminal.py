@@ -114,7 +114,7 @@ def _heading(comparison: Comparison) -> list[Text]:
 
 def _bars(comparison: Comparison) -> StackedBars:
     target = comparison.plan.target
-    return StackedBars(phase_bars(comparison), target.usable_bytes - target.context_bytes)
+    return StackedBars(phase_bars(comparison), target.usable_bytes - target.outside_bytes)
 
 
 def phase_bars(comparison: Comparison) -> list[Bar]:

@@ -122,7 +122,7 @@ def test_ranks_that_disagree_are_told_at_once_on_every_rank(pair: Pair) -> None:
 def test_a_rank_that_switches_alone_gets_a_message_and_does_not_hang(pair: Pair) -> None:
     waited, message = pair("alone")
     assert waited == "waited"
-    assert "not all of the 2 ranks came there within 1 s" in message
+    assert "not all of the 2 ranks reached within 1 s" in message
 
 
 @pytest.mark.parametrize("how", ["fsdp", "copies"])

@@ -14,6 +14,7 @@ import pytest
 from badam.errors import InputError
 from badam.plan import Plan, Target
 from badam.vocabulary import Category
+from badam_planner.communication import with_communication
 from badam_planner.links import BETWEEN_NODES, LINKS, transfer_times
 from badam_planner.parts import owner_of
 from badam_planner.planning import Request, make_plan
@@ -312,3 +313,46 @@ def test_every_layout_of_a_plan_deals_out_all_cards() -> None:
         Target(gpu="cpu", total_bytes=1, usable_bytes=1, engine="zero3", num_gpus=16, shard_size=8)
     with pytest.raises(ValueError, match="those of the engine ddp"):
         Target(gpu="cpu", total_bytes=1, usable_bytes=1, engine="fsdp2", num_gpus=16, shard_size=1)
+
+
+def on_a100(cards: int, shard_size: int | None = None, engine: str = "fsdp2") -> Target:
+    return with_communication(cards_of(engine, cards, shard_size).model_copy(update={"gpu": "a100-80gb"}))
+
+
+def test_nccls_buffers_are_on_the_device_and_not_in_torch() -> None:
+    plan, evaluator = planned(4, {})
+    bare = plan.model_copy(update={"target": on_a100(4).model_copy(update={"communication_bytes": 0})})
+    counted = plan.model_copy(update={"target": on_a100(4)})
+    without, with_buffers = (evaluator.worst_block(each).worst for each in (bare, counted))
+    assert with_buffers.peak_device_bytes - without.peak_device_bytes == 688 * 2**20
+    assert with_buffers.peak_reserved_bytes == without.peak_reserved_bytes
+    assert evaluator.worst_block(counted, give_up_above=without.peak_device_bytes) is None
+
+
+def test_each_communicator_has_buffers_and_gloo_has_none() -> None:
+    assert on_a100(1).communication_bytes == 0
+    assert on_a100(2).communication_bytes == 544 * 2**20
+    assert on_a100(8, engine="ddp").communication_bytes == 688 * 2**20
+    assert on_a100(16, 8).communication_bytes == (688 + 688 + 544) * 2**20
+    assert with_communication(cards_of("fsdp2", 8)).communication_bytes == 0
+
+
+def test_the_number_of_cards_that_is_found_leaves_room_for_nccl() -> None:
+    plan, evaluator = planned(2, {"checkpointing": True})
+    two = evaluator.worst_block(plan.model_copy(update={"target": on_a100(2)})).worst.peak_device_bytes
+    request = Request(
+        spec=spec_of(WIDER, DEPTH).model_copy(update={"parameters": plan.model.parameters}),
+        target=cards_of("fsdp2", 1).model_copy(
+            update={"gpu": "a100-80gb", "total_bytes": two, "usable_bytes": two - 1}
+        ),
+        partition="layer",
+        batch_size=2,
+        seq_len=24,
+        loss="full",
+        expandable_segments="off",
+        find_num_gpus=True,
+    )
+    planned_for = make_plan(request).plan
+    assert planned_for is not None
+    assert planned_for.target.num_gpus == 1, "one card has no NCCL, and two would need more than one"
+    assert planned_for.target.engine == "single"
