@@ -25,7 +25,7 @@ class MasterGroups:
 
     def __init__(self, base: Optimizer) -> None:
         self.base = base
-        # Some optimizers fill their state when they are built, as torch's Adagrad did before 2.12: with no master in it.
+        # Some optimizers fill their state when built, as torch's Adagrad did before 2.12: none for masters.
         self._fills_when_built = bool(base.state)
         self._found: dict[tuple[int, str], Any] = {}  # what a base step has overwritten in a group, as it was before
 
