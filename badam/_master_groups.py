@@ -19,8 +19,8 @@ Options = dict[str, Any]
 class MasterGroups:
     """Runs a base optimizer on the masters of the active parameters, group by group.
 
-    The groups stay the user's objects with the user's parameters in them; only for the length of a base call does
-    ``params`` hold the masters. So learning rates, schedulers and options are always the current ones.
+    The groups stay the user's objects with the user's parameters in them; ``params`` holds the masters only during a
+    call of the base optimizer. So learning rates, schedulers and options are always the current ones.
     """
 
     def __init__(self, base: Optimizer) -> None:
@@ -45,7 +45,7 @@ class MasterGroups:
         before = [dict(group) for group in self.base.param_groups]
         every = self.base.param_groups
         with self._holding_masters(members):
-            # Groups without an active parameter are left out: not every optimizer bears an empty one.
+            # Groups without an active parameter are left out: not every optimizer accepts an empty one.
             self.base.param_groups = [group for group in every if group["params"]]
             try:
                 if self._fills_when_built:

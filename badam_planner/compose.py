@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from badam.naming import enclosing
 from badam.vocabulary import Phase
 from badam_planner.events import NEVER, LayerMark, Recording
-from badam_planner.passages import (
+from badam_planner.layer_cycles import (
     COMPARED,
     LAST,
     REPEATED,
+    LayerCycles,
     NotPeriodic,
     Ordinal,
-    Passages,
     Reference,
     Span,
     times_of_cycle,
@@ -119,15 +119,15 @@ class _Composer:
         self.run = run
         self.total = len(run.cycles)
         self.kept = run.stand_ins()
-        self.passages = Passages(recording, self.kept)
+        self.cycles = LayerCycles(recording, self.kept)
         self.output = Recording(
             flops=composed_work(recording.flops, run), traffic=composed_work(recording.traffic, run)
         )
         self.placed: dict[_Place, int] = {}  # index in the output, by place
 
     def composed(self) -> Recording:
-        self.passages.check_alike()
-        spans = self.passages.spans
+        self.cycles.check_alike()
+        spans = self.cycles.spans
         for position, span in enumerate(spans):
             if span.cycle == REPEATED:
                 numbers = range(REPEATED, self.total - 1)

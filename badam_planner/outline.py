@@ -17,7 +17,7 @@ from badam.plan import Target
 from badam.vocabulary import Phase
 from badam_planner.allocator import ROUNDING
 from badam_planner.events import Recording
-from badam_planner.passages import Item, NotPeriodic, Passages, times_of_cycle
+from badam_planner.layer_cycles import Item, LayerCycles, NotPeriodic, times_of_cycle
 
 FEWEST_CYCLES = 3
 """With two cycles the last releases what the first made, whose sizes nothing has compared with the middle ones'."""
@@ -33,7 +33,7 @@ class BlockPeaks:
 
 
 class _Step(NamedTuple):
-    """A birth (sign 1) or a death (sign -1) of an allocation, or the begin of a phase (sign 0)."""
+    """A birth (sign 1) or a death (sign -1) of an allocation, or the start of a phase (sign 0)."""
 
     allocation: int
     sign: int
@@ -129,7 +129,7 @@ def _stretches(recording: Recording, runs: Sequence[Sequence[tuple[str, ...]]]) 
     steps: list[_Step] = []
     owners: list[tuple[int, int, int] | None] = []  # by step: run, cycle, number of the span
     for number, cycles in enumerate(runs):
-        passages = Passages(recording, cycles)
+        passages = LayerCycles(recording, cycles)
         passages.check_alike()
         position = 0
         for order, span in enumerate(passages.spans):
@@ -141,7 +141,7 @@ def _stretches(recording: Recording, runs: Sequence[Sequence[tuple[str, ...]]]) 
                     owners[position] = (number, span.cycle, order)
                 position += 1
     if not runs:
-        passages = Passages(recording, ())
+        passages = LayerCycles(recording, ())
         steps = [_step(item) for span in passages.spans for item in span.items]
         owners = [None] * len(steps)
     first_forward = next((place for place, step in enumerate(steps) if step.phase is Phase.FORWARD), None)

@@ -1,6 +1,6 @@
-"""A short rehearsal, ready to be asked about any depth. Pure, no torch.
+"""A short rehearsal that answers for any depth. Pure, no torch.
 
-What is asked of the same rehearsal again and again, its outline, its full depth and the order of its events, is found
+The outline of a rehearsal, its full depth and the order of its events are needed again and again and found
 once: many blocks have one rehearsal, and many sizes one pattern (badam_planner.family).
 """
 

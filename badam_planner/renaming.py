@@ -21,7 +21,7 @@ class Renamer:
         self._known: dict[str, str] = {}
 
     def __call__(self, text: str) -> str:
-        """The text with the first of the old paths that it contains, whole or as the begin of a path, replaced."""
+        """The text with the first of the old paths that it contains, whole or as the start of a path, replaced."""
         if not self._pairs:
             return text
         known = self._known.get(text)

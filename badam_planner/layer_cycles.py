@@ -1,4 +1,4 @@
-"""A recording of four equal cycles of layers, read as passages through them. Pure, no torch."""
+"""A recording cut into the forward and backward passes of four equal cycles of layers. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Reference(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One thing that happened: a mark, the begin of a phase, a birth or a death."""
+    """One thing that happened: a mark, the start of a phase, a birth or a death."""
 
     what: Literal["mark", "phase", "birth", "death"]
     allocation: int = -1  # its index in the recording
@@ -76,7 +76,7 @@ class Span:
     items: list[Item]
 
 
-class Passages:
+class LayerCycles:
     """A recording cut into spans, with every birth and release in a cycle as seen from that cycle."""
 
     def __init__(self, recording: Recording, cycles: Sequence[tuple[str, ...]]) -> None:
