@@ -7,7 +7,6 @@ from functools import partial
 
 from badam.plan import Plan
 from badam.training.assemble import model_config
-from badam.training.methods import method_of
 from badam.training.tasks import input_positions
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.model_tree import ModelTree
@@ -16,9 +15,6 @@ from badam_planner.search import Setting, first_fitting, ladder
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)
 """Batch sizes and lengths to look at, relative to those of the plan."""
-
-FEW_FACTORS = (0.5, 1, 2)
-"""For methods whose rehearsal is made at full depth, which takes seconds."""
 
 SHORTEST = 32
 
@@ -30,10 +26,9 @@ def map_sizes(plan: Plan, evaluator: Evaluator, progress: Callable[[str], None] 
     leave open, and not at all once a smaller one did not fit.
     """
     training = plan.training
-    factors = FACTORS if method_of(plan.method).rehearses_few_layers else FEW_FACTORS
-    batches = sizes_around(training.batch_size, 1, factors)
+    batches = sizes_around(training.batch_size, 1)
     fixed = input_positions(model_config(plan.model), plan.model.task) is not None
-    lengths = [training.seq_len] if fixed else sizes_around(training.seq_len, SHORTEST, factors)
+    lengths = [training.seq_len] if fixed else sizes_around(training.seq_len, SHORTEST)
     lengths = [length for length in lengths if length <= max(_longest(plan), training.seq_len)]
     grows = "on" if plan.target.expandable_segments else "off"
     settings = ladder("auto", "auto", evaluator.tree.can_chunk, expandable_segments=grows)
@@ -51,9 +46,9 @@ def map_sizes(plan: Plan, evaluator: Evaluator, progress: Callable[[str], None] 
     return SizeMap(plan.target.usable_bytes, training.batch_size, training.seq_len, tuple(cells))
 
 
-def sizes_around(size: int, smallest: int, factors: Sequence[float] = FACTORS) -> list[int]:
+def sizes_around(size: int, smallest: int) -> list[int]:
     """``size`` with smaller and larger ones, in order."""
-    return sorted({max(int(size * factor), min(size, smallest)) for factor in factors})
+    return sorted({max(int(size * factor), min(size, smallest)) for factor in FACTORS})
 
 
 def resized(plan: Plan, batch_size: int, seq_len: int, setting: Setting, tree: ModelTree) -> Plan:
