@@ -1,4 +1,4 @@
-"""Which block is active, what belongs to it, and what it takes to change that."""
+"""Which block is active, what belongs to it, and switching to the next one."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ class BlockVisits(VisitingOptimizer):
             self.switch_trainable_params()
 
     def _restart_visit(self, visit: int, steps_in_visit: int) -> None:
-        """Be ``steps_in_visit`` steps into ``visit``, without masters or state and without touching a weight."""
+        """Move to ``steps_in_visit`` steps into ``visit``, without masters or state and without changing a weight."""
         self._base.forget()
         self._end_visit()
         self.visit, self.steps_in_visit = visit, steps_in_visit

@@ -72,12 +72,12 @@ class ResumableBlocks(BlockVisits):
         self._share_with_base()
 
     def position(self) -> dict[str, Any]:
-        """Where the run stands and what it belongs to, in plain types; see :meth:`go_to`."""
+        """The position of the run and what it belongs to, in plain types; see :meth:`go_to`."""
         kept = ("masters", "group_changes")  # tensors, or options of the base optimizer
         return {key: value for key, value in self._progress().pack().items() if key not in kept}
 
     def go_to(self, position: dict[str, Any]) -> None:
-        """Be where :meth:`position` was taken, without masters and moments: the active block's are to be loaded next.
+        """Move to where :meth:`position` was taken, without masters and moments; load those of the active block next.
 
         Raises:
             StateError: if it belongs to another model or partition; nothing is changed then.

@@ -37,7 +37,7 @@ Seconds = Annotated[float, Field(ge=0)]
 
 
 class Record(BaseModel):
-    """A frozen record that refuses unknown fields, so a typing error in a hand-edited file is found, not ignored.
+    """A frozen record that refuses unknown fields, so a typo in a hand-edited file is found, not ignored.
 
     Infinity and NaN are written by these names, as Python's json reads them: a model's configuration may hold one, and
     so may the loss of a run that diverged.
@@ -74,7 +74,7 @@ class Target(Record):
     gpus_per_node: PositiveInt = 8
     engine: Engine = "single"
     shard_size: PositiveInt | None = None  # under fsdp2, cards that one copy of the model is cut over; None for all
-    offload: Offload = "none"  # what lies in host memory under zero3
+    offload: Offload = "none"  # what is kept in host memory under zero3
     total_bytes: Bytes  # what the driver reports as the card's memory
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
     context_bytes: Bytes = 0  # taken by the process's device context, outside torch
@@ -107,7 +107,7 @@ class Target(Record):
         if self.shard_size == 1:
             raise ValueError("copies that are not cut are those of the engine ddp")
         if self.num_gpus % self.shards:
-            raise ValueError(f"{self.num_gpus} cards cannot be dealt out in groups of {self.shards}")
+            raise ValueError(f"{self.num_gpus} cards cannot be divided into groups of {self.shards}")
         return self
 
 
@@ -172,7 +172,7 @@ class Training(Record):
 
     batch_size: PositiveInt
     seq_len: PositiveInt  # positions of an input: tokens, or what an image or a recording is cut into
-    decoder_len: PositiveInt | None = None  # tokens of the text that a decoder with an input of its own learns to write
+    decoder_len: PositiveInt | None = None  # tokens of the target text of an encoder-decoder model
     grad_accum: PositiveInt = 1
     dtype: Dtype = "bfloat16"
     checkpointing: Checkpointing = "all"

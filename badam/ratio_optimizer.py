@@ -32,7 +32,7 @@ class BlockOptimizerRatio(WindowVisits):
 
     The *window* of a parameter is what is trained of it now: a range of the flattened parameter, or entries scattered
     over it. Only windows have fp32 masters, moments and gradients. A *visit* is ``switch_every`` steps with the
-    windows where they are; then they move on by their own size, and moments start afresh. Over any number of visits
+    windows where they are; then they move on by their own size, and moments start from zero. Over any number of visits
     every entry is trained equally often, give or take one.
 
     ``param_groups`` are the user's groups with the windows' masters in place of parameters: 1-D, fp32, with fp32

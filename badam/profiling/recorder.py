@@ -1,6 +1,6 @@
 """Records a training run: peak memory and seconds by phase and block.
 
-In a loop of one's own, around everything from building the optimizer on::
+In a loop of your own, around everything from building the optimizer on::
 
     with badam.profiling.record(optimizer, model, plan=plan) as run:
         for batch in batches:
@@ -264,7 +264,7 @@ class Recording:
 def record(
     optimizer: torch.optim.Optimizer, model: nn.Module, *, plan: Plan | None = None, profile: Profile = "normal"
 ) -> Iterator[Recording]:
-    """Measure a training loop of one's own within the ``with`` block.
+    """Measure a training loop of your own within the ``with`` block.
 
     The loop need not announce phases: FORWARD begins with the model's call, BACKWARD when the call returns (a loss
     computed outside the model counts as BACKWARD), STEP when the optimizer says so or its step begins, SETUP when the

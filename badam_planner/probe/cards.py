@@ -84,7 +84,7 @@ def smallest_number(fits: Callable[[int], bool]) -> int | None:
 
 
 def shard_sizes(cards: int, cards_per_node: int) -> list[int]:
-    """Into groups of how many ``cards`` can be dealt out, the smallest first, so that groups do not straddle machines.
+    """Into groups of how many ``cards`` can be divided, the smallest first, so that groups do not straddle machines.
 
     Groups of one are left out: they hold whole copies.
     """

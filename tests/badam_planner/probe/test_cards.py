@@ -307,7 +307,7 @@ def test_what_copies_average_stays_to_the_end_of_backward() -> None:
 
 
 def test_every_layout_of_a_plan_deals_out_all_cards() -> None:
-    with pytest.raises(ValueError, match="16 cards cannot be dealt out in groups of 6"):
+    with pytest.raises(ValueError, match="16 cards cannot be divided into groups of 6"):
         Target(gpu="cpu", total_bytes=1, usable_bytes=1, engine="fsdp2", num_gpus=16, shard_size=6)
     with pytest.raises(ValueError, match="needs the engine fsdp2, not zero3"):
         Target(gpu="cpu", total_bytes=1, usable_bytes=1, engine="zero3", num_gpus=16, shard_size=8)
