@@ -1,4 +1,4 @@
-"""One parameter of the active block: its fp32 master copy, its gradient, and the way back into the model."""
+"""One parameter of the active block: its fp32 master copy, its gradient, and writing back."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class ActiveParameter:
 
         self._keep_dtype = keep_dtype
         # torch keeps hooks where Python's garbage collector does not look: one that held this object would keep model
-        # and optimizer alive for ever.
+        # and optimizer alive forever.
         self._ready = ready
         weakly = weakref.ref(self)
 
@@ -100,7 +100,7 @@ class ActiveParameter:
         self._handle = self.parameter.register_post_accumulate_grad_hook(on_accumulated)
 
     def settle(self) -> None:
-        """Take a hidden gradient out of ``parameter.grad``, whether backward or somebody else put it there."""
+        """Take a hidden gradient out of ``parameter.grad``, whether backward or the caller put it there."""
         if not self.hides_gradient or self.parameter.grad is None:
             return
         gradient, self.parameter.grad = self.parameter.grad, None
@@ -138,7 +138,7 @@ class ActiveParameter:
         return self._taken if self.hides_gradient else self.parameter.grad
 
     def zero_gradient(self) -> None:
-        """Have a gradient of zeros where there is none: the batches of this process did not use the parameter."""
+        """Set a gradient of zeros if there is none, because the batches of this process did not use the parameter."""
         if self.gradient is not None:
             return
         zeros = torch.zeros_like(self.weight, dtype=torch.promote_types(self.parameter.dtype, torch.float32))
@@ -168,7 +168,7 @@ class ActiveParameter:
         return self.master
 
     def adopt_master(self, master: Tensor) -> None:
-        """Take ``master`` (fp32, of the shape of :attr:`weight`) as the truth from which the weight was rounded."""
+        """Use ``master`` (fp32, of the shape of :attr:`weight`), from which the current weight was rounded."""
         self.master = master if master is self.parameter else nn.Parameter(master)
         self.mark_written()
 
@@ -185,7 +185,7 @@ class ActiveParameter:
         weight, master = local_part(weight), local_part(self.master)
         return torch.allclose(weight.float(), master, rtol=kind.eps, atol=kind.smallest_normal * kind.eps)
 
-    # The way back
+    # Writing back
 
     def _is_as_written(self) -> bool:
         return is_fake(self.parameter) or version_of(self.parameter) == self._written_version
@@ -196,7 +196,7 @@ class ActiveParameter:
             self._written_version = version_of(self.parameter)
 
     def write_stochastically(self, generator: torch.Generator) -> None:
-        """Round the master into the model, in expectation without loss; not if someone changed the weights since."""
+        """Round the master into the model without bias, unless someone has changed the weights since."""
         if self.master is not None and self.is_copied and self._is_as_written():
             round_stochastically_(local_part(self.weight), local_part(self.master), generator)
             self.mark_written()

@@ -1,4 +1,4 @@
-"""Where a run stands, as it is saved, and the check that a saved state belongs to this model and partition."""
+"""The position of a run as it is saved, and the check that a saved state belongs to this model and partition."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Progress:
         try:
             fields = {name: saved[name] for name in cls.__slots__}
         except KeyError as error:
-            raise StateError(f"The optimizer state lacks {error}; it was not saved whole.") from error
+            raise StateError(f"The optimizer state lacks {error}; it was not saved completely.") from error
         return cls(**{**fields, "schedule": BlockSchedule(**fields["schedule"])})
 
     def check_against(self, here: Progress) -> None:

@@ -42,7 +42,7 @@ class WindowSizes:
                 modules = {piece for name in known for piece in name.split(".")}
                 close = ", ".join(near_matches(part, sorted(modules), limit=3))
                 raise InputError(
-                    f"param_update_ratios names {part!r}, which is part of no parameter's path.",
+                    f"param_update_ratios names {part!r}, which is not part of any parameter's path.",
                     advice=f"Near matches: {close}." if close else "Parts are compared on module boundaries.",
                 )
 
@@ -103,5 +103,5 @@ def _occurs(part: str, name: str) -> bool:
 
 def _checked(ratio: float, what: str) -> float:
     if not 0 < ratio <= 1:
-        raise InputError(f"{what} is {ratio}, which is no share of a parameter.", advice="Give a number in (0, 1].")
+        raise InputError(f"{what} is {ratio}, which is not a share of a parameter.", advice="Give a number in (0, 1].")
     return ratio

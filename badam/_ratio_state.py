@@ -47,7 +47,7 @@ class WindowProgress:
         try:
             return cls(**{name: saved[name] for name in cls.__slots__})
         except KeyError as error:
-            raise StateError(f"The optimizer state lacks {error}; it was not saved whole.") from error
+            raise StateError(f"The optimizer state lacks {error}; it was not saved completely.") from error
 
     def check_against(self, here: WindowProgress) -> None:
         """Refuse a state of another model, window size, mode or rule.

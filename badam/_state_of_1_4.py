@@ -48,7 +48,7 @@ def read_state_of_1_4(
         shapes = {index: tuple(entry["exp_avg"].shape) for index, entry in entries.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise StateError(
-            f"This is no optimizer state of badam ({error} is missing).",
+            f"This is not an optimizer state of badam ({error} is missing).",
             advice="Start without it, or load it into the optimizer that wrote it.",
         ) from error
     fitting = {}
@@ -62,8 +62,8 @@ def read_state_of_1_4(
             fitting[number] = [name for name, _ in members]
     if not fitting:
         raise StateError(
-            f"This optimizer state has {len(order)} parameters, which is no block of this model, and it was not "
-            "written by this version.",
+            f"This optimizer state has {len(order)} parameters and matches no block of this model, nor was it written "
+            "by this version.",
             advice="Load it into the model and optimizer it was saved with, or start without it.",
         )
     if not entries or len(fitting) > 1:

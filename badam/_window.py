@@ -1,4 +1,4 @@
-"""One parameter's window: where it is, its fp32 master, its gradient, and the way back into the model."""
+"""One parameter's window: where it is, its fp32 master, its gradient, and writing back."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Window:
     # Where the window is
 
     def move(self, visit: int, seed: int) -> None:
-        """Be where visit number ``visit`` (from 0) trains; the master is not read."""
+        """Move to where visit number ``visit`` (from 0) trains; the master is not read."""
         if self.run:
             key = int.from_bytes(hashlib.sha256(f"{seed}:{self.name}".encode()).digest()[:4], "little") >> 1
             self._place = Scattered(self.numel, self.size, visit, run=self.run, key=key, keep=self._keep_index)

@@ -87,7 +87,7 @@ class LayerCheckpointing:
             InputError: if a path names no module, or a container that is never called; nothing is changed then.
         """
         if isinstance(layers, str):
-            raise InputError(f"layers is the text {layers!r}.", advice="Give a list of module paths.")
+            raise InputError(f"layers is the string {layers!r}, not a list.", advice="Give a list of module paths.")
         modules = {path: self._module(path) for path in layers}
         current = {wrapper.module: wrapper for wrapper in self._installed.values()}
         for module in current.keys() - set(modules.values()):

@@ -40,7 +40,7 @@ class CompiledAdamW(MasterGroups):
     def __init__(self, base: Optimizer) -> None:
         if type(base) is not AdamW:
             raise InputError(
-                f'update="compiled" is AdamW; the base optimizer is {type(base).__name__}.',
+                f'update="compiled" runs AdamW, but the base optimizer is {type(base).__name__}.',
                 advice='Use torch.optim.AdamW as the base optimizer, or update="base".',
             )
         for group in base.param_groups:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from badam.errors import PlanError
 from badam.vocabulary import Category, Phase
@@ -37,7 +37,7 @@ Seconds = Annotated[float, Field(ge=0)]
 
 
 class Record(BaseModel):
-    """A frozen record that refuses unknown fields, so a typing error in a hand-edited file is found, not ignored.
+    """A frozen record that refuses unknown fields, so a typo in a hand-edited file is found, not ignored.
 
     Infinity and NaN are written by these names, as Python's json reads them: a model's configuration may hold one, and
     so may the loss of a run that diverged.
@@ -73,13 +73,42 @@ class Target(Record):
     num_gpus: PositiveInt = 1
     gpus_per_node: PositiveInt = 8
     engine: Engine = "single"
-    offload: Offload = "none"  # what lies in host memory under zero3
+    shard_size: PositiveInt | None = None  # under fsdp2, cards that one copy of the model is cut over; None for all
+    offload: Offload = "none"  # what is kept in host memory under zero3
     total_bytes: Bytes  # what the driver reports as the card's memory
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
     context_bytes: Bytes = 0  # taken by the process's device context, outside torch
+    communication_bytes: Bytes = 0  # taken by the communication library, outside torch
     workspace_bytes: Bytes = 0  # matrix-multiplication workspace, allocated through torch
     expandable_segments: bool = False  # torch's allocator grows few segments by pages instead of taking many
     rates: Rates | None = None  # None: nothing is known of its speed
+
+    @property
+    def outside_bytes(self) -> int:
+        """What a process takes outside torch's allocator: its device context and the communication library."""
+        return self.context_bytes + self.communication_bytes
+
+    @property
+    def shards(self) -> int:
+        """Cards that one copy of the model is cut over; 1 for whole copies."""
+        if self.engine == "fsdp2":
+            return self.shard_size or self.num_gpus
+        return self.num_gpus if self.engine == "zero3" else 1
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model, whole or cut; more than one of cut ones is HSDP."""
+        return self.num_gpus // self.shards
+
+    @model_validator(mode="after")
+    def _deals_out_all_cards(self) -> Target:
+        if self.shard_size is not None and self.engine != "fsdp2":
+            raise ValueError(f"a shard_size needs the engine fsdp2, not {self.engine}")
+        if self.shard_size == 1:
+            raise ValueError("copies that are not cut are those of the engine ddp")
+        if self.num_gpus % self.shards:
+            raise ValueError(f"{self.num_gpus} cards cannot be divided into groups of {self.shards}")
+        return self
 
 
 class BlockPlan(Record):
@@ -143,7 +172,7 @@ class Training(Record):
 
     batch_size: PositiveInt
     seq_len: PositiveInt  # positions of an input: tokens, or what an image or a recording is cut into
-    decoder_len: PositiveInt | None = None  # tokens of the text that a decoder with an input of its own learns to write
+    decoder_len: PositiveInt | None = None  # tokens of the target text of an encoder-decoder model
     grad_accum: PositiveInt = 1
     dtype: Dtype = "bfloat16"
     checkpointing: Checkpointing = "all"
@@ -178,6 +207,8 @@ class Prediction(Record):
     seconds_by_phase: dict[Phase, Seconds] = Field(default_factory=dict)  # the same in time, where rates are known
     sent_bytes: Bytes | None = None  # by each card in a step, the ring algorithm assumed; None for one card
     sent_bytes_of_full: Bytes | None = None  # the same if every parameter were trained
+    sent_between_bytes: Bytes | None = None  # of sent_bytes, to other copies of the model
+    sent_between_bytes_of_full: Bytes | None = None  # the same if every parameter were trained
     step_seconds: Seconds | None = None  # one optimizer step with its share of the switch, mean over blocks
     epoch_seconds: Seconds | None = None  # one pass over the samples that the plan was made for
 
@@ -251,7 +282,7 @@ def load_record(path: Path, kind: type[RecordT], word: str, advice: str) -> Reco
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         raise PlanError(f"The {word} {path} cannot be read as JSON: {error}.", advice=advice) from error
     if not isinstance(content, dict):
-        raise PlanError(f"The {word} {path} holds no JSON object but a {type(content).__name__}.", advice=advice)
+        raise PlanError(f"The {word} {path} holds a JSON {type(content).__name__}, not an object.", advice=advice)
     if (found := content.get("schema_version")) != SCHEMA_VERSION:
         raise PlanError(
             f"The {word} {path} has schema_version {found!r}; this version reads {SCHEMA_VERSION}.", advice=advice

@@ -32,7 +32,7 @@ class BlockOptimizerRatio(WindowVisits):
 
     The *window* of a parameter is what is trained of it now: a range of the flattened parameter, or entries scattered
     over it. Only windows have fp32 masters, moments and gradients. A *visit* is ``switch_every`` steps with the
-    windows where they are; then they move on by their own size, and moments start afresh. Over any number of visits
+    windows where they are; then they move on by their own size, and moments start from zero. Over any number of visits
     every entry is trained equally often, give or take one.
 
     ``param_groups`` are the user's groups with the windows' masters in place of parameters: 1-D, fp32, with fp32
@@ -107,15 +107,15 @@ class BlockOptimizerRatio(WindowVisits):
         check_choice("write_back", write_back, ("stochastic", "nearest"))
         if scatter_run < 1 or scatter_run & (scatter_run - 1):
             raise InputError(
-                f"scatter_run is {scatter_run}, which is no power of two.", advice="Choose 1, 2, 4, 8, 16."
+                f"scatter_run is {scatter_run}, which is not a power of two.", advice="Choose 1, 2, 4, 8, 16."
             )
         if fused and foreach:
             raise InputError("fused and foreach exclude each other.", advice="Ask for one of them.")
         named = distinct_parameters(named_parameters_list)
         if any(is_sharded(parameter) or is_held_by_deepspeed(parameter) for _, parameter in named):
             raise InputError(
-                "A window is a part of a whole parameter, and these are spread over several processes.",
-                advice="Train blocks of a sharded model, with BlockOptimizer.",
+                "Windows are cut from whole parameters, but these are spread over several processes.",
+                advice="Train a sharded model by blocks, with BlockOptimizer.",
             )
         for parameter in outside_parameters(named, include_embedding, include_lm_head):
             parameter.requires_grad_(False)

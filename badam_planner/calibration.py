@@ -157,6 +157,7 @@ def sample_of(plan: Plan, run: MeasuredRun) -> CalibrationSample:
         )
     training = run.training
     byte_rate = _byte_rate(prediction, run)
+    library = plan.target.communication_bytes  # is no part of the context, which plans for one card need as well
     return CalibrationSample(
         run_digest=record_digest(run),
         model=run.model.id,
@@ -166,16 +167,20 @@ def sample_of(plan: Plan, run: MeasuredRun) -> CalibrationSample:
         torch=run.provenance.versions.get("torch", "unknown"),
         predicted_allocated_bytes=prediction.peak_allocated_bytes,
         predicted_reserved_bytes=prediction.peak_reserved_bytes,
-        predicted_device_bytes=prediction.peak_device_bytes,
+        predicted_device_bytes=prediction.peak_device_bytes - library,
         planned_context_bytes=plan.target.context_bytes,
         planned_workspace_bytes=plan.target.workspace_bytes,
         measured_allocated_bytes=measurement.peak_allocated_bytes,
         measured_reserved_bytes=measurement.peak_reserved_bytes,
-        measured_device_bytes=measurement.peak_device_bytes,
+        measured_device_bytes=_less(measurement.peak_device_bytes, library),
         dtype=training.dtype,
         flops_per_second=_product_rate(prediction, run, byte_rate),
         bytes_per_second=byte_rate,
     )
+
+
+def _less(nbytes: int | None, library: int) -> int | None:
+    return None if nbytes is None else max(0, nbytes - library)
 
 
 def calibrate(gpu: str, runs: Sequence[tuple[Plan, MeasuredRun]], known: Calibration | None = None) -> Calibration:

@@ -37,8 +37,8 @@ class Forecaster:
     """Forecasts of a recording; what does not depend on bytes is found once.
 
     Formula: allocated = bytes of the caching allocator's blocks that are taken, one of them by the workspace of matrix
-    multiplication; reserved = bytes of its segments; device = reserved + context. On the CPU there is no caching
-    allocator: all three are the live bytes.
+    multiplication; reserved = bytes of its segments; device = reserved + context +
+    communication library. On the CPU there is no caching allocator: all three are the live bytes.
     Not counted: other processes on the card, memory-mapped weights on the host.
     """
 
@@ -62,7 +62,7 @@ class Forecaster:
         """Predict the block's peaks.
 
         Args:
-            target: gives the context's bytes and the kind of segments; otherwise like the forecaster's own.
+            target: gives the bytes outside torch and the kind of segments; otherwise like the forecaster's own.
             numbers: what the recording's bytes are places in, if it is the pattern of a family.
             largest: how many of the live tensors at the peak to name.
         """
@@ -79,7 +79,7 @@ class Forecaster:
         return Forecast(
             peak_allocated_bytes=peak.nbytes,
             peak_reserved_bytes=reserved,
-            peak_device_bytes=reserved + target.context_bytes,
+            peak_device_bytes=reserved + target.outside_bytes,
             peak_phase=peak.phase,
             peak_module=peak.module,
             by_category=categories,
@@ -94,6 +94,9 @@ class Forecaster:
         allocations = self._tensors.recording.allocations
         tensors = allocations[:-1] if self._workspace_bytes else allocations
         sizes = [0 if one.card_only and not self._on_card else rounded[one.nbytes] for one in tensors]
+        for index, one in enumerate(tensors):
+            if one.grown:
+                sizes[index] = -(-(numbers[one.nbytes] + one.grown) // granularity) * granularity
         return [*sizes, self._tensors.sizes[-1]] if self._workspace_bytes else sizes
 
 

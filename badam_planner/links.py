@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from badam.plan import Target
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -34,10 +36,23 @@ def seconds(sent_bytes: int, link: Link) -> float:
     return sent_bytes / link.bytes_per_second
 
 
-def transfer_times(sent_bytes: int, cards: int, cards_per_node: int) -> list[tuple[str, float]]:
-    """Seconds per step on each link; a ring that leaves a node is as slow as the link between nodes."""
-    inside = [(link.name, seconds(sent_bytes, link)) for link in LINKS]
-    if cards <= cards_per_node:
-        return inside
-    between = seconds(sent_bytes, BETWEEN_NODES)
-    return [(f"{name} and {BETWEEN_NODES.name}", max(time, between)) for name, time in inside]
+def transfer_times(target: Target, within_bytes: int, between_bytes: int) -> list[tuple[str, float]]:
+    """Seconds per step on each link; a ring that leaves a machine is as slow as the link between machines.
+
+    Gradients are averaged between copies when backward is through with them, so both times add up.
+
+    Args:
+        target: the cards, numbered machine by machine; those that follow each other hold one copy of the model.
+        within_bytes: what each card sends to those with which it shares a copy.
+        between_bytes: what it sends to those that hold the same part of other copies.
+    """
+    several_nodes = target.num_gpus > target.gpus_per_node
+    within_leaves = several_nodes and target.gpus_per_node % target.shards != 0
+    times = []
+    for link in LINKS:
+        parts = ((within_bytes, within_leaves), (between_bytes, several_nodes))
+        inside, outside = (sum(size for size, leaves in parts if leaves is where) for where in (False, True))
+        slower = min(link, BETWEEN_NODES, key=lambda each: each.bytes_per_second)
+        name = f"{link.name} and {BETWEEN_NODES.name}" if several_nodes else link.name
+        times.append((name, seconds(inside, link) + seconds(outside, slower)))
+    return times

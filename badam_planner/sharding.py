@@ -2,7 +2,8 @@
 
 The activations of a card's own micro-batch are those of the rehearsal. What changes is where the states lie and what
 has to be fetched: under FSDP2 each card keeps one N-th of every parameter, master, moment and gradient, and around
-each layer's passage come buffers of the gathered layer. :func:`shard` puts these into the recording where FSDP2 makes
+each layer's passage come buffers of the gathered layer. With several copies of the model, each cut over N cards (HSDP),
+the copies average what each card has of the gradients. :func:`shard` puts these into the recording where FSDP2 makes
 them, so that peaks, categories and the allocator's rounding follow as for one card. docs/many-gpus.md has the formulas.
 """
 
@@ -19,7 +20,7 @@ from badam_planner.events import NEVER, Allocation, Recording
 from badam_planner.parts import SPREAD, buffer, cut, dealt_out, owner_of, spread_out
 
 ROOT = ""
-"""The unit of all parameters that are in no layer: gathered from the begin of forward to the end of backward."""
+"""The unit of all parameters that are in no layer: gathered from the start of forward to the end of backward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +45,17 @@ class Sharding:
 
     Args:
         units: in order of execution, the root last.
-        shards: N.
+        shards: N, the cards that one copy is cut over.
         dtype: of the parameters, in which they are gathered.
         trained: names of the active block's parameters.
+        replicas: copies of the model; their gradients are averaged.
     """
 
     units: tuple[Unit, ...]
     shards: int
     dtype: Dtype
     trained: frozenset[str]
+    replicas: int = 1
 
     @property
     def shapes(self) -> dict[str, ParameterInfo]:
@@ -72,31 +75,12 @@ class Sharding:
         return ENTRY_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """Collectives of one optimizer step: how often, and bytes of what is whole afterwards (or before, to reduce)."""
-
-    gathers: int
-    gathered_bytes: int
-    reduces: int
-    reduced_bytes: int
-    averaged_bytes: int = 0  # all-reduced: gradients of whole copies
-
-    def sent_bytes(self, cards: int) -> int:
-        """Bytes that each card sends in a step, by the ring algorithm.
-
-        Formula: (N - 1) / N of every gathered or reduced tensor, twice that of an averaged one.
-        """
-        whole = self.gathered_bytes + self.reduced_bytes + 2 * self.averaged_bytes
-        return round(whole * (cards - 1) / cards)
-
-
 def sharding_of(
     plan: Plan, parameters: Sequence[ParameterInfo], layers: Sequence[str], head_module: str, trained: frozenset[str]
 ) -> Sharding:
     """How the plan's engine cuts the model while the parameters ``trained`` are active."""
-    shards = plan.target.num_gpus if plan.target.engine in ("fsdp2", "zero3") else 1
-    return Sharding(units_of(parameters, layers, head_module), shards, plan.training.dtype, trained)
+    target, units = plan.target, units_of(parameters, layers, head_module)
+    return Sharding(units, target.shards, plan.training.dtype, trained, target.replicas)
 
 
 def per_card(recording: Recording, plan: Plan, sharding: Sharding) -> Recording:
@@ -106,20 +90,8 @@ def per_card(recording: Recording, plan: Plan, sharding: Sharding) -> Recording:
     return replicate(recording) if plan.target.engine == "ddp" else recording
 
 
-def traffic_per_step(recording: Recording, plan: Plan, sharding: Sharding) -> tuple[Traffic, Traffic] | None:
-    """What the plan's cards send in a step, and what they would if everything were trained; None for one card."""
-    if plan.target.engine == "fsdp2":
-        return traffic(recording, sharding), traffic_of_everything(sharding, plan.training.grad_accum)
-    if plan.target.engine == "ddp":
-        every = [info for unit in sharding.units for info in unit.parameters]
-        active = sum(info.numel for info in every if info.name in sharding.trained)
-        whole = sum(info.numel for info in every)
-        return Traffic(0, 0, 0, 0, 4 * active), Traffic(0, 0, 0, 0, 4 * whole)
-    return None
-
-
 def shard_entries(info: ParameterInfo, shards: int) -> int:
-    """Entries of one card's part of a parameter: its rows are dealt out, the last card's are padded."""
+    """Entries of one card's part of a parameter: its rows are distributed, the last card's are padded."""
     rows, *rest = info.shape or (1,)
     return math.ceil(rows / shards) * math.prod(rest)
 
@@ -146,7 +118,8 @@ def shard(recording: Recording, sharding: Sharding) -> Recording:
     Formula: parameters, masters, moments, gradients and temporaries of step and switch hold ceil(rows / N) rows.
     Around a unit's forward and backward are its gather buffer and its whole parameters, 2 bytes an entry each for
     bf16; the next unit's buffer joins them, because gathers run ahead. After the active unit's backward its whole
-    gradient in the model's type meets the fp32 buffer of the reduction and its 1/N.
+    gradient in the model's type meets the fp32 buffer of the reduction and its 1/N, which several copies of the model
+    add up over the micro-batches and average in the last one, in a buffer that stays to the end of backward.
     Not counted: buffers of the communication library on a card (NCCL: see docs/many-gpus.md), event and stream objects.
     """
     shapes = sharding.shapes
@@ -168,7 +141,7 @@ def shard(recording: Recording, sharding: Sharding) -> Recording:
 def replicate(recording: Recording) -> Recording:
     """The recording of a card with a whole copy: the active block's fp32 gradients are averaged in one message.
 
-    Formula: 4 bytes per active entry more, while they are averaged at the begin of the step.
+    Formula: 4 bytes per active entry more, while they are averaged at the start of the step.
     """
     spread = spread_out(recording)
     step = _last_step(spread)
@@ -179,39 +152,6 @@ def replicate(recording: Recording) -> Recording:
     )
     message = buffer("gradients in one message", 4 * entries, step + 1, step + 2, Phase.STEP, "float32")
     return replace(spread, allocations=sorted([*spread.allocations, message], key=lambda each: each.born))
-
-
-def traffic(recording: Recording, sharding: Sharding, reduce_bytes: int = 4) -> Traffic:
-    """What FSDP2 sends in one step of the recorded visit.
-
-    Formula: each micro-batch gathers every unit in forward and those that backward reaches a second time, the root
-    excepted, and reduces the units with a trained parameter, ``reduce_bytes`` an entry.
-    """
-    passes = Passes(spread_out(recording), sharding)
-    gathered = [unit for one in passes.every for unit in (*one.forward, *one.backward)]
-    reduced = [unit for _ in passes.every for unit in sharding.units if _trained(unit, sharding)]
-    return Traffic(
-        gathers=len(gathered),
-        gathered_bytes=sum(unit.gathered_entries(sharding.shards) for unit in gathered) * sharding.entry_bytes,
-        reduces=len(reduced),
-        reduced_bytes=sum(
-            sharding.shards * sum(shard_entries(info, sharding.shards) for info in _trained(unit, sharding))
-            for unit in reduced
-        )
-        * reduce_bytes,
-    )
-
-
-def traffic_of_everything(sharding: Sharding, micro_batches: int, reduce_bytes: int = 4) -> Traffic:
-    """What FSDP2 would send if every parameter were trained: all units but the root gathered twice, all reduced."""
-    whole = [unit.gathered_entries(sharding.shards) for unit in sharding.units]
-    inner = whole[:-1]
-    return Traffic(
-        gathers=micro_batches * (len(whole) + len(inner)),
-        gathered_bytes=micro_batches * (sum(whole) + sum(inner)) * sharding.entry_bytes,
-        reduces=micro_batches * len(whole),
-        reduced_bytes=micro_batches * sum(whole) * reduce_bytes,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,14 +256,13 @@ def _reduced(
     Autograd's own gradient, which one card adds into an fp32 one at once, lives until its unit is reduced.
     """
     added: list[Allocation] = []
+    by_unit: dict[Unit, list[Allocation]] = {}
+    for gradient in gradients:
+        by_unit.setdefault(sharding.unit_of(owner_of(gradient)), []).append(gradient)
     for number, one in enumerate(passes.every):
-        by_unit: dict[Unit, list[Allocation]] = {}
-        for gradient in gradients:
-            by_unit.setdefault(sharding.unit_of(owner_of(gradient)), []).append(gradient)
         for unit, members in by_unit.items():
             at = passes.reduced_at(one, unit)
             shift = one.backward.get(unit, one.turns) - passes.every[0].backward.get(unit, passes.every[0].turns)
-            entries = sum(shard_entries(shapes[owner_of(member)], sharding.shards) for member in members)
             for member in members:
                 twin = twin_of(member, allocations, sharding) if number == 0 else None
                 if twin is not None:
@@ -331,22 +270,59 @@ def _reduced(
                 nbytes = math.prod(member.shape) * sharding.entry_bytes
                 born = (twin or member).born + shift
                 added.append(replace(member, nbytes=nbytes, born=born, died=at + 2, dtype=sharding.dtype))
+            entries = sum(shard_entries(shapes[owner_of(member)], sharding.shards) for member in members)
             whole = 4 * sharding.shards * entries
             added.append(buffer("input of the reduction", whole, at + 1, one.ends, Phase.BACKWARD, unit.path))
-            if sharding.entry_bytes < 4:
-                narrow = sharding.entry_bytes * entries
-                added.append(buffer("reduced, in the model's type", narrow, at + 4, at + 6, Phase.BACKWARD, unit.path))
-            if number == 0:
-                died = max((member.died for member in members), key=lambda tick: math.inf if tick == NEVER else tick)
-                added.append(
-                    replace(
-                        buffer(f"gradient of {unit.path}", 4 * entries, at + 3, died, Phase.BACKWARD, unit.path),
-                        category=Category.GRADIENT,
-                    )
-                )
-            elif sharding.entry_bytes < 4:
-                added.append(buffer("gradient of the batch", 4 * entries, at + 3, at + 6, Phase.BACKWARD, unit.path))
+            kept = max((member.died for member in members), key=lambda tick: math.inf if tick == NEVER else tick)
+            parts = _averaged if sharding.replicas > 1 else _summed
+            added += parts(Reduction(unit, entries, number, kept), passes, at, sharding.entry_bytes)
     return added
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """The gradients of one unit in one micro-batch, which the cards of one copy add up."""
+
+    unit: Unit
+    entries: int  # of this card's part
+    number: int  # of the micro-batch
+    kept: int  # when the fp32 gradient of the step goes
+
+    def wide(self, label: str, born: int, died: int) -> Allocation:
+        """A part in fp32."""
+        return buffer(label, 4 * self.entries, born, died, Phase.BACKWARD, self.unit.path)
+
+    def narrow(self, born: int, entry_bytes: int) -> list[Allocation]:
+        """A part in the model's type, in passing, if that is not fp32."""
+        size, label = entry_bytes * self.entries, "reduced, in the model's type"
+        return [buffer(label, size, born, born + 2, Phase.BACKWARD, self.unit.path)] if entry_bytes < 4 else []
+
+    def gradient(self, born: int) -> Allocation:
+        """What the optimizer steps with."""
+        return replace(self.wide(f"gradient of {self.unit.path}", born, self.kept), category=Category.GRADIENT)
+
+
+def _summed(reduction: Reduction, passes: Passes, at: int, entry_bytes: int) -> list[Allocation]:
+    """This card's part of a sum over the cards of the only copy, which the optimizer takes at once."""
+    parts = reduction.narrow(at + 4, entry_bytes)
+    if reduction.number == 0:
+        return [*parts, reduction.gradient(at + 3)]
+    return [*parts, reduction.wide("gradient of the batch", at + 3, at + 6)] if parts else []
+
+
+def _averaged(reduction: Reduction, passes: Passes, at: int, entry_bytes: int) -> list[Allocation]:
+    """This card's part of a sum over one copy, which waits for the last micro-batch and goes through all copies.
+
+    FSDP2 holds what it averages until the end of backward, beside the gradient in the model's type that it makes of it
+    and the fp32 one that the optimizer keeps.
+    """
+    last = passes.every[-1]
+    if reduction.number < len(passes.every) - 1:
+        until = passes.reduced_at(last, reduction.unit) + 7 if reduction.number == 0 else at + 6
+        return [reduction.wide("sum over the batches", at + 3, until)]
+    narrow = reduction.narrow(at + 4, entry_bytes)
+    held = [reduction.wide("averaged over the copies", at + 3, last.ends)] if narrow else []
+    return [*held, *narrow, reduction.gradient(at + 5 if narrow else at + 3)]
 
 
 def twin_of(gradient: Allocation, allocations: Sequence[Allocation], sharding: Sharding) -> Allocation | None:
@@ -358,10 +334,6 @@ def twin_of(gradient: Allocation, allocations: Sequence[Allocation], sharding: S
         if close and allocation.dtype == sharding.dtype and math.prod(allocation.shape) == math.prod(gradient.shape):
             return allocation
     return None
-
-
-def _trained(unit: Unit, sharding: Sharding) -> tuple[ParameterInfo, ...]:
-    return tuple(info for info in unit.parameters if info.name in sharding.trained)
 
 
 def _last_step(recording: Recording) -> int:

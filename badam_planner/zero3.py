@@ -23,11 +23,9 @@ from badam_planner.sharding import (
     Pass,
     Passes,
     Sharding,
-    Traffic,
-    traffic,
-    traffic_of_everything,
     twin_of,
 )
+from badam_planner.traffic import Traffic, traffic, traffic_of_everything
 from badam_planner.zero3_gathers import Gathers, Rules
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from badam_planner.links import BETWEEN_NODES, LINKS, seconds
+from badam_planner.links import BETWEEN_NODES, LINKS, seconds, transfer_times
 from badam_planner.planning import Request, staged_plan
 from badam_planner.probe.cards import CardsEvaluator
 from badam_planner.probe.model_source import find_config, specify
@@ -49,6 +49,38 @@ def table(model: str, gpu: str, batch_size: int, seq_len: int) -> str:
     return "\n".join(lines)
 
 
+def copies_table(model: str, gpu: str, batch_size: int, seq_len: int) -> str:
+    """A Markdown table: one copy over all cards beside copies that are cut over the cards of one machine each."""
+    spec = specify(*find_config(model))
+    request = Request(spec=spec, target=find_target(gpu, None), batch_size=batch_size, seq_len=seq_len)
+    evaluator = CardsEvaluator(inspect_model(spec, "sdpa"))
+    plan = staged_plan(request, "layer", Setting("all", "chunked"), evaluator.tree)
+    per_node, nvlink = plan.target.gpus_per_node, 1
+    title = (
+        f"{model} as above: one copy over all GPUs, or one copy in each machine of {per_node}, with "
+        f"{LINKS[nvlink].name} inside and {BETWEEN_NODES.name} between:\n"
+    )
+    head = "| GPUs | peak, one copy | sent | time | peak, copies | sent within | sent between | time |"
+    lines = [title, head, f"|{'---:|' * 8}"]
+    for cards in (each for each in CARDS if each >= per_node):
+        row = [str(cards)]
+        for size in (None, per_node):
+            target = plan.target.model_copy(update={"engine": "fsdp2", "num_gpus": cards, "shard_size": size})
+            here = plan.model_copy(update={"target": target})
+            peak = max(
+                evaluator.peaks(here, block).peak_allocated_bytes for block in (0, len(plan.partition.blocks) // 2)
+            )
+            traffic = evaluator.traffic(here, 0)
+            assert traffic is not None, "the plan is for several cards"
+            between = traffic[0].sent_between_bytes(target.replicas)
+            within = traffic[0].sent_bytes(target.shards, target.replicas) - between
+            _, time = transfer_times(target, within, between)[nvlink]
+            sent = [f"{within / GIB:.1f} GiB"] + ([f"{between / GIB:.2f} GiB"] if size else [])
+            row += [f"{peak / GIB:.2f} GiB", *sent, f"{time:.2f} s"]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -57,6 +89,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     given = parser.parse_args()
     print("\n\n".join(table(model, given.gpu, given.batch_size, given.seq_len) for model in MODELS))
+    print(f"\n{copies_table(MODELS[-1], given.gpu, given.batch_size, given.seq_len)}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import atexit
 import gc
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from badam_cli._app import Version, quiet_libraries, reporting_errors, say
+from badam_cli._plan_output import present, progress_on_stderr
 
 if TYPE_CHECKING:
     from badam.plan import Target
@@ -38,6 +38,13 @@ def plan(
         Literal["single", "ddp", "fsdp2", "zero3"],
         typer.Option(help="How several cards share the model: ddp copies it, fsdp2 and zero3 shard it."),
     ] = "single",
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            help="With fsdp2, cards that one copy of the model is cut over, auto for the fewest that do; all by "
+            "default. With fewer than all there are several copies (HSDP)."
+        ),
+    ] = None,
     offload: Annotated[
         Literal["none", "optimizer", "all"],
         typer.Option(help="With zero3: keep the optimizer's state, or parameters as well, in host memory."),
@@ -145,7 +152,7 @@ def plan(
     """
     with reporting_errors():
         quiet_libraries()
-        cards = _cards(engine, num_gpus, gpus_per_node, offload)
+        cards = _cards(engine, num_gpus, shard_size, gpus_per_node, offload)
         options = {
             "method": method,
             "compare_methods": compare_methods,
@@ -171,13 +178,14 @@ def plan(
             "seed": seed,
             "exact": exact,
             "find_num_gpus": num_gpus == "auto",
+            "find_shard_size": shard_size == "auto",
         }
-        with _progress() as progress:
+        with progress_on_stderr() as progress:
             progress(f"reading {model}")
             target = _target(gpu, gpu_memory).model_copy(update=cards)
             purpose = {"task": None if task == "auto" else task, "labels": num_labels}
             answer = _answer(model, purpose, target, options, progress)
-        _present(answer, output, html, epochs=epochs, as_json=as_json)
+        present(answer, output, html, epochs=epochs, as_json=as_json)
 
 
 def _answer(
@@ -215,22 +223,60 @@ def _answer(
     return answer
 
 
-def _cards(engine: str, num_gpus: str, gpus_per_node: int, offload: str) -> dict[str, Any]:
+def _cards(engine: str, num_gpus: str, shard_size: str | None, gpus_per_node: int, offload: str) -> dict[str, Any]:
     """The fields of the target that say how many cards there are and what joins them."""
     from badam.errors import InputError
 
-    if num_gpus != "auto" and not (num_gpus.isdecimal() and int(num_gpus) > 0):
-        raise InputError(f"--num-gpus {num_gpus!r} is neither a number of cards nor auto.")
+    for option, given in (("--num-gpus", num_gpus), ("--shard-size", shard_size or "auto")):
+        if given != "auto" and not (given.isdecimal() and int(given) > 0):
+            raise InputError(f"{option} {given!r} is neither a number of cards nor auto.")
     if engine == "single" and num_gpus != "1":
         raise InputError(
-            f"--num-gpus {num_gpus} needs an engine that joins cards.", advice="Add --engine fsdp2, or --engine ddp."
+            f"--num-gpus {num_gpus} needs an engine for several cards.", advice="Add --engine fsdp2, or --engine ddp."
+        )
+    if engine != "single" and num_gpus == "1":
+        raise InputError(
+            f"--engine {engine} joins cards, and there is one.",
+            advice=f"Say how many with --num-gpus, or leave --engine {engine} out.",
         )
     if engine == "ddp" and num_gpus == "auto":
-        raise InputError("Copies take as much on many cards as on one.", advice="Give --num-gpus a number.")
+        raise InputError(
+            "With --engine ddp every card needs the same memory, so there is no fewest that fit.",
+            advice="Give a number.",
+        )
     if offload != "none" and engine != "zero3":
         raise InputError(f"--offload {offload} needs DeepSpeed, not {engine}.", advice="Add --engine zero3.")
     cards = 1 if num_gpus == "auto" else int(num_gpus)
-    return {"engine": engine, "num_gpus": cards, "gpus_per_node": gpus_per_node, "offload": offload}
+    if shard_size is not None:
+        _check_shard_size(shard_size, engine, num_gpus)
+    size = None if shard_size is None or shard_size in ("auto", num_gpus) else int(shard_size)
+    return {
+        "engine": engine,
+        "num_gpus": cards,
+        "shard_size": size,
+        "gpus_per_node": gpus_per_node,
+        "offload": offload,
+    }
+
+
+def _check_shard_size(shard_size: str, engine: str, num_gpus: str) -> None:
+    from badam.errors import InputError
+
+    if engine != "fsdp2":
+        raise InputError(f"--shard-size {shard_size} needs FSDP2, not {engine}.", advice="Add --engine fsdp2.")
+    if shard_size == "1":
+        raise InputError("With --shard-size 1 no copy of the model would be cut.", advice="Use --engine ddp.")
+    if num_gpus == "auto":
+        raise InputError(
+            f"With --shard-size {shard_size} what a card needs does not depend on the number of cards.",
+            advice="Give --num-gpus a number; or leave --shard-size out, to find the fewest cards for one copy.",
+        )
+    if shard_size != "auto" and int(num_gpus) % int(shard_size):
+        whole = [size for size in range(2, min(int(num_gpus), 4096) + 1) if int(num_gpus) % size == 0]
+        raise InputError(
+            f"{num_gpus} cards cannot be divided into groups of {shard_size}.",
+            advice=f"Choose --shard-size among {', '.join(map(str, whole))}.",
+        )
 
 
 def _target(gpu: str, gpu_memory: str | None) -> Target:
@@ -275,75 +321,6 @@ def _visit_length(text: str) -> int | None:
         return int(text)
     except ValueError as error:
         raise InputError(f"--switch-every {text!r} is neither a number of steps nor auto.") from error
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr with what is being done, where stderr is a terminal; silent elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _text: None
-        return
-    with console.status("starting") as status:
-        yield status.update
-
-
-def _present(answer: Answer, output: Path, html: Path | None, *, epochs: float, as_json: bool) -> None:
-    """Write the plan, show the table and say where the plan went, or print the plan alone; or raise the refusal."""
-    from badam.plan import save_record
-
-    plan = answer.plan
-    if as_json:
-        if answer.refusal is not None:
-            raise answer.refusal
-        assert plan is not None  # without a refusal there is a plan
-        print(plan.model_dump_json(indent=2))
-    else:
-        if plan is not None:
-            save_record(plan, output)  # before anything is printed: who reads it may close the pipe
-        _show(answer, epochs)
-        if answer.refusal is not None:
-            raise answer.refusal
-        say(f"plan written to {output}")
-    if html is not None:
-        _write_html(answer, html)
-        say(f"report written to {html}")
-
-
-def _show(answer: Answer, epochs: float) -> None:
-    """The table of partitions, and what is in the peak, the time and the transfers of the one shown."""
-    from rich.console import Console
-
-    from badam_planner.report.cards_table import render_transfers
-    from badam_planner.report.plan_table import render_candidates, render_largest, render_peak, render_time
-
-    console, result = Console(), answer.result
-    shown = next((one for one in result.candidates if one.recommended), result.candidates[0])
-    console.print(render_candidates(result))
-    console.print()
-    console.print(render_peak(shown, result.usable_bytes))
-    console.print()
-    console.print(render_largest(shown))
-    if answer.plan is not None:
-        console.print()
-        console.print(render_time(answer.plan, epochs))
-        if answer.plan.target.engine != "single":
-            console.print(render_transfers(answer.plan))
-
-
-def _write_html(answer: Answer, html: Path) -> None:
-    from badam_planner.report.gather import rehearse_step, sizes_that_fit
-    from badam_planner.report.html import write_plan_html
-
-    plan = answer.plan
-    assert plan is not None  # a refusal has no page
-    with _progress() as progress:
-        progress("rehearsing one step to draw it")
-        timeline = rehearse_step(plan)
-        sizes = sizes_that_fit(plan, progress)
-    write_plan_html(plan, html, result=answer.result, timeline=timeline, sizes=sizes)
 
 
 def main() -> None:

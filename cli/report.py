@@ -14,7 +14,7 @@ from badam.errors import BadamError, InputError
 from badam_cli._app import Version, quiet_libraries, reporting_errors, say
 
 if TYPE_CHECKING:
-    from badam_planner.compare import Accuracy
+    from badam_planner.comparison import Accuracy
 
 PLAN, MEASURED = "plan.json", "measured.json"
 """What badam-train leaves in the directory of a run."""
@@ -78,8 +78,8 @@ def _files(paths: list[Path]) -> list[Path]:
             continue
         if not (path / MEASURED).is_file():
             raise InputError(
-                f"{path} holds no {MEASURED}, so no run has ended there.",
-                advice="Give the directory that badam-train was told with --output-dir.",
+                f"{path} holds no {MEASURED}, so no run was completed there.",
+                advice="Give the --output-dir of a finished run of badam-train.",
             )
         found += [path / name for name in (PLAN, MEASURED) if (path / name).is_file()]
     return found

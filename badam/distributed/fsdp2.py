@@ -36,7 +36,7 @@ def shard_blocks(
 ) -> nn.Module:
     """Shard ``model`` in place for block-coordinate training: one unit per layer, one for the input embedding.
 
-    What is left (final norm, head, a tied embedding) belongs to the root and stays gathered from the begin of forward
+    What is left (final norm, head, a tied embedding) belongs to the root and stays gathered from the start of forward
     to the end of backward, because losses reach for the head outside of any module.
 
     Args:
@@ -79,6 +79,26 @@ def shard_blocks(
     return model
 
 
+def mesh_of(shard_size: int) -> DeviceMesh:
+    """The mesh of all processes in which every ``shard_size`` that follow each other hold one copy of the model.
+
+    Launchers number the processes of a machine one after another, so that a group which a machine's number is a
+    multiple of lies within one, and gradients alone travel between machines.
+
+    Raises:
+        InputError: if the processes cannot be divided into groups of that size.
+    """
+    count, device = dist.get_world_size(), "cuda" if dist.get_backend() == "nccl" else "cpu"
+    if count % shard_size:
+        raise InputError(
+            f"{count} processes cannot be divided into groups of {shard_size}.",
+            advice=f"Choose a size that {count} is a multiple of.",
+        )
+    if count == shard_size:
+        return init_device_mesh(device, (count,))
+    return init_device_mesh(device, (count // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+
+
 def sharded_block_optimizer(model: nn.Module, base: BaseFactory, **options: Any) -> BlockOptimizer:
     """A block optimizer on a model that :func:`shard_blocks` has sharded; its gathers follow the active block.
 
@@ -114,7 +134,7 @@ def follow_blocks(model: nn.Module, optimizer: BlockOptimizer) -> Callable[[], N
 
 
 def _lowest_unit(paths: Sequence[str], active: Sequence[str], model: nn.Module) -> str | None:
-    """The unit in which backward ends; None if it reaches the begin of the model."""
+    """The unit in which backward ends; None if it reaches the start of the model."""
     order = {name: position for position, (name, _) in enumerate(model.named_parameters())}
     first = min(active, key=order.__getitem__)
     inside = [path for path in paths if path and belongs(first, (path,))]

@@ -54,13 +54,7 @@ def save_zero3_checkpoint(
             torch.save({**state, "groups": _options(optimizer)}, target / PORTABLE)
     else:
         engine.save_checkpoint(os.fspath(directory), tag=tag)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        position = {**optimizer.position(), "processes": None if portable else dist.get_world_size()}
-        partial = target / f".{POSITION}.partial"
-        partial.write_text(json.dumps(position), encoding="utf-8")
-        partial.rename(target / POSITION)
-    dist.barrier()
+    write_position(target, optimizer, None if portable else dist.get_world_size())
     return target
 
 
@@ -72,25 +66,62 @@ def load_zero3_checkpoint(engine: Any, optimizer: BlockOptimizer, checkpoint: st
         StateError: if it belongs to another model or partition; nothing is changed then.
     """
     path = Path(checkpoint)
-    try:
-        position = json.loads((path / POSITION).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"There is no whole checkpoint at {path}: {POSITION} is missing or torn.", advice="Use an older checkpoint."
-        ) from error
+    position = read_position(path)
     processes = position.pop("processes")
     if processes is None:
         _load_portable(path, engine, optimizer, position)
         return
-    if processes != dist.get_world_size():
-        raise InputError(
-            f"The checkpoint at {path} was written by {processes} processes, and these are {dist.get_world_size()}.",
-            advice=f"Start {processes} processes, and save with portable=True for another number.",
-        )
+    check_number(path, processes)
     optimizer.go_to(position)
     loaded, _ = engine.load_checkpoint(os.fspath(path.parent), tag=path.name)
     if loaded is None:
         raise StateError(f"DeepSpeed could not load the checkpoint at {path}.", advice="Use an older checkpoint.")
+
+
+def write_position(checkpoint: Path, optimizer: BlockOptimizer, processes: int | None) -> None:
+    """Note in ``checkpoint``, whose other files are there, where it was taken. Collective.
+
+    Args:
+        checkpoint: the checkpoint's own directory.
+        optimizer: the block optimizer that DeepSpeed drives.
+        processes: how many can read it; None for any number.
+    """
+    dist.barrier()
+    if dist.get_rank() == 0:
+        partial = checkpoint / f".{POSITION}.partial"
+        partial.write_text(json.dumps({**optimizer.position(), "processes": processes}), encoding="utf-8")
+        partial.rename(checkpoint / POSITION)
+    dist.barrier()
+
+
+def read_position(checkpoint: Path) -> dict[str, Any]:
+    """What :func:`write_position` noted: of ``BlockOptimizer.go_to``, and ``processes``.
+
+    Raises:
+        InputError: if there is nothing, so that the checkpoint is not whole.
+    """
+    try:
+        position: dict[str, Any] = json.loads((checkpoint / POSITION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"There is no whole checkpoint at {checkpoint}: {POSITION} is missing or torn.",
+            advice="Use an older checkpoint.",
+        ) from error
+    return position
+
+
+def check_number(checkpoint: Path, processes: int | None) -> None:
+    """Refuse a checkpoint that DeepSpeed wrote for another number of processes.
+
+    Raises:
+        InputError: with both numbers.
+    """
+    if processes is not None and processes != dist.get_world_size():
+        raise InputError(
+            f"The checkpoint at {checkpoint} was written by {processes} processes, and these are "
+            f"{dist.get_world_size()}.",
+            advice=f"Start {processes} processes, and save with portable=True for another number.",
+        )
 
 
 def load_portable_weights(checkpoint: str | os.PathLike[str], model: nn.Module) -> None:

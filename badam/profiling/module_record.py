@@ -150,5 +150,5 @@ def load_module_timelines(path: Path) -> ModuleTimelines:
         mistake = error.errors()[0]
         place = ".".join(map(str, mistake["loc"])) or "the record"
         raise PlanError(
-            f"The module timelines {path} are no such record: {place}: {mistake['msg']}.", advice=ADVICE
+            f"The module timelines {path} cannot be used: {place}: {mistake['msg']}.", advice=ADVICE
         ) from error

@@ -42,7 +42,7 @@ class Classes:
         if len(names) > count:
             raise DataError(
                 f"The data has {len(names)} classes ({', '.join(names[:5])}{', ...' if names[5:] else ''}); "
-                f"the plan's model tells {count} apart.",
+                f"the plan's model has {count}.",
                 advice=f"Plan with --num-labels {len(names)}.",
             )
         return cls(tuple(names))
@@ -55,7 +55,7 @@ class Classes:
         """
         if label not in self.names:
             raise DataError(
-                f"The evaluation data has the class {label!r}, which the training data has not.",
+                f"The evaluation data has the class {label!r}, which the training data does not have.",
                 advice=f"Known: {', '.join(self.names)}.",
             )
         return self.names.index(label)

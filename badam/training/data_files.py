@@ -153,7 +153,7 @@ def _hub_rows(name: str, split: str) -> Iterator[PlacedRow]:
         loaded = datasets.load_dataset(name, split=split)
     except Exception as error:  # offline, unknown, gated, no such split: the library has a class for each, no base
         raise DataError(
-            f"{name} is neither a file here nor a data set that the Hub gives ({_first_line(error)}).",
+            f"{name} is neither a file here nor a data set on the Hub ({_first_line(error)}).",
             advice="Give a local file or directory; without --data, docstrings of Python's library are used.",
         ) from error
     for number, row in enumerate(loaded, start=1):

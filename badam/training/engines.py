@@ -97,14 +97,20 @@ class Copies(Engine):
 
 
 class Sharded(Copies):
-    """PyTorch's FSDP2: every process keeps its part of each parameter."""
+    """PyTorch's FSDP2: every process keeps its part of each parameter, in one copy of the model or in several."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self._model: Any = None
 
     def place(self, model: PreTrainedModel) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         from badam.distributed import shard_blocks
+        from badam.distributed.fsdp2 import mesh_of
 
-        shard_blocks(model)
+        self._model = model
+        shard_blocks(model, mesh=mesh_of(self.plan.target.shards))
         type(model).loss_within = _loss_within  # of the class that FSDP2 has made for this model
         register_fsdp_forward_method(model, "loss_within")
 
@@ -113,6 +119,12 @@ class Sharded(Copies):
 
         follow_blocks(model, _blocks(optimizer))
         return optimizer
+
+    def backward(self, loss: Tensor, method: TrainingMethod, optimizer: Optimizer, *, is_last: bool) -> None:
+        """The copies of a model add up their gradients once per step, in its last micro-batch."""
+        if self.plan.target.replicas > 1:
+            self._model.set_requires_all_reduce(is_last)
+        method.backward(loss, optimizer)
 
     def evaluated(self, model: PreTrainedModel) -> None:
         """The root stays gathered after a forward: training would find it so, and a checkpoint would not."""

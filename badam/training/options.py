@@ -74,9 +74,13 @@ class RunOptions:
         if self.eval_data is not None and self.eval_share:
             raise InputError("There are two kinds of evaluation data.", advice="Give --eval-data or --eval-share.")
         if not 0 <= self.eval_share < 1:
-            raise InputError(f"--eval-share {self.eval_share:g} is no share.", advice="Give one such as 0.05.")
+            raise InputError(
+                f"--eval-share {self.eval_share:g} is not a share of the data.", advice="Give one such as 0.05."
+            )
         if not 0 <= self.warmup_share <= 1:
-            raise InputError(f"--warmup-share {self.warmup_share:g} is no share.", advice="Give one such as 0.03.")
+            raise InputError(
+                f"--warmup-share {self.warmup_share:g} is not a share of the steps.", advice="Give one such as 0.03."
+            )
         if self.warmup_share and self.warmup_steps:
             raise InputError("The warm-up is given twice.", advice="Give --warmup-steps or --warmup-share.")
         wishes = {"--eval-steps": self.eval_steps, "--best": self.keep_best, "--patience": self.patience}
@@ -89,7 +93,7 @@ class RunOptions:
             raise InputError("--patience stops when the best is past, so it needs --best.", advice="Add --best.")
         if self.keep_best and self.save_steps and self.eval_steps and self.save_steps % self.eval_steps:
             raise InputError(
-                f"With --best a checkpoint follows an evaluation, but --save-steps {self.save_steps} is no multiple "
+                f"With --best a checkpoint follows an evaluation, but --save-steps {self.save_steps} is not a multiple "
                 f"of --eval-steps {self.eval_steps}.",
                 advice=f"Save every {self.eval_steps} steps, for instance.",
             )

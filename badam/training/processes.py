@@ -22,7 +22,6 @@ from badam.plan import Plan
 from badam.training.checkpoints import written_whole
 from badam.training.options import RunOptions
 
-SHARED_ENGINES = ("ddp", "fsdp2", "zero3")
 LAUNCHERS_SETTINGS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
 """How ``accelerate launch`` asks for what the plan decides."""
 
@@ -186,9 +185,17 @@ def shared_plan(plan: Plan, processes: Processes) -> Plan:
             f"the plan has for {planned} cards.",
             advice=f"Start {planned}, or plan with --num-gpus {there}.",
         )
-    target = plan.target.model_copy(update={"num_gpus": there})
+    target = plan.target.model_copy(update={"num_gpus": there, "shard_size": _shard_size(plan, there)})
     training = plan.training.model_copy(update={"grad_accum": accumulate})
     return plan.model_copy(update={"target": target, "training": training})
+
+
+def _shard_size(plan: Plan, there: int) -> int | None:
+    """The smallest group of processes for one copy of the model in which none needs more memory than in the plan's."""
+    planned = plan.target.shard_size
+    if planned is None:
+        return None
+    return next(size for size in range(1, there + 1) if there % size == 0 and (size >= planned or size == there))
 
 
 def shared_options(options: RunOptions, console: Console, processes: Processes) -> tuple[RunOptions, Console]:

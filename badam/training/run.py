@@ -328,7 +328,7 @@ def _save_model(trainer: PlanLoop, output_dir: Path) -> Path:
 
 
 def _release(trainer: PlanLoop) -> None:
-    """Let go of the last block: autograd's hooks on its parameters would keep masters and moments for ever."""
+    """Let go of the last block: autograd's hooks on its parameters would keep masters and moments forever."""
     optimizer = trainer.plan_optimizer
     if isinstance(optimizer, BlockOptimizer):
         for active in optimizer.active_parameters:

@@ -166,7 +166,8 @@ def chosen_lengths(
     fixed = input_positions(config, spec.task)
     if fixed is not None and seq_len not in (None, fixed):
         raise InputError(
-            f"{spec.id} takes inputs of {fixed} positions, {seq_len} cannot be had.", advice="Leave --seq-len out."
+            f"{spec.id} takes inputs of {fixed} positions, so --seq-len {seq_len} is not possible.",
+            advice="Leave --seq-len out.",
         )
     length = fixed or seq_len or DEFAULT_SEQ_LEN
     if not TASKS[spec.task].two_stacks:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from badam.errors import BadamError
 from badam.plan import Plan
 from badam.training.methods import METHODS, method_of
+from badam_planner.communication import with_communication
 from badam_planner.planning.outcome import candidate_of, with_prediction
 from badam_planner.planning.refusal import refusal
 from badam_planner.planning.request import Request, staged_plan
@@ -23,7 +24,7 @@ from badam_planner.planning.trial import (
     in_words,
     settings_of,
 )
-from badam_planner.probe.cards import CardsEvaluator, smallest_number, with_traffic
+from badam_planner.probe.cards import MOST_CARDS, CardsEvaluator, shard_sizes, smallest_number, with_traffic
 from badam_planner.probe.evaluate import Evaluator, PlanForecast
 from badam_planner.probe.model_source import explaining
 from badam_planner.probe.model_tree import inspect_model
@@ -88,11 +89,11 @@ def _rehearse_ahead(request: Request, asked_for: Sequence[Cut], evaluator: Cards
     fastest = settings_of(request, evaluator.tree)[0]
     progress(f"rehearsing {', '.join(asked_for)} blocks, {in_words(fastest)}")
     plans = [staged_plan(request, strategy, fastest, evaluator.tree) for strategy in asked_for]
-    plans = [plan for plan in plans if method_of(plan.method).composes]
+    plans = [plan for plan in plans if method_of(plan.method).by_block]
     largest = [(plan, evaluator.decisive(plan)[0]) for plan in plans]
     in_the_middle = [(plan, len(plan.partition.blocks) // 2) for plan in plans[:1]]  # these answer for most others
     evaluator.prepare([*largest, *in_the_middle])
-    limit = request.target.usable_bytes - request.target.context_bytes
+    limit = request.target.usable_bytes - request.target.outside_bytes
     promising = [plan for plan, index in largest if evaluator.peaks(plan, index).peak_allocated_bytes <= limit]
     decisive = [(plan, index) for plan in promising for index in evaluator.decisive(plan)]
     recommended = [(plan, index) for plan in promising[:1] for index in range(len(plan.partition.blocks))]
@@ -100,19 +101,26 @@ def _rehearse_ahead(request: Request, asked_for: Sequence[Cut], evaluator: Cards
 
 
 def _with_enough_cards(request: Request, evaluator: CardsEvaluator, progress: Progress) -> Request:
-    """The request for the smallest number of cards on which it fits at its leanest, if it leaves their number open."""
-    if not request.find_num_gpus:
-        return request
+    """The request for the fewest cards, or the fewest of one copy, on which it fits, if it leaves their number open."""
 
-    def on(cards: int) -> Request:
-        return replace(request, target=request.target.model_copy(update={"num_gpus": cards}))
+    def on(**cards: object) -> Request:
+        return replace(request, target=with_communication(request.target.model_copy(update=cards)))
 
-    def fits(cards: int) -> bool:
-        progress(f"trying {cards} cards")
+    def fits(asked: Request) -> bool:
+        progress(f"trying {asked.target.shards} cards")
         kinds = reversed(strategies(request.method, request.partition))
-        return any(fits_at_its_leanest(on(cards), strategy, evaluator) for strategy in kinds)
+        return any(fits_at_its_leanest(asked, strategy, evaluator) for strategy in kinds)
 
-    return on(smallest_number(fits) or request.target.num_gpus)
+    def of_number(cards: int) -> Request:
+        """One card alone needs nothing that joins cards, and is trained on without."""
+        return on(num_gpus=cards) if cards > 1 else on(num_gpus=1, engine="single", offload="none")
+
+    if request.find_num_gpus:
+        return of_number(smallest_number(lambda cards: fits(of_number(cards))) or MOST_CARDS)
+    if request.find_shard_size:
+        *fewer, _ = shard_sizes(request.target.num_gpus, request.target.gpus_per_node)
+        return next(filter(fits, (on(shard_size=size) for size in fewer)), on(shard_size=None))
+    return on()
 
 
 def _other_methods(

@@ -22,7 +22,7 @@ def formula_bytes(plan: Plan, forecast: PlanForecast) -> int:
         len(plan.partition.blocks),
         quantized=forecast.quantized_entries,
     )
-    return -(-whole // plan.target.num_gpus) if plan.target.engine in ("fsdp2", "zero3") else whole
+    return -(-whole // plan.target.shards)
 
 
 def candidate_of(request: Request, plan: Plan, forecast: PlanForecast, *, recommended: bool) -> Candidate:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from badam.errors import DoesNotFit
-from badam.plan import ENTRY_BYTES, Plan
+from badam.plan import ENTRY_BYTES, Plan, Target
 from badam.training.assemble import model_config
 from badam.training.tasks import input_positions
 from badam.units import format_bytes
@@ -27,7 +27,7 @@ def refusal(
     message = (
         f"{request.spec.id} needs {format_bytes(worst.peak_device_bytes)} at its leanest "
         f"({plan.partition.strategy} blocks, {in_words(setting)}, "
-        f"batch {batch_in_words(request)}), {request.target.gpu} offers "
+        f"batch {batch_in_words(request)}{_cut_in_words(request.target)}), {request.target.gpu} offers "
         f"{format_bytes(request.target.usable_bytes)}: {format_bytes(-headroom(request, forecast))} too much. "
         f"The largest part is {category}, {format_bytes(size)}, at the peak in {worst.peak_phase}."
     )
@@ -43,6 +43,10 @@ def refusal(
         advice="No batch size, length or partition makes it fit: the weights alone take "
         f"{format_bytes(weights)}. Choose a larger card or a smaller model.",
     )
+
+
+def _cut_in_words(target: Target) -> str:
+    return f", cut over {target.shards} cards" if target.shards > 1 else ""
 
 
 def _what_would_fit(request: Request, evaluator: Evaluator, progress: Progress) -> str | None:

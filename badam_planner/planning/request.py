@@ -61,12 +61,14 @@ class Request:
     seed: int = 0
     exact: bool = False
     find_num_gpus: bool = False
+    find_shard_size: bool = False
     command: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < inf:
             raise InputError(
-                f"{self.learning_rate} is no learning rate.", advice="Give a positive number: --learning-rate 1e-5."
+                f"The learning rate {self.learning_rate} is not a positive number.",
+                advice="Give one: --learning-rate 1e-5.",
             )
         if self.target.engine != "single" and (self.method != "badam" or self.compare_methods):
             raise InputError(
@@ -129,7 +131,7 @@ def _always_active(request: Request) -> tuple[str, ...]:
     """
     if request.active_modules and "layer" not in strategies(request.method, "auto"):
         raise InputError(
-            f"{request.method} has no blocks, so nothing can be active besides them.",
+            f"{request.method} has no blocks, so no module can be active besides them.",
             advice="Leave --active-module out, or plan with --method badam.",
         )
     return request.active_modules

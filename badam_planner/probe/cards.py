@@ -11,7 +11,8 @@ from badam_planner.forecast import Forecast, forecast
 from badam_planner.outline import BlockPeaks, Outline
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.roles import trained_prefixes
-from badam_planner.sharding import Sharding, Traffic, per_card, sharding_of, traffic_per_step
+from badam_planner.sharding import Sharding, per_card, sharding_of
+from badam_planner.traffic import Traffic, traffic_per_step
 from badam_planner.zero3 import partition, zero3_traffic
 
 MOST_CARDS = 4096
@@ -57,10 +58,15 @@ def with_traffic(plan: Plan, evaluator: CardsEvaluator) -> Plan:
     if plan.prediction is None or plan.target.engine == "single":
         return plan
     pairs = (evaluator.traffic(plan, index) for index in {0, len(plan.partition.blocks) - 1})
-    cards = plan.target.num_gpus
-    sent, full = max((own.sent_bytes(cards), full.sent_bytes(cards)) for own, full in filter(None, pairs))
-    prediction = plan.prediction.model_copy(update={"sent_bytes": sent, "sent_bytes_of_full": full})
-    return plan.model_copy(update={"prediction": prediction})
+    shards, replicas = plan.target.shards, plan.target.replicas
+    own, full = max(filter(None, pairs), key=lambda pair: pair[0].sent_bytes(shards, replicas))
+    sent = {
+        "sent_bytes": own.sent_bytes(shards, replicas),
+        "sent_bytes_of_full": full.sent_bytes(shards, replicas),
+        "sent_between_bytes": own.sent_between_bytes(replicas),
+        "sent_between_bytes_of_full": full.sent_between_bytes(replicas),
+    }
+    return plan.model_copy(update={"prediction": plan.prediction.model_copy(update=sent)})
 
 
 def smallest_number(fits: Callable[[int], bool]) -> int | None:
@@ -75,3 +81,17 @@ def smallest_number(fits: Callable[[int], bool]) -> int | None:
         middle = (least + most) // 2
         least, most = (least, middle) if fits(middle) else (middle, most)
     return most
+
+
+def shard_sizes(cards: int, cards_per_node: int) -> list[int]:
+    """Into groups of how many ``cards`` can be divided, the smallest first, so that groups do not straddle machines.
+
+    Groups of one are left out: they hold whole copies.
+    """
+    several_nodes = cards > cards_per_node
+    return [
+        size
+        for size in range(2, cards + 1)
+        if cards % size == 0
+        and (size == cards or not several_nodes or cards_per_node % size == 0 or size % cards_per_node == 0)
+    ]

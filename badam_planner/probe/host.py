@@ -56,7 +56,7 @@ def _from_sysconf() -> tuple[int, int]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError) as error:
         raise InputError(
-            "This system does not say how much memory it has.", advice="Give it: --gpu cpu --gpu-memory 16GiB."
+            "The memory of this machine could not be determined.", advice="Give it: --gpu cpu --gpu-memory 16GiB."
         ) from error
     return total, total
 

@@ -132,7 +132,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}.", advice=advice) from error
     if not isinstance(content, dict) or "model_type" not in content:
-        raise InputError(f"{path} has no model_type, so it is no model configuration.", advice=advice)
+        raise InputError(f"{path} has no model_type, so it is not a model configuration.", advice=advice)
     return content
 
 

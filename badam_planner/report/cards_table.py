@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from badam.plan import Plan
+from badam.plan import Plan, Target
 from badam.units import format_bytes
+from badam_planner.communication import communicators
 from badam_planner.links import transfer_times
 
 
-def render_transfers(plan: Plan) -> Table:
+def render_transfers(plan: Plan) -> RenderableType:
     """Bytes that each card sends in a step and the time for them, beside those of training everything."""
     target, prediction = plan.target, plan.prediction
     assert prediction is not None, "a plan for several cards has a prediction"
     assert prediction.sent_bytes is not None, "and bytes that they send"
     assert prediction.sent_bytes_of_full is not None, "and those of training everything"
-    table = Table(title=f"{target.num_gpus} cards, {target.engine}: sent by each card in a step", title_justify="left")
+    table = Table(title=f"{_cards_in_words(target)}: sent by each card in a step", title_justify="left")
     table.add_column("link, nominal rate")
     table.add_column("this plan", justify="right")
     table.add_column("all parameters trained", justify="right")
-    table.add_row("bytes", format_bytes(prediction.sent_bytes), format_bytes(prediction.sent_bytes_of_full))
-    own = transfer_times(prediction.sent_bytes, target.num_gpus, target.gpus_per_node)
-    full = transfer_times(prediction.sent_bytes_of_full, target.num_gpus, target.gpus_per_node)
-    for (name, seconds), (_, everything) in zip(own, full, strict=True):
+    sent = (prediction.sent_bytes, prediction.sent_bytes_of_full)
+    between = (prediction.sent_between_bytes, prediction.sent_between_bytes_of_full)
+    if target.engine == "ddp":
+        between = sent  # plans of before there were cut copies do not say it
+    table.add_row("bytes", *map(format_bytes, sent))
+    if target.replicas > 1 and target.shards > 1:
+        table.add_row("of these between the copies", *(format_bytes(size or 0) for size in between))
+    columns = [
+        transfer_times(target, whole - (part or 0), part or 0) for whole, part in zip(sent, between, strict=True)
+    ]
+    for (name, seconds), (_, everything) in zip(*columns, strict=True):
         table.add_row(name, f"{seconds:.3f} s", f"{everything:.3f} s")
-    return table
+    return Group(table, *_library_in_words(target))
+
+
+def _library_in_words(target: Target) -> list[Text]:
+    if not target.communication_bytes:
+        return []
+    joined = ", ".join(str(size) for size in communicators(target))
+    return [
+        Text(
+            f"The device peak has {format_bytes(target.communication_bytes)} for NCCL, with communicators of {joined} "
+            "cards: an assumption from what others measured."
+        )
+    ]
+
+
+def _cards_in_words(target: Target) -> str:
+    cards = f"{target.num_gpus} cards, {target.engine}"
+    if target.replicas > 1 and target.shards > 1:
+        return f"{cards}, {target.replicas} copies of the model over {target.shards} cards each"
+    return cards

@@ -21,7 +21,8 @@ def rehearse_step(plan: Plan) -> StepTimeline:
 
     Imports torch and takes seconds.
 
-    The limit leaves out what no timeline holds: the device context and the matrix-multiplication workspace.
+    The limit leaves out what no timeline holds: the device context, the communication library and the workspace of
+    matrix multiplication.
 
     Raises:
         BadamError: if the model of the plan cannot be rehearsed.
@@ -40,7 +41,7 @@ def rehearse_step(plan: Plan) -> StepTimeline:
     return sample_timeline(
         Timeline(recording, tree.head_module, granularity=granularity, on_card=granularity > 1),
         title=f"One step with block {worst} active",
-        limit_bytes=plan.target.usable_bytes - plan.target.context_bytes - plan.target.workspace_bytes,
+        limit_bytes=plan.target.usable_bytes - plan.target.outside_bytes - plan.target.workspace_bytes,
         start=start,
     )
 

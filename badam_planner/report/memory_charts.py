@@ -8,7 +8,8 @@ from typing import Any
 from badam.plan import Plan, Prediction
 from badam.units import format_bytes
 from badam.vocabulary import Category
-from badam_planner.compare import NOT_ATTRIBUTED, BlockRow, Comparison, Pair, predicted_parts
+from badam_planner.compare import predicted_parts
+from badam_planner.comparison import NOT_ATTRIBUTED, BlockRow, Comparison, Pair
 from badam_planner.report.chart import (
     MEASURED_COLOUR,
     PREDICTED_COLOUR,
@@ -121,7 +122,7 @@ def phases_chart(comparison: Comparison) -> Chart:
     rows = [row for row in comparison.phases if row.memory.predicted is not None or row.memory.measured is not None]
     largest = max(max(row.memory.predicted or 0, row.memory.measured or 0) for row in rows)
     scale = scale_for(largest)
-    limit = comparison.plan.target.usable_bytes - comparison.plan.target.context_bytes
+    limit = comparison.plan.target.usable_bytes - comparison.plan.target.outside_bytes
     layout = {
         "yaxis": {
             "title": {"text": f"peak within the phase ({scale.unit})"},
@@ -151,7 +152,7 @@ def blocks_chart(plan: Plan, rows: Sequence[BlockRow]) -> Chart | None:
     positions = list(range(len(known)))
     traces = _pair_bars(names, [row.memory for row in known], scale, positions)
     lowest = min(size for row in known for size in (row.memory.predicted, row.memory.measured) if size is not None)
-    limit = plan.target.usable_bytes - plan.target.context_bytes
+    limit = plan.target.usable_bytes - plan.target.outside_bytes
     # Blocks differ by little against what they share, so the axis starts just below the lowest and says so.
     base = max(0, lowest - 2 * (heights[worst] - lowest) - heights[worst] // 50)
     top = max(heights[worst], limit if within_sight(limit, heights[worst]) else 0)

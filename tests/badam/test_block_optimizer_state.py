@@ -197,7 +197,7 @@ def changed_state(change: Any) -> Any:
         (lambda: adamw(net().parameters()).state_dict(), "no block of this model"),
         (lambda: changed_state(lambda state: state["badam"].update(format=3)), "format 3"),
         (lambda: changed_state(lambda state: state["badam"].pop("masters")), "lacks 'masters'"),
-        (dict, "no optimizer state of badam"),
+        (dict, "not an optimizer state of badam"),
     ],
 )
 def test_a_state_that_does_not_belong_here_is_refused_and_changes_nothing(make: Any, words: str) -> None:

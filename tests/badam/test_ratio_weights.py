@@ -155,7 +155,7 @@ def test_parameters_may_be_added_later() -> None:
         ({"mask_mode": "random"}, "Unknown mask_mode 'random'.*adjacent or scatter"),
         ({"write_back": "up"}, "Unknown write_back"),
         ({"fused": True, "foreach": True}, "exclude each other"),
-        ({"scatter_run": 3}, "no power of two"),
+        ({"scatter_run": 3}, "not a power of two"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

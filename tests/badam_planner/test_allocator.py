@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -8,16 +9,12 @@ from hypothesis import strategies as st
 
 from badam.units import KIB, MIB
 from badam_planner.allocator import AllocationRefused, CachingAllocator
+from tests.badam_planner import simulated
 
 ROUNDING = 512
 
 
-def allocator_after(*sizes: int, capacity: int | None = None) -> CachingAllocator:
-    """An allocator that holds ``sizes`` under the handles 0, 1, 2, …"""
-    allocator = CachingAllocator(capacity)
-    for handle, size in enumerate(sizes):
-        allocator.allocate(handle, size)
-    return allocator
+allocator_after = partial(simulated.allocator_after, CachingAllocator)
 
 
 # -- rounding and segments

@@ -20,7 +20,6 @@ class LowMemory(TrainingMethod):
     accumulates = False
     clips = False
     keeps_gradients = False
-    repeats_trained_layers = True
 
     def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
         """lomo-optim's Lomo."""
@@ -47,7 +46,6 @@ class AdaptiveLowMemory(LowMemory):
 
     name: ClassVar[Method] = "adalomo"
     libraries = {"pytorch_optimizer": "pytorch-optimizer"}  # noqa: RUF012 - declared as a class variable by the base
-    repeats_trained_layers = True
 
     def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
         """pytorch-optimizer's AdaLOMO; losses are scaled for fp16 only."""

@@ -13,6 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from badam import BlockOptimizer, BlockOptimizerRatio, _ranks
 from badam.distributed import average_instead_of_ddp, shard_blocks, sharded_block_optimizer
+from badam.distributed.fsdp2 import mesh_of
 from badam.errors import InputError, RanksDisagree
 from tests.badam.distributed.small_training import (
     LAYERS,
@@ -175,6 +176,15 @@ def refused(what: str) -> str:
             make(how="fsdp", **options)
     except InputError as error:
         return str(error)
+    return "nothing"
+
+
+def groups_of(size: int) -> str:
+    """The message for groups that the processes cannot be divided into."""
+    try:
+        mesh_of(size)
+    except InputError as error:
+        return error.message
     return "nothing"
 
 

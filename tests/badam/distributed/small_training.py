@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from badam import BlockOptimizer
 from badam.checkpointing import checkpoint_layers
@@ -92,12 +93,19 @@ def micro_batch(step: int, part: int) -> Tensor:
     return (tokens % VOCABULARY).chunk(count)[rank]
 
 
-def train(model: nn.Module, optimizer: BlockOptimizer, steps: int, clip: float | None = None) -> list[float]:
-    """Optimizer steps up to number ``steps``; the loss of each, over the global batch."""
+def train(
+    model: nn.Module, optimizer: BlockOptimizer, steps: int, clip: float | None = None, once: bool = False
+) -> list[float]:
+    """Optimizer steps up to number ``steps``; the loss of each, over the global batch.
+
+    With ``once`` the copies of a model that is sharded average their gradients in the last micro-batch alone.
+    """
     losses = []
     while optimizer.global_step < steps:
         total = torch.zeros(())
         for part in range(ACCUMULATE):
+            if once and isinstance(model, FSDPModule):
+                model.set_requires_all_reduce(part + 1 == ACCUMULATE)
             tokens = micro_batch(optimizer.global_step, part)
             logits = model(tokens[:, :-1])
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()) / ACCUMULATE
@@ -122,10 +130,10 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(parameter) for name, parameter in model.named_parameters()}
 
 
-def run(steps: int = THREE_EPOCHS, clip: float | None = None, **settings: Any) -> Run:
+def run(steps: int = THREE_EPOCHS, clip: float | None = None, once: bool = False, **settings: Any) -> Run:
     """Losses and final weights."""
     model, optimizer = make(**settings)
-    losses = train(model, optimizer, steps, clip)
+    losses = train(model, optimizer, steps, clip, once)
     return losses, weights(model)
 
 

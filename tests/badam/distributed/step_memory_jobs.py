@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from badam import BlockOptimizer
 from badam.distributed import shard_blocks, sharded_block_optimizer
+from badam.distributed.fsdp2 import mesh_of
 from badam.distributed.zero3_engine import as_forward, backward, start_zero3
 from badam.plan import Plan
 from badam.profiling.allocator_log import AllocatorLog
@@ -33,7 +34,7 @@ def llama_peak(plan_json: str, block: int) -> dict[str, Any]:
     log.start()
     torch.manual_seed(0)
     model = build_model(plan.model, plan.training)
-    shard_blocks(model)
+    shard_blocks(model, mesh=mesh_of(plan.target.shards))
     optimizer = sharded_block_optimizer(
         model,
         lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, fused=True),
@@ -48,7 +49,8 @@ def llama_peak(plan_json: str, block: int) -> dict[str, Any]:
     shape = (plan.training.batch_size, plan.training.seq_len)
 
     def step() -> None:
-        for _ in range(plan.training.grad_accum):
+        for part in range(plan.training.grad_accum):
+            model.set_requires_all_reduce(part + 1 == plan.training.grad_accum)
             tokens = torch.zeros(shape, dtype=torch.int64)
             batch = {"input_ids": tokens, "labels": torch.zeros(shape, dtype=torch.int64)}
             forward_loss(model, batch, plan.training.loss, num_items=torch.tensor(8)).backward()
@@ -119,7 +121,7 @@ def measured_step(step: Callable[[], None], log: AllocatorLog) -> dict[str, Any]
         peak = max(peak, live) if counting else 0
     with SentBytes() as counter:
         step()
-    return {"peak": peak, "counts": counter.counts, "sent": counter.sent}
+    return {"peak": peak, "counts": counter.counts, "sent": counter.sent, "by_kind": counter.by_kind}
 
 
 def llama_sent_by_full_training(plan_json: str) -> float:
@@ -144,6 +146,7 @@ class SentBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: dict[str, int] = {}
+        self.by_kind: dict[str, float] = {}
         self.sent = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -152,12 +155,15 @@ class SentBytes(TorchDispatchMode):
             first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
             second = args[1][0] if isinstance(args[1], (list, tuple)) else args[1]
             whole = {
-                "_allgather_base_": lambda: first,
-                "_reduce_scatter_base_": lambda: second,
-                "allreduce_": lambda: first,
+                "_allgather_base_": lambda: (first, args[2]),
+                "_reduce_scatter_base_": lambda: (second, args[2]),
+                "allreduce_": lambda: (first, args[1]),
             }.get(name)
             if whole is not None:
-                tensor, share = whole(), (dist.get_world_size() - 1) / dist.get_world_size()
+                tensor, group = whole()
+                size = dist.ProcessGroup.unbox(group).size()
+                sent = tensor.nbytes * (size - 1) / size * (2 if name == "allreduce_" else 1)
                 self.counts[name] = self.counts.get(name, 0) + 1
-                self.sent += tensor.nbytes * share * (2 if name == "allreduce_" else 1)
+                self.by_kind[name] = self.by_kind.get(name, 0.0) + sent
+                self.sent += sent
         return func(*args, **(kwargs or {}))

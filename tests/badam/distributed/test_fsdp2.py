@@ -14,7 +14,12 @@ from tests.badam.distributed import small_training
 from tests.badam.distributed.small_training import LAYERS, Run, assert_equal_runs, make_net
 from tests.badam.distributed.workers import Requests, on_ranks, one_after_another
 
-CASES: dict[str, dict[str, Any]] = {"plain": {}, "clipped": {"clip": 0.3}, "checkpointed": {"checkpointed": True}}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"clip": 0.3},
+    "checkpointed": {"checkpointed": True},
+    "averaged once": {"clip": 0.3, "once": True},
+}
 Pair = Callable[[str], list[Any]]
 
 
@@ -40,6 +45,7 @@ def pair() -> Pair:
         "rounded shards": (jobs.rounded, {"how": "fsdp"}),
         "unused": (jobs.with_unused_parameters, {}),
         "refusals": (jobs.every_refusal, {}),
+        "groups": (jobs.groups_of, {"size": 3}),
         "alone": (jobs.one_switches_alone, {}),
     }
     on_each = on_ranks(2, one_after_another, requests=requests)
@@ -96,6 +102,10 @@ def test_only_the_active_block_has_fp32_masters_and_moments_and_each_process_its
         assert sum(size for _, size in each["moments"]) == 2 * each["entries"]
 
 
+def test_processes_that_cannot_be_dealt_out_in_groups_are_told(pair: Pair) -> None:
+    assert pair("groups") == ["2 processes cannot be divided into groups of 3."] * 2
+
+
 def test_ranks_that_disagree_are_told_at_once_on_every_rank(pair: Pair) -> None:
     expected = {
         "seed": "do not agree on the schedule",
@@ -112,7 +122,7 @@ def test_ranks_that_disagree_are_told_at_once_on_every_rank(pair: Pair) -> None:
 def test_a_rank_that_switches_alone_gets_a_message_and_does_not_hang(pair: Pair) -> None:
     waited, message = pair("alone")
     assert waited == "waited"
-    assert "not all of the 2 ranks came there within 1 s" in message
+    assert "not all of the 2 ranks reached within 1 s" in message
 
 
 @pytest.mark.parametrize("how", ["fsdp", "copies"])

@@ -163,7 +163,7 @@ def test_labels_may_be_truth_values_numbers_or_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "error", "message"),
     [
-        ([{"text": "a", "label": str(index)} for index in range(5)], {}, DataError, "5 classes .* tells 3 apart"),
+        ([{"text": "a", "label": str(index)} for index in range(5)], {}, DataError, "5 classes .* has 3"),
         ([{"text": "a", "label": 1.5}], {}, DataError, "label is 1.5, not the number or name"),
         ([{"text": "a"}], {}, DataError, "none of the known formats fits"),
         ([{"text": "a", "label": 1}] * 4, {"pack": True}, InputError, "cannot be packed"),

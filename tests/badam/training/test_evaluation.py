@@ -140,7 +140,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path, monkeypatch:
         ({"eval_steps": 2}, "--eval-steps needs evaluation data"),
         ({"keep_best": True}, "--best needs evaluation data"),
         ({"eval_share": 0.5, "patience": 1}, "needs --best"),
-        ({"eval_share": 0.5, "keep_best": True, "eval_steps": 2, "save_steps": 3}, "--save-steps 3 is no multiple"),
+        ({"eval_share": 0.5, "keep_best": True, "eval_steps": 2, "save_steps": 3}, "--save-steps 3 is not a multiple"),
         ({"eval_share": 0.5, "eval_data": "x.jsonl"}, "two kinds of evaluation data"),
         ({"eval_share": 0.001}, "holds out 0"),
         ({"warmup_steps": 1, "warmup_share": 0.1}, "given twice"),

@@ -13,7 +13,7 @@ from badam.plan import Partition, Plan
 from badam.training.checkpoints import is_whole
 from tests.badam.distributed.workers import JobFailedError, on_ranks
 from tests.badam.training import several
-from tests.badam.training.tiny import CONFIG, records, run_tiny, tiny_plan, write_jsonl
+from tests.badam.training.tiny import CONFIG, LAYERS, records, run_tiny, tiny_plan, write_jsonl
 
 STEPS, SAVED_AT = 6, 3  # visits have two steps, so the checkpoint is in the middle of one
 CLASSIFIER = {"config": {**CONFIG, "num_labels": 2}, "task": "sequence-classification"}
@@ -166,3 +166,26 @@ def test_a_classifier_is_trained_and_evaluated_by_two_processes_as_by_one(runs: 
     torch.testing.assert_close(losses(together), losses(alone), rtol=1e-5, atol=0)
     found, expected = (lines(path / "evaluations.jsonl") for path in (together, alone))
     assert [each["accuracy"] for each in found] == [each["accuracy"] for each in expected]
+
+
+@pytest.mark.slow
+def test_copies_that_are_cut_train_like_one_process_and_go_on_in_another_layout(tmp_path: Path) -> None:
+    visits = {"switch_every": 3, "switch_mode": "random"}
+    steps, saved_at = 3 * 3 * LAYERS, 2 * 3 * LAYERS - 1
+    plan = plan_on("single", 1, schedule=visits)
+    plan = plan.model_copy(update={"training": plan.training.model_copy(update={"batch_size": 4})})
+    common: dict[str, Any] = {"padding": "plan", "max_steps": steps, "lr_scheduler": "constant"}
+    run_tiny(plan, tmp_path, **common)
+    target = plan.target.model_copy(update={"engine": "fsdp2", "num_gpus": 4, "shard_size": 2})
+    training = plan.training.model_copy(update={"batch_size": 1})
+    cut = plan.model_copy(update={"target": target, "training": training}).model_dump_json()
+    common["data"] = str(tmp_path / "data.jsonl")
+    four = {**common, "output_dir": tmp_path / "four", "save_steps": saved_at}
+    assert on_ranks(4, several.run_all, plan=cut, runs={"four": four}) == [{}] * 4
+    two = {**common, "output_dir": tmp_path / "two", "resume": True}
+    two["from"] = (str(tmp_path / "four"), f"checkpoint-{saved_at}")
+    assert on_ranks(2, several.run_all, plan=cut, runs={"two": two}) == [{}] * 2
+    torch.testing.assert_close(losses(tmp_path / "four"), losses(tmp_path / "run"), rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "run")[saved_at:], rtol=1e-5, atol=0)
+    for name in ("four", "two"):
+        torch.testing.assert_close(weights(tmp_path / name), weights(tmp_path / "run"), rtol=0, atol=1e-5)

@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from badam.errors import InputError
 from badam.plan import Plan, Target
-from badam_planner.links import LINKS, transfer_times
+from badam_planner.communication import with_communication
+from badam_planner.links import BETWEEN_NODES, LINKS, transfer_times
 from badam_planner.planning import Request, make_plan
-from badam_planner.probe.cards import CardsEvaluator, smallest_number
+from badam_planner.probe.cards import CardsEvaluator, shard_sizes, smallest_number
 from badam_planner.timeline import Timeline
 from tests.badam.distributed import step_memory_jobs as jobs
 from tests.badam.distributed.workers import ROOT, on_ranks
@@ -34,11 +36,20 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # processes, active block
     "eight processes, long": (8, 2, {"seq_len": 128}),
     "rows that do not divide": (3, 2, {"seq_len": 64}),
 }
+SEVERAL_COPIES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "two copies": (4, 0, {"shard_size": 2}),
+    "two copies, accumulated": (4, 2, {"shard_size": 2, "grad_accum": 3}),
+    "four copies, fp32, checkpointed": (8, 2, {"shard_size": 2, "dtype": "float32", "checkpointing": True}),
+    "two copies, fp32, accumulated": (4, 0, {"shard_size": 2, "dtype": "float32", "grad_accum": 2}),
+    "two copies, rows that do not divide": (6, 0, {"shard_size": 3, "seq_len": 64}),
+}
+CASES |= SEVERAL_COPIES
 
 
 def planned(processes: int, settings: dict[str, Any], engine: str = "fsdp2") -> tuple[Plan, CardsEvaluator]:
-    target = CPU.model_copy(update={"engine": engine, "num_gpus": processes})
-    plan, tree = plan_of(WIDER, DEPTH, target=target, **settings)
+    cards = {"engine": engine, "num_gpus": processes, "shard_size": settings.get("shard_size")}
+    others = {name: value for name, value in settings.items() if name != "shard_size"}
+    plan, tree = plan_of(WIDER, DEPTH, target=CPU.model_copy(update=cards), **others)
     return plan, CardsEvaluator(tree)
 
 
@@ -83,10 +94,23 @@ def test_the_bytes_of_a_step_are_predicted_and_less_than_those_of_full_training(
     traffic = evaluator.traffic(plan, block)
     assert traffic is not None
     own, full = traffic
-    assert own.sent_bytes(processes) == pytest.approx(measured[case]["sent"], rel=0.001)
+    shards, replicas = plan.target.shards, plan.target.replicas
+    assert own.sent_bytes(shards, replicas) == pytest.approx(measured[case]["sent"], rel=0.001)
+    assert own.sent_bytes(shards, replicas) < full.sent_bytes(shards, replicas)
     assert own.gathers == measured[case]["counts"]["_allgather_base_"]
     assert own.reduces == measured[case]["counts"]["_reduce_scatter_base_"]
-    assert own.sent_bytes(processes) < full.sent_bytes(processes)
+
+
+@pytest.mark.parametrize("case", SEVERAL_COPIES)
+def test_copies_that_are_cut_average_their_parts_of_the_active_block_once_per_step(
+    case: str, measured: dict[str, Any]
+) -> None:
+    processes, block, settings = CASES[case]
+    plan, evaluator = planned(processes, settings)
+    traffic = evaluator.traffic(plan, block)
+    assert traffic is not None
+    between = measured[case]["by_kind"]["allreduce_"]
+    assert traffic[0].sent_between_bytes(plan.target.replicas) == pytest.approx(between, rel=0.001)
 
 
 @pytest.mark.slow
@@ -119,7 +143,7 @@ def test_copies_need_room_for_one_message_and_send_the_active_block() -> None:
     traffic = evaluator.traffic(copies, 0)
     assert traffic is not None
     entries = plan.partition.blocks[0].parameters
-    assert traffic[0].sent_bytes(4) == round(2 * 4 * entries * 3 / 4)
+    assert traffic[0].sent_bytes(1, 4) == round(2 * 4 * entries * 3 / 4)
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 3, 7, 8, 100])
@@ -163,8 +187,117 @@ def test_other_methods_are_refused_for_several_cards() -> None:
 
 
 def test_a_ring_that_leaves_a_node_is_as_slow_as_the_link_between_nodes() -> None:
-    inside = dict(transfer_times(10**9, 8, 8))
+    inside = dict(transfer_times(cards_of("fsdp2", 8), 10**9, 0))
     assert inside[LINKS[0].name] == pytest.approx(1e9 / LINKS[0].bytes_per_second)
     assert max(inside.values()) > min(inside.values())
-    outside = transfer_times(10**9, 16, 8)
+    outside = transfer_times(cards_of("fsdp2", 16), 10**9, 0)
     assert all(time >= 1e9 / 50e9 for _, time in outside)
+    assert transfer_times(cards_of("ddp", 16), 0, 10**9) == outside
+
+
+def test_copies_within_machines_send_gradients_alone_between_them() -> None:
+    times = dict(transfer_times(cards_of("fsdp2", 16, 8), 9 * 10**9, 10**9))
+    assert times[f"{LINKS[0].name} and {BETWEEN_NODES.name}"] == pytest.approx(9e9 / 450e9 + 1e9 / 50e9)
+    straddling = dict(transfer_times(cards_of("fsdp2", 18, 6), 9 * 10**9, 10**9))
+    assert straddling[f"{LINKS[0].name} and {BETWEEN_NODES.name}"] == pytest.approx(10e9 / 50e9)
+    one_machine = dict(transfer_times(cards_of("fsdp2", 8, 4), 9 * 10**9, 10**9))
+    assert one_machine[LINKS[0].name] == pytest.approx(10e9 / 450e9)
+
+
+def cards_of(engine: str, cards: int, shard_size: int | None = None) -> Target:
+    return CPU.model_copy(update={"engine": engine, "num_gpus": cards, "shard_size": shard_size})
+
+
+@pytest.mark.parametrize(
+    ("cards", "per_node", "sizes"),
+    [(8, 8, [2, 4, 8]), (48, 8, [2, 4, 8, 16, 24, 48]), (12, 8, [2, 4, 12]), (12, 16, [2, 3, 4, 6, 12]), (7, 4, [7])],
+)
+def test_groups_that_straddle_machines_are_not_tried(cards: int, per_node: int, sizes: list[int]) -> None:
+    assert shard_sizes(cards, per_node) == sizes
+
+
+def test_copies_are_cut_over_the_fewest_cards_that_do() -> None:
+    plan, evaluator = planned(8, {"checkpointing": True, "shard_size": 4})
+    needed = evaluator.worst_block(plan).worst.peak_device_bytes
+    target = cards_of("fsdp2", 16).model_copy(update={"total_bytes": needed, "usable_bytes": needed})
+    request = Request(
+        spec=spec_of(WIDER, DEPTH).model_copy(update={"parameters": plan.model.parameters}),
+        target=target,
+        partition="layer",
+        batch_size=2,
+        seq_len=24,
+        checkpointing="all",
+        loss="full",
+        find_shard_size=True,
+    )
+    found, whole = make_plan(request).plan, make_plan(replace(request, find_shard_size=False)).plan
+    assert found is not None
+    assert found.prediction is not None
+    assert whole is not None
+    assert whole.prediction is not None
+    assert (found.target.num_gpus, found.target.shard_size) == (16, 4)
+    assert found.prediction.sent_between_bytes
+    assert found.prediction.formula_bytes == pytest.approx(4 * whole.prediction.formula_bytes, abs=4)
+
+
+def test_what_copies_average_stays_to_the_end_of_backward() -> None:
+    plan, evaluator = planned(4, {"shard_size": 2, "grad_accum": 3})
+    # Of a label for several allocations the last is kept: the one that stays longest.
+    allocations = sorted(evaluator.recording(plan, 2).allocations, key=lambda each: each.died)
+    held = {each.label: each for each in allocations if each.label}
+    entries = sum(info.numel for info in evaluator.tree.parameters if info.name.startswith("model.layers.2.")) // 2
+    assert held["averaged over the copies"].nbytes == held["sum over the batches"].nbytes == 4 * entries
+    assert held["sum over the batches"].died > held["averaged over the copies"].born
+    assert held["averaged over the copies"].died > held["gradient of model.layers.2"].born
+
+
+def test_every_layout_of_a_plan_deals_out_all_cards() -> None:
+    with pytest.raises(ValueError, match="16 cards cannot be divided into groups of 6"):
+        Target(gpu="cpu", total_bytes=1, usable_bytes=1, engine="fsdp2", num_gpus=16, shard_size=6)
+    with pytest.raises(ValueError, match="needs the engine fsdp2, not zero3"):
+        Target(gpu="cpu", total_bytes=1, usable_bytes=1, engine="zero3", num_gpus=16, shard_size=8)
+    with pytest.raises(ValueError, match="those of the engine ddp"):
+        Target(gpu="cpu", total_bytes=1, usable_bytes=1, engine="fsdp2", num_gpus=16, shard_size=1)
+
+
+def on_a100(cards: int, shard_size: int | None = None, engine: str = "fsdp2") -> Target:
+    return with_communication(cards_of(engine, cards, shard_size).model_copy(update={"gpu": "a100-80gb"}))
+
+
+def test_nccls_buffers_are_on_the_device_and_not_in_torch() -> None:
+    plan, evaluator = planned(4, {})
+    bare = plan.model_copy(update={"target": on_a100(4).model_copy(update={"communication_bytes": 0})})
+    counted = plan.model_copy(update={"target": on_a100(4)})
+    without, with_buffers = (evaluator.worst_block(each).worst for each in (bare, counted))
+    assert with_buffers.peak_device_bytes - without.peak_device_bytes == 688 * 2**20
+    assert with_buffers.peak_reserved_bytes == without.peak_reserved_bytes
+    assert evaluator.worst_block(counted, give_up_above=without.peak_device_bytes) is None
+
+
+def test_each_communicator_has_buffers_and_gloo_has_none() -> None:
+    assert on_a100(1).communication_bytes == 0
+    assert on_a100(2).communication_bytes == 544 * 2**20
+    assert on_a100(8, engine="ddp").communication_bytes == 688 * 2**20
+    assert on_a100(16, 8).communication_bytes == (688 + 688 + 544) * 2**20
+    assert with_communication(cards_of("fsdp2", 8)).communication_bytes == 0
+
+
+def test_the_number_of_cards_that_is_found_leaves_room_for_nccl() -> None:
+    plan, evaluator = planned(2, {"checkpointing": True})
+    two = evaluator.worst_block(plan.model_copy(update={"target": on_a100(2)})).worst.peak_device_bytes
+    request = Request(
+        spec=spec_of(WIDER, DEPTH).model_copy(update={"parameters": plan.model.parameters}),
+        target=cards_of("fsdp2", 1).model_copy(
+            update={"gpu": "a100-80gb", "total_bytes": two, "usable_bytes": two - 1}
+        ),
+        partition="layer",
+        batch_size=2,
+        seq_len=24,
+        loss="full",
+        expandable_segments="off",
+        find_num_gpus=True,
+    )
+    planned_for = make_plan(request).plan
+    assert planned_for is not None
+    assert planned_for.target.num_gpus == 1, "one card has no NCCL, and two would need more than one"
+    assert planned_for.target.engine == "single"

@@ -134,7 +134,7 @@ def test_lengths_are_what_the_model_lets_one_choose() -> None:
     assert lengths(WHISPER, None, None) == (20, 12)
     assert lengths(WHISPER, 20, 5) == (20, 5)
     assert lengths(VIT, None, None) == (10, None)
-    with pytest.raises(InputError, match="takes inputs of 10 positions, 11 cannot be had"):
+    with pytest.raises(InputError, match="takes inputs of 10 positions, so --seq-len 11 is not possible"):
         lengths(VIT, 11, None)
     with pytest.raises(InputError, match="has no decoder with a length of its own"):
         lengths(LLAMA, None, 7)
