@@ -13,7 +13,7 @@ from badam import phases
 from badam._active import HAS_GRAD_DTYPE
 from badam.errors import InputError
 from badam.vocabulary import Phase
-from tests.badam.tiny_net import LR, adamw, blocks, loss_of, net
+from tests.badam.tiny_net import LR, FilledWhenBuilt, adamw, blocks, loss_of, net
 
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW loop": lambda p: adamw(p, foreach=False),
@@ -25,6 +25,7 @@ BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=LR),
     "NAdam": lambda p: torch.optim.NAdam(p, lr=LR),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=LR),
+    "filled when built": lambda p: FilledWhenBuilt(p, start=0.25),
 }
 
 
@@ -38,8 +39,6 @@ needs_grad_dtype = pytest.mark.skipif(
 def test_a_visit_equals_the_base_optimizer_on_fp32_copies_bit_for_bit(base: str, dtype: torch.dtype) -> None:
     model, twin = net(dtype), net(dtype)
     inner = BASES[base](model.parameters())
-    if base == "Adagrad" and not HAS_GRAD_DTYPE:
-        pytest.skip("in this torch it makes its state only when it is built, for parameters that are no masters")
     optimizer = blocks(model, inner, switch_block_every=0, start_block=1)
     active = dict(twin.layers[1].named_parameters())
     copies = {name: nn.Parameter(parameter.detach().float()) for name, parameter in active.items()}
@@ -101,6 +100,20 @@ def test_every_visit_starts_with_fresh_moments_and_step_count() -> None:
         optimizer.step()
         counts = {int(entries["step"]) for entries in optimizer.state.values()}
         assert counts == ({step % 3 + 1} if (step + 1) % 3 else set())
+
+
+def test_a_base_that_fills_its_state_when_built_starts_afresh_in_every_visit() -> None:
+    model = net()
+    base = FilledWhenBuilt(model.parameters(), start=0.25)
+    optimizer = blocks(model, base, switch_block_every=2, switch_mode="ascending", start_block=0)
+    for step in range(5):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    third = [parameter for parameter in model.layers[2].parameters() if parameter.requires_grad]
+    sums = [state["sum"] for state in base.state.values()]
+    assert [total.shape for total in sums] == [parameter.shape for parameter in third]
+    assert all(bool((total >= 0.25).all()) for total in sums)
 
 
 def test_gradients_accumulate_in_fp32() -> None:
