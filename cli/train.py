@@ -12,12 +12,12 @@ import typer
 from badam.errors import InputError
 from badam.extras import require
 from badam_cli._allocator import configure_allocator
-from badam_cli._app import Version, quiet_libraries, reporting_errors, say
+from badam_cli._app import OneVoice, Version, quiet_libraries, reporting_errors, say
 
 app = typer.Typer(rich_markup_mode=None)
 
 
-@app.command()
+@app.command(cls=OneVoice)
 def train(
     plan: Annotated[Path, typer.Option(help="The plan, as badam-plan wrote it.")],
     data: Annotated[

@@ -26,7 +26,7 @@ class CardsEvaluator(Evaluator):
         """The rehearsal of one block on one of the plan's cards, at full depth."""
         whole = super().recording(plan, index)
         if plan.target.engine == "zero3":
-            return partition(whole, self._sharding(plan, index), plan.target.offload)
+            return partition(whole, self._sharding(plan, index), self.tree.head_module, plan.target.offload)
         return whole if plan.target.engine == "single" else per_card(whole, plan, self._sharding(plan, index))
 
     def peaks(self, plan: Plan, index: int) -> BlockPeaks:
@@ -44,7 +44,7 @@ class CardsEvaluator(Evaluator):
         """What the cards send in a step with one block active, and what they would if all were; None for one card."""
         recording, sharding = super().recording(plan, index), self._sharding(plan, index)
         if plan.target.engine == "zero3":
-            return zero3_traffic(recording, sharding, plan.training.grad_accum)
+            return zero3_traffic(recording, sharding, self.tree.head_module, plan.training.grad_accum)
         return traffic_per_step(recording, plan, sharding)
 
     def _sharding(self, plan: Plan, index: int) -> Sharding:

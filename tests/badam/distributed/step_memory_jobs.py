@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from badam import BlockOptimizer
 from badam.distributed import shard_blocks, sharded_block_optimizer
 from badam.distributed.fsdp2 import mesh_of
-from badam.distributed.zero3_engine import backward, start_zero3
+from badam.distributed.zero3_engine import as_forward, backward, start_zero3
 from badam.plan import Plan
 from badam.profiling.allocator_log import AllocatorLog
 from badam.training.assemble import build_model, prepare_checkpointing
@@ -86,11 +87,14 @@ def zero3_peak(plan_json: str, block: int) -> dict[str, Any]:
     )
     shape = (plan.training.batch_size, plan.training.seq_len)
 
+    def whole(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return forward_loss(model, batch, plan.training.loss, num_items=torch.tensor(8))
+
     def step() -> None:
         for part in range(accumulate):
             tokens = torch.zeros(shape, dtype=torch.int64)
             batch = {"input_ids": tokens, "labels": torch.zeros(shape, dtype=torch.int64)}
-            loss = forward_loss(model, batch, plan.training.loss, num_items=torch.tensor(8))
+            loss = as_forward(model, partial(whole, batch)) if plan.training.loss == "chunked" else whole(batch)
             backward(engine, loss, is_last=part + 1 == accumulate)
         engine.step()
 
