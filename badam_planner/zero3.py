@@ -17,7 +17,7 @@ from badam.plan import Offload
 from badam.vocabulary import Category, Phase
 from badam_planner.events import NEVER, Allocation, Recording
 from badam_planner.module_uses import uses_of
-from badam_planner.parts import STATES, buffer, cut, dealt_out, spread_out
+from badam_planner.parts import STATES, buffer, cut, on_one_card, spread_out
 from badam_planner.sharding import (
     ROOT,
     Pass,
@@ -65,7 +65,7 @@ def partition(
         return cut(allocation, info, (_part(info, sharding),))
 
     # The optimizer steps where its states are.
-    gradients, allocations = dealt_out(spread, sharding.shapes, sharding.shards, part, steps_here=offload == "none")
+    gradients, allocations = on_one_card(spread, sharding.shapes, sharding.shards, part, steps_here=offload == "none")
     passes = Passes(spread, sharding)
     for one in passes.every:
         allocations += _whole(_gathered(passes, one, sharding, head_module), one, sharding)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,12 +36,7 @@ NEARLY: dict[Method, float] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    """Models of earlier tests that wait in reference cycles would count as memory of this one."""
-    gc.collect()
-    yield
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("nothing_left_over")
 
 
 def plan_for(method: Method, *, checkpointing: bool = False, learning_rate: float = 1e-5) -> tuple[Plan, ModelTree]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,13 +17,7 @@ from badam_planner.timeline import Timeline
 from tests.badam_planner.probe.measuring import measure
 from tests.badam_planner.probe.plans import BERT, GPT2, LLAMA, QWEN3_MOE, plan_of
 
-
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    """Models of earlier tests that wait in reference cycles would count as memory of this one."""
-    gc.collect()
-    yield
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("nothing_left_over")
 
 
 def measured_peak(plan: Plan, block: int) -> tuple[int, dict[Category, int]]:
