@@ -59,7 +59,7 @@ def train(
     ),
     max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
     save_steps: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; none by default.")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep; all by default.")] = None,
     lr_scheduler: Annotated[

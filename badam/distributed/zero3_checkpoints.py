@@ -62,7 +62,7 @@ def load_zero3_checkpoint(engine: Any, optimizer: BlockOptimizer, checkpoint: st
     """Continue where :func:`save_zero3_checkpoint` wrote ``checkpoint``. Collective.
 
     Raises:
-        InputError: if there is no whole checkpoint, or DeepSpeed wrote it for another number of processes.
+        InputError: if there is no complete checkpoint, or DeepSpeed wrote it for another number of processes.
         StateError: if it belongs to another model or partition; nothing is changed then.
     """
     path = Path(checkpoint)
@@ -98,13 +98,13 @@ def read_position(checkpoint: Path) -> dict[str, Any]:
     """What :func:`write_position` noted: of ``BlockOptimizer.go_to``, and ``processes``.
 
     Raises:
-        InputError: if there is nothing, so that the checkpoint is not whole.
+        InputError: if there is nothing, so that the checkpoint is not complete.
     """
     try:
         position: dict[str, Any] = json.loads((checkpoint / POSITION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"There is no whole checkpoint at {checkpoint}: {POSITION} is missing or torn.",
+            f"There is no complete checkpoint at {checkpoint}: {POSITION} is missing or torn.",
             advice="Use an older checkpoint.",
         ) from error
     return position

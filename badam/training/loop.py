@@ -273,7 +273,7 @@ class PlanLoop(Trainer):
         """Take the weights of the best checkpoint, unless it was damaged since."""
         best = self._best_checkpoint()
         if best is None or not is_whole(best):
-            self._tell(f"the best checkpoint, of step {self.state.best_global_step}, is not whole; the last one stays")
+            self._tell(f"the best checkpoint, of step {self.state.best_global_step}, is damaged; the last weights stay")
             return
         self.state.best_model_checkpoint = str(best)
         if self.engine.keeps_shards:
