@@ -29,7 +29,14 @@ from badam_planner.traffic import Traffic, traffic, traffic_of_everything
 from badam_planner.zero3_gathers import Gathers, Rules
 
 
-def partition(recording: Recording, sharding: Sharding, head_module: str, offload: Offload = "none") -> Recording:
+def partition(
+    recording: Recording,
+    sharding: Sharding,
+    head_module: str,
+    offload: Offload = "none",
+    *,
+    shares_memory: bool = False,
+) -> Recording:
     """The recording of one of ``sharding.shards`` cards under ZeRO-3.
 
     Formula: matrices, masters, moments and temporaries of the step hold ceil(entries / N), vectors these and all of
@@ -37,13 +44,15 @@ def partition(recording: Recording, sharding: Sharding, head_module: str, offloa
     live until the next one is there. The active block has 4 bytes an entry / N of gradients and a bucket, in
     backward also the reordered input of a reduction. Masters, moments and this card's gradients are in host memory if
     ``offload`` is ``optimizer``, and all parts of parameters too if it is ``all``.
-    Not counted: buffers of the communication library on a card, event and stream objects, what lies in host memory.
+    Not counted: buffers of the communication library on a card, event and stream objects, parts that are copied to the
+    card to be gathered.
 
     Args:
         recording: of one card alone.
         sharding: of the plan.
         head_module: path of the output projection, which may share the embedding's matrix; "" if there is none.
         offload: what lies in host memory.
+        shares_memory: whether the card is the host itself, so that what is offloaded stays; see :func:`on_host`.
     """
     spread = spread_out(recording)
     kept = _kept(sharding)
@@ -53,7 +62,7 @@ def partition(recording: Recording, sharding: Sharding, head_module: str, offloa
             return allocation
         if offload != "none" and (allocation.category in STATES or offload == "all"):
             return None
-        return cut(allocation, info, (-(-info.numel // sharding.shards),))
+        return cut(allocation, info, (_part(info, sharding),))
 
     # The optimizer steps where its states are.
     gradients, allocations = on_one_card(spread, sharding.shapes, sharding.shards, part, steps_here=offload == "none")
@@ -61,7 +70,9 @@ def partition(recording: Recording, sharding: Sharding, head_module: str, offloa
     for one in passes.every:
         allocations += _whole(_gathered(passes, one, sharding, head_module), one, sharding)
         allocations += _whole_gradients(gradients, allocations, one, passes, sharding)
-    allocations += _buffers(sharding, offload)
+    allocations += _buffers(sharding, offload, passes)
+    if shares_memory:
+        allocations += on_host(sharding, offload)
     allocations.sort(key=lambda allocation: allocation.born)
     return replace(spread, allocations=[each for each in allocations if each.nbytes])
 
@@ -135,18 +146,61 @@ def _whole_gradients(
     return found
 
 
-def _buffers(sharding: Sharding, offload: Offload) -> Iterator[Allocation]:
-    """What DeepSpeed keeps for the active block."""
-    trained = [info for unit in sharding.units for info in unit.parameters if info.name in sharding.trained]
-    parts = sum(-(-info.numel // sharding.shards) for info in trained)
-    largest = max((info.numel for info in trained), default=0)
-    gradients = buffer("gradients of this card's part", 4 * parts, 0, NEVER, Phase.SETUP, ROOT)
+def on_host(sharding: Sharding, offload: Offload) -> list[Allocation]:
+    """What a process has in host memory while a block is active.
+
+    Formula: with A entries of the block and M of the model, each in N parts, 20A/N: masters 4, moments 8, gradients 4
+    as they are collected and 4 as the step takes them. With ``all`` also the parts of all parameters, 2M/N in bf16.
+    Not counted: what is built before DeepSpeed takes the model apart, checkpoints, the process itself; torch's pinned
+    memory, in which the step's gradients and the block's parts lie on a card, comes in powers of two.
+    """
     if offload == "none":
+        return []
+    parts = _parts(sharding)
+    held = [
+        ("masters", 4 * parts, Category.MASTER),
+        ("moments", 8 * parts, Category.OPTIMIZER_STATE),
+        ("gradients as collected", 4 * parts, Category.GRADIENT),
+        ("gradients of the step", 4 * parts, Category.GRADIENT),
+    ]
+    if offload == "all":
+        every = sum(_part(info, sharding) for info in sharding.shapes.values())
+        held.append(("parts of parameters", every * sharding.entry_bytes, Category.PARAMETER))
+    return [
+        replace(buffer(f"{what} in host memory", nbytes, 0, NEVER, Phase.SETUP, ROOT), category=category)
+        for what, nbytes, category in held
+    ]
+
+
+def _buffers(sharding: Sharding, offload: Offload, passes: Passes) -> Iterator[Allocation]:
+    """What DeepSpeed keeps for the active block on the card."""
+    largest = max((info.numel for info in _trained(sharding)), default=0)
+    yield buffer("bucket of gradients", largest * sharding.entry_bytes, 0, NEVER, Phase.SETUP, ROOT)
+    parts = 4 * _parts(sharding)
+    if offload == "none":
+        gradients = buffer("gradients of this card's part", parts, 0, NEVER, Phase.SETUP, ROOT)
         yield replace(gradients, category=Category.GRADIENT)
         if sharding.entry_bytes == 4:  # DeepSpeed copies fp32 parameters too
-            master = buffer("masters of this card's part", 4 * parts, 0, NEVER, Phase.SETUP, ROOT)
+            master = buffer("masters of this card's part", parts, 0, NEVER, Phase.SETUP, ROOT)
             yield replace(master, category=Category.MASTER)
-    yield buffer("bucket of gradients", largest * sharding.entry_bytes, 0, NEVER, Phase.SETUP, ROOT)
+        return
+    on_its_way = -(-4 * largest // sharding.shards)
+    for one in passes.every:
+        passing = buffer("gradient on its way to the host", on_its_way, one.turns + 1, one.ends, Phase.BACKWARD, ROOT)
+        yield replace(passing, card_only=True)
+
+
+def _trained(sharding: Sharding) -> list[ParameterInfo]:
+    return [info for info in sharding.shapes.values() if info.name in sharding.trained]
+
+
+def _parts(sharding: Sharding) -> int:
+    """Entries of the active block that one card has."""
+    return sum(_part(info, sharding) for info in _trained(sharding))
+
+
+def _part(info: ParameterInfo, sharding: Sharding) -> int:
+    return -(-info.numel // sharding.shards)
 
 
 def _largest_layer(sharding: Sharding) -> int:

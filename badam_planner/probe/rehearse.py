@@ -35,6 +35,7 @@ from badam.vocabulary import Category, Phase
 from badam_planner.events import Entries, Recording
 from badam_planner.probe.kept_layers import build_without, with_left_out
 from badam_planner.probe.tracker import StorageTracker
+from badam_planner.probe.values import refusing_what_needs_values
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -127,12 +128,20 @@ def rehearse(
 
     Returns:
         The events of the visit; see the module's docstring.
+
+    Raises:
+        InputError: if the model's code asks for values of tensors, which are not there.
     """
     without = without or {}
     method = method_of(plan.method)
     staged, start = method.rehearsed_plan(*_of_one_visit(plan, block, without))
     phases.enter(Phase.SETUP)
-    with fake_world() as mode, _attention_of(plan.target), _linear_of(plan.target), _without_garbage_collection():
+    with ExitStack() as stack:
+        stack.enter_context(refusing_what_needs_values(plan.model))
+        mode = stack.enter_context(fake_world())
+        stack.enter_context(_attention_of(plan.target))
+        stack.enter_context(_linear_of(plan.target))
+        stack.enter_context(_without_garbage_collection())
         model = build_without(lambda: fake_model(plan.model, plan.training), layers, classes, without)
         prepare_model(model, plan)
         tracker = StorageTracker(model, layers, mode=mode, on_cpu=plan.target.gpu == "cpu")

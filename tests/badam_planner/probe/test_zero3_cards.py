@@ -12,6 +12,7 @@ from badam.vocabulary import Category
 from badam_planner.parts import owner_of
 from badam_planner.probe.cards import CardsEvaluator
 from badam_planner.timeline import Timeline
+from badam_planner.zero3 import on_host
 from tests.badam_planner.probe.plans import CPU, plan_of
 from tests.badam_planner.probe.test_cards import WIDER, found_alone
 
@@ -33,6 +34,14 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {  # processes, layers,
     "tied": (2, 5, 2, {"tied": True}),
 }
 
+OFFLOADED: dict[str, tuple[str, dict[str, Any]]] = {
+    "optimizer": ("optimizer", {}),
+    "optimizer, fp32": ("optimizer", {"dtype": "float32"}),
+    "all": ("all", {}),
+    "all, checkpointed": ("all", {"checkpointing": True}),
+    "all, accumulated": ("all", {"grad_accum": 2}),
+}
+
 
 def planned(
     processes: int, settings: dict[str, Any], *, layers: int = 5, offload: str = "none"
@@ -52,7 +61,10 @@ def measured() -> dict[str, dict[str, Any]]:
         {"processes": processes, "plan": planned(processes, settings, layers=layers)[0].model_dump_json(), "block": b}
         for processes, layers, b, settings in CASES.values()
     ]
-    return dict(zip(CASES, found_alone(requests, DS_ACCELERATOR="cpu"), strict=True))
+    for offload, settings in OFFLOADED.values():
+        plan, _ = planned(2, settings, offload=offload)
+        requests.append({"processes": 2, "plan": plan.model_dump_json(), "block": 2})
+    return dict(zip([*CASES, *OFFLOADED], found_alone(requests, DS_ACCELERATOR="cpu"), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -74,6 +86,26 @@ def test_deepspeeds_messages_are_predicted_and_less_than_those_of_full_training(
     own, full = traffic
     assert own.sent_bytes(processes) == pytest.approx(measured[case]["sent"], rel=0.05)
     assert own.sent_bytes(processes) < full.sent_bytes(processes)
+
+
+@pytest.mark.parametrize("case", OFFLOADED)
+def test_what_deepspeed_keeps_on_the_host_and_what_remains_are_predicted(case: str, measured: dict[str, Any]) -> None:
+    """Both are the same memory here: the host has what DeepSpeed's own fields hold of the states, the card the rest."""
+    offload, settings = OFFLOADED[case]
+    plan, evaluator = planned(2, settings, offload=offload)
+    found, owned = measured[case], measured[case]["owned"]
+    on_the_host = sum(owned[kind] for kind in ("master", "optimizer state", "gradient"))
+    if offload == "all":
+        on_the_host += owned["parameter"]
+    assert evaluator.host_bytes(plan) == pytest.approx(on_the_host, rel=0.001)
+    card = plan.model_copy(update={"target": plan.target.model_copy(update={"gpu": "a100-80gb"})})
+    evaluator = CardsEvaluator(evaluator.tree)
+    recording = evaluator.recording(card, 2)
+    assert not [each for each in recording.allocations if "host memory" in (each.label or "")]
+    together = Timeline(CardsEvaluator(evaluator.tree).recording(plan, 2), evaluator.tree.head_module).peak().nbytes
+    assert together == pytest.approx(found["peak"], rel=0.02)
+    remaining = together - sum(held.nbytes for held in on_host(evaluator._sharding(plan, 2), offload))
+    assert remaining == pytest.approx(found["peak"] - on_the_host, rel=0.02)
 
 
 def test_under_zero3_a_card_holds_its_part_of_the_states_and_deepspeeds_bucket() -> None:
@@ -99,7 +131,8 @@ def test_what_is_offloaded_is_on_no_card() -> None:
     kinds = {}
     for offload in ("none", "optimizer", "all"):
         target = plan.target.model_copy(update={"offload": offload})
-        held = evaluator.recording(plan.model_copy(update={"target": target}), 0).allocations
+        plan_there = plan.model_copy(update={"target": target.model_copy(update={"gpu": "a100-80gb"})})
+        held = CardsEvaluator(evaluator.tree).recording(plan_there, 0).allocations
         matrices = {info.name for info in evaluator.tree.parameters if info.is_matrix}
         kinds[offload] = {each.category for each in held if owner_of(each) in matrices}
     states = {Category.MASTER, Category.OPTIMIZER_STATE}
