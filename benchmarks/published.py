@@ -51,8 +51,8 @@ the fragmentation of a long run, which the rehearsal of one visit does not have.
 **The rows of Llama 3 are all too low, by 0.7 to 1.9 GB, and those of Llama 2 all too high, by 0.1 to 1.9 GB**, though
 their batches have the same number of logits, 186 million. The version of the library is not the reason: forward and
 backward of one layer with the loss take 2.766 GB above the weights with transformers 4.35.2 and 2.755 GB with 5.23.0,
-for Llama 3 with 2×728 (`python -m benchmarks.by_version`). What Llama 3 has more of are embedding and head, 1.05 GB each
-instead of 0.26. Why these should take more is not known.
+for Llama 3 with 2×728 (`python -m benchmarks.by_version`). What Llama 3 has more of are embedding and head, 1.05 GB
+each instead of 0.26. Why these should take more is not known.
 
 Other published figures that are known to the project say nothing that can be compared: their length varies or is not
 stated, their optimizer is not among the methods here (8-bit, paged, SGD with fp32 copies), the model is compiled, or
