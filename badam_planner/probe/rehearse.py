@@ -105,19 +105,19 @@ def _linear_of(target: Target) -> AbstractContextManager[None]:
 
 @contextmanager
 def _masks_of(spec: ModelSpec) -> Iterator[None]:
-    """A language model gets no mask of padding: one that it makes itself, as BioGPT does, hides nothing.
+    """A mask that a model makes itself, as BioGPT and the decoder of BART do, hides no padding.
 
-    transformers looks into such a mask and leaves it out, which it cannot do under tracing.
+    transformers looks into such a mask and leaves it out, which it cannot do under tracing. A batch has a mask of its
+    own for encoders and for classification only (badam.training.tasks).
     """
     from transformers import masking_utils
 
-    if spec.task != "causal-lm":
-        yield
-        return
+    causal, bidirectional = "_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"
+    own = {"causal-lm": (causal, bidirectional), "sequence-to-sequence": (causal,), "speech-to-text": (causal,)}
     with ExitStack() as stack:
-        for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"):
-            decide = getattr(masking_utils, name)
-            stack.enter_context(patch.object(masking_utils, name, _with_nothing_hidden(decide)))
+        for name in own.get(spec.task, ()):
+            decide = _with_nothing_hidden(getattr(masking_utils, name))
+            stack.enter_context(patch.object(masking_utils, name, decide))
         yield
 
 
