@@ -1,4 +1,4 @@
-"""One parameter of the active block: its fp32 master copy, its gradient, and the way back into the model."""
+"""One parameter of the active block: its fp32 master copy, its gradient, and writing back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from badam._shards import is_sharded, local_part, shard_number, version_of
-from badam.functional import copy_nearest_, is_fake, round_stochastically_
+from badam.functional import copy_nearest_, is_fake, is_rounding_of, round_stochastically_
 
 HAS_GRAD_DTYPE = hasattr(torch.Tensor, "grad_dtype")
 """Whether autograd itself can accumulate a 16-bit parameter's gradient in fp32 (torch 2.10)."""
@@ -86,7 +86,7 @@ class ActiveParameter:
 
         self._keep_dtype = keep_dtype
         # torch keeps hooks where Python's garbage collector does not look: one that held this object would keep model
-        # and optimizer alive for ever.
+        # and optimizer alive forever.
         self._ready = ready
         weakly = weakref.ref(self)
 
@@ -100,7 +100,7 @@ class ActiveParameter:
         self._handle = self.parameter.register_post_accumulate_grad_hook(on_accumulated)
 
     def settle(self) -> None:
-        """Take a hidden gradient out of ``parameter.grad``, whether backward or somebody else put it there."""
+        """Take a hidden gradient out of ``parameter.grad``, whether backward or the caller put it there."""
         if not self.hides_gradient or self.parameter.grad is None:
             return
         gradient, self.parameter.grad = self.parameter.grad, None
@@ -138,7 +138,7 @@ class ActiveParameter:
         return self._taken if self.hides_gradient else self.parameter.grad
 
     def zero_gradient(self) -> None:
-        """Have a gradient of zeros where there is none: the batches of this process did not use the parameter."""
+        """Set a gradient of zeros if there is none, because the batches of this process did not use the parameter."""
         if self.gradient is not None:
             return
         zeros = torch.zeros_like(self.weight, dtype=torch.promote_types(self.parameter.dtype, torch.float32))
@@ -162,13 +162,15 @@ class ActiveParameter:
         """
         if self.master is None:
             self.adopt_master(self.weight.float() if self.is_copied else self._own_master())
-        elif self.is_copied and not self._is_as_written() and not self._is_near(self.weight):
-            self.master.detach().copy_(self.weight)
+        elif self.is_copied and not self._is_as_written():
+            weight = self.weight
+            if not is_rounding_of(local_part(weight).float(), local_part(self.master), weight.dtype):
+                self.master.detach().copy_(weight)
         assert self.master is not None
         return self.master
 
     def adopt_master(self, master: Tensor) -> None:
-        """Take ``master`` (fp32, of the shape of :attr:`weight`) as the truth from which the weight was rounded."""
+        """Use ``master`` (fp32, of the shape of :attr:`weight`), from which the current weight was rounded."""
         self.master = master if master is self.parameter else nn.Parameter(master)
         self.mark_written()
 
@@ -179,13 +181,7 @@ class ActiveParameter:
     def _own_master(self) -> Tensor:
         return self.parameter if self.rows is None else self.weight
 
-    def _is_near(self, weight: Tensor) -> bool:
-        assert self.master is not None
-        kind = torch.finfo(weight.dtype)
-        weight, master = local_part(weight), local_part(self.master)
-        return torch.allclose(weight.float(), master, rtol=kind.eps, atol=kind.smallest_normal * kind.eps)
-
-    # The way back
+    # Writing back
 
     def _is_as_written(self) -> bool:
         return is_fake(self.parameter) or version_of(self.parameter) == self._written_version
@@ -196,7 +192,7 @@ class ActiveParameter:
             self._written_version = version_of(self.parameter)
 
     def write_stochastically(self, generator: torch.Generator) -> None:
-        """Round the master into the model, in expectation without loss; not if someone changed the weights since."""
+        """Round the master into the model without bias, unless someone has changed the weights since."""
         if self.master is not None and self.is_copied and self._is_as_written():
             round_stochastically_(local_part(self.weight), local_part(self.master), generator)
             self.mark_written()

@@ -1,4 +1,4 @@
-"""Which block is active, what belongs to it, and what it takes to change that."""
+"""Which block is active, what belongs to it, and switching to the next one."""
 
 from __future__ import annotations
 
@@ -231,12 +231,15 @@ class BlockVisits(VisitingOptimizer):
         if engine is None or engine is self.ds_optimizer:
             return
         from badam.distributed.zero3 import ZeroThree
+        from badam.distributed.zero3_hosts import follow_checkpoints
 
         for member in self._active:  # gradients, copies and states are DeepSpeed's from here on
             member.close()
             member.parameter.requires_grad_(True)
         self._zero3 = ZeroThree(engine, self)
         self._ranks = self._zero3.ranks
+        self._user_groups = [group for group in self._user_groups if group]  # DeepSpeed has dropped empty ones
+        follow_checkpoints()
 
     @property
     def driven_by(self) -> ZeroThree | None:
@@ -259,7 +262,7 @@ class BlockVisits(VisitingOptimizer):
             self.switch_trainable_params()
 
     def _restart_visit(self, visit: int, steps_in_visit: int) -> None:
-        """Be ``steps_in_visit`` steps into ``visit``, without masters or state and without touching a weight."""
+        """Move to ``steps_in_visit`` steps into ``visit``, without masters or state and without changing a weight."""
         self._base.forget()
         self._end_visit()
         self.visit, self.steps_in_visit = visit, steps_in_visit

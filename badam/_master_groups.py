@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,12 +19,14 @@ Options = dict[str, Any]
 class MasterGroups:
     """Runs a base optimizer on the masters of the active parameters, group by group.
 
-    The groups stay the user's objects with the user's parameters in them; only for the length of a base call does
-    ``params`` hold the masters. So learning rates, schedulers and options are always the current ones.
+    The groups stay the user's objects with the user's parameters in them; ``params`` holds the masters only during a
+    call of the base optimizer. So learning rates, schedulers and options are always the current ones.
     """
 
     def __init__(self, base: Optimizer) -> None:
         self.base = base
+        # Some optimizers fill their state when built, as torch's Adagrad did before 2.12: none for masters.
+        self._fills_when_built = bool(base.state)
         self._found: dict[tuple[int, str], Any] = {}  # what a base step has overwritten in a group, as it was before
 
     def clip(self, gradients: Sequence[Tensor], max_norm: float, norm_type: float) -> Tensor:
@@ -42,9 +45,11 @@ class MasterGroups:
         before = [dict(group) for group in self.base.param_groups]
         every = self.base.param_groups
         with self._holding_masters(members):
-            # Groups without an active parameter are left out: not every optimizer bears an empty one.
+            # Groups without an active parameter are left out: not every optimizer accepts an empty one.
             self.base.param_groups = [group for group in every if group["params"]]
             try:
+                if self._fills_when_built:
+                    self._fill()
                 self.base.step()
             finally:
                 self.base.param_groups = every
@@ -53,6 +58,17 @@ class MasterGroups:
         for member in members:
             member.ready_master().grad = None
             member.drop_gradient()
+
+    def _fill(self) -> None:
+        """Give masters that have no state the one that the base optimizer's constructor makes."""
+        new = [
+            master for group in self.base.param_groups for master in group["params"] if master not in self.base.state
+        ]
+        if new:
+            kind = type(self.base)
+            known = inspect.signature(kind).parameters
+            made = kind(new, **{name: value for name, value in self.base.defaults.items() if name in known})
+            self.base.state.update(made.state)
 
     def forget(self) -> None:
         """Release all state, and undo what steps have written into the groups (counters, running estimates)."""

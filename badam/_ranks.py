@@ -1,8 +1,8 @@
 """The processes that train one model together: what they must agree on, and how they find out.
 
-Every process works out the block order, K and the random numbers by itself, from the same seed. Nothing is sent around
-for that; it is checked, when an optimizer is built, when a state is loaded, at every switch and, by two numbers that
-travel with the finiteness of the gradients, in every step.
+Every process computes the block order, K and the random numbers by itself, from the same seed. Nothing is communicated
+for that, but it is checked: when an optimizer is built, when a state is loaded, at every switch and, by two numbers
+sent along with the finiteness of the gradients, in every step.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from badam.errors import InputError, RanksDisagree
 from badam.functional import all_finite, is_fake, non_finite_flags
 
 PATIENCE = timedelta(seconds=60)
-"""How long a process waits for the others where they should meet, before it says who is missing."""
+"""How long a process waits for the others at a check before it raises an error."""
 
 
 class OneProcess:
-    """Nobody to agree with."""
+    """A single process, which has nothing to agree on with others."""
 
     averages = False  # whether gradients are this optimizer's to average
 

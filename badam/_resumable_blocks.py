@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from badam._block_state import Progress, check_groups, model_digest
+from badam._block_state import Progress, model_digest
 from badam._block_visits import BlockVisits
+from badam._saved_state import check_group_sizes
 from badam._state_of_1_4 import NOT_SAVED, read_state_of_1_4
 from badam.errors import StateError
 
@@ -46,14 +47,18 @@ class ResumableBlocks(BlockVisits):
         saved = self.check_state(state_dict)
         self.schedule, self.global_step, self.non_finite_steps = saved.schedule, saved.step, saved.non_finite_steps
         self._restart_visit(saved.visit, saved.steps_in_visit)
+        self._take_state(saved, state_dict)
+        self._ranks.check_same(self._facts())
+        self._announce_switch()
+
+    def _take_state(self, saved: Progress, state_dict: dict[str, Any]) -> None:
+        """The active block's masters and the base optimizer's state and options."""
         for member in self._active:
             if member.name in saved.masters:
                 member.load_master(saved.masters[member.name])
         self._base.unpack(self._active, state_dict["state"], state_dict["param_groups"])
         self._base.unpack_changes(saved.group_changes)
         self._share_with_base()
-        self._ranks.check_same(self._facts())
-        self._announce_switch()
 
     def _load_within_deepspeed(self, state_dict: dict[str, Any]) -> None:
         saved = Progress.unpack(state_dict["badam"])
@@ -68,12 +73,12 @@ class ResumableBlocks(BlockVisits):
         self._share_with_base()
 
     def position(self) -> dict[str, Any]:
-        """Where the run stands and what it belongs to, in plain types; see :meth:`go_to`."""
+        """The position of the run and what it belongs to, in plain types; see :meth:`go_to`."""
         kept = ("masters", "group_changes")  # tensors, or options of the base optimizer
         return {key: value for key, value in self._progress().pack().items() if key not in kept}
 
     def go_to(self, position: dict[str, Any]) -> None:
-        """Be where :meth:`position` was taken, without masters and moments: the active block's are to be loaded next.
+        """Move to where :meth:`position` was taken, without masters and moments; load those of the active block next.
 
         Raises:
             StateError: if it belongs to another model or partition; nothing is changed then.
@@ -92,7 +97,7 @@ class ResumableBlocks(BlockVisits):
         """
         saved = Progress.unpack(state_dict["badam"])
         saved.check_against(self._progress())
-        check_groups(state_dict["param_groups"], self.param_groups)
+        check_group_sizes(state_dict["param_groups"], [len(group["params"]) for group in self.param_groups])
         return saved
 
     def _load_state_of_1_4(self, state_dict: dict[str, Any]) -> None:

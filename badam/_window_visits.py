@@ -1,4 +1,4 @@
-"""Which windows there are, where they are now, and what it takes to move them."""
+"""Which windows there are, where they are now, and moving them."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class WindowVisits(VisitingOptimizer):
             self._go_to(self.visit + 1, 0)
             for window in self.windows:
                 window.ready_master()
-        self._messages.say(f"Visit {self.visit + 1}: the windows have moved on after {self.global_step} steps.")
+        self._messages.say(f"Visit {self.visit + 1}: the windows move on after {self.global_step} steps.")
         self._call_switch_hooks()
 
     @torch.no_grad()

@@ -48,7 +48,8 @@ class BlockOptimizer(ResumableBlocks):
         include_lm_head: also make a block of the output projection; only without ``block_prefix_list``.
         verbose: 0 says nothing, 1 names each new block, 2 also its parameters.
         log_fn: called with each message; by default they are printed, by rank 0 only.
-        ds_zero3_enabled: accepted for callers that pass it; has no effect.
+        ds_zero3_enabled: DeepSpeed's ZeRO-3 will drive this optimizer, so that its checkpoints are read into the block
+            that was active; known without being told where DeepSpeed has partitioned the model already.
         write_back: how masters are rounded into the model when a block is left: ``stochastic`` keeps the movement in
             expectation, ``nearest`` loses what is smaller than the model's precision. Between steps of a visit it is
             always nearest, because the master is kept.
@@ -107,7 +108,7 @@ class BlockOptimizer(ResumableBlocks):
         self.gradient_release = gradient_release
         self._released: set[str] = set()
         self._skipped_in_step = False
-        self._is_averaged = False
+        self._is_averaged = self._host_is_checked = False
         ranks = ranks_of([parameter for _, parameter in model.trainable], average_gradients=average_gradients)
         self._check_ranks_suit(ranks)
         super().__init__(
@@ -121,6 +122,10 @@ class BlockOptimizer(ResumableBlocks):
             ranks=ranks,
         )
         ranks.check_same(self._facts())
+        if ds_zero3_enabled or is_held_by_deepspeed(self.named_parameters_list[0][1]):
+            from badam.distributed.zero3_hosts import follow_checkpoints
+
+            follow_checkpoints()
 
     # The step
 
@@ -136,7 +141,7 @@ class BlockOptimizer(ResumableBlocks):
         """
         if is_held_by_deepspeed(self.named_parameters_list[0][1]):
             return self._step_within_deepspeed()
-        self._check_parameters_are_the_models()
+        self._check_host()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -151,15 +156,30 @@ class BlockOptimizer(ResumableBlocks):
         self.step_is_done()
         return loss
 
-    def _check_parameters_are_the_models(self) -> None:
-        """A host that shards the model puts new parameters into the groups; training the old ones would do nothing."""
+    def _check_host(self) -> None:
+        """Refuse what a host may have done to the model since, under which training would go wrong without a word."""
         first = next((group["params"][0] for group in self.param_groups if group["params"]), None)
         if first is not None and first is not next(group[0] for group in self._user_groups if group):
             raise InputError(
                 "The parameters were replaced after this optimizer was built, as accelerate does when it shards a "
                 "model: the blocks would be those of the old ones.",
-                advice="Shard the model first, with badam.distributed.shard_blocks, and build the optimizer after it.",
+                advice="Turn the host's sharding off: train with badam-train and a plan for the engine fsdp2, or, in a "
+                "loop of your own, call badam.distributed.shard_blocks first and build the optimizer after it.",
             )
+        if self._host_is_checked:
+            return
+        self._host_is_checked = True
+        changes = self.block_num > 1 and self.switch_block_every > 0 and self.switch_mode != "fixed"
+        if changes and not isinstance(self._ranks, ProcessRanks) and torch.distributed.is_initialized():
+            from badam.distributed.copies import ddp_wrappers_of
+
+            if ddp_wrappers_of(self._model.trainable[0][1]):
+                raise InputError(
+                    "DistributedDataParallel averages the gradients of the first block alone: from the second one on "
+                    "the processes would train different models.",
+                    advice="Call badam.distributed.average_instead_of_ddp(wrapped_model, optimizer) before training, "
+                    "or use BAdamCallback in a Trainer.",
+                )
 
     def _step_within_deepspeed(self) -> None:
         """The base step on what DeepSpeed has put into the groups: its fp32 copies, one sub-group at a time."""
@@ -268,9 +288,11 @@ class BlockOptimizer(ResumableBlocks):
             return
         ranks = ranks_of([parameter for _, parameter in self._model.trainable], average_gradients=True)
         self._check_ranks_suit(ranks)
-        self._ranks = ranks
         ranks.check_same(self._facts())
+        state = self.state_dict()
+        self._ranks = ranks
         self._restart_visit(self.visit, self.steps_in_visit)
+        self._take_state(self.check_state(state), state)
 
     def _check_ranks_suit(self, ranks: OneProcess) -> None:
         if self.gradient_release and isinstance(ranks, ProcessRanks):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from badam.checkpointing import enable_for_transformers
@@ -19,6 +21,8 @@ class BAdamCallback(TrainerCallback):
 
     * Activation checkpointing becomes block-aware: no graph and no checkpoints below the active block.
     * ``max_grad_norm`` is applied also where the optimizer keeps gradients to itself, and the logged norm is right.
+    * Of whole copies in several processes the optimizer averages gradients in the place of ``DistributedDataParallel``.
+    * Under DeepSpeed's ZeRO-3 it connects the two, and checkpoints are read into the block they were saved in.
     * At the end of training the last block is rounded into the model like all others.
 
     Args:
@@ -29,6 +33,18 @@ class BAdamCallback(TrainerCallback):
     def __init__(self, *_: Any, init_loss_scale: int = 12, **__: Any) -> None:
         self.init_loss_scale = init_loss_scale
         self._norm: float | None = None
+        self._standing_aside = ExitStack()  # DDP, while the optimizer averages in its place
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Under DeepSpeed, have a checkpoint read into the block that was active when it was saved.
+
+        Raises:
+            InputError: if DeepSpeed has a version that is not known.
+        """
+        if getattr(args, "deepspeed", None):
+            from badam.distributed.zero3_hosts import follow_checkpoints
+
+            follow_checkpoints()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -41,6 +57,7 @@ class BAdamCallback(TrainerCallback):
         if kwargs.get("model") is not None:
             enable_for_transformers(kwargs["model"])
         self._connect_deepspeed(kwargs.get("optimizer"))
+        self._average_gradients(innermost_optimizer(kwargs.get("optimizer")))
         if not getattr(innermost_optimizer(kwargs.get("optimizer")), "gradient_release", False):
             return
         if args.max_grad_norm and args.max_grad_norm > 0:
@@ -87,6 +104,16 @@ class BAdamCallback(TrainerCallback):
         optimizer = innermost_optimizer(kwargs.get("optimizer"))
         if hasattr(optimizer, "write_back_block"):
             optimizer.write_back_block()
+        self._standing_aside.close()
+
+    def _average_gradients(self, optimizer: Any) -> None:
+        """Of whole copies in several processes, let the block optimizer average gradients in the place of DDP."""
+        if not dist.is_available() or not dist.is_initialized() or not hasattr(optimizer, "average_over_processes"):
+            return
+        from badam.distributed.copies import average_instead_of_ddp, ddp_wrappers_of
+
+        for wrapper in ddp_wrappers_of(optimizer.named_parameters_list[0][1]):
+            self._standing_aside = average_instead_of_ddp(wrapper, optimizer)
 
     def _connect_deepspeed(self, optimizer: Any) -> None:
         """Tell the block optimizer which DeepSpeed optimizer drives it."""

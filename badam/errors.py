@@ -57,7 +57,7 @@ class OutOfMemory(BadamError):
 
 
 def in_one_line(error: BaseException, most: int = 200) -> str:
-    """An exception of foreign code as part of a sentence: its class and the begin of what it says."""
+    """An exception from other code as part of a sentence: its class and the start of its message."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return text if len(text) <= most else f"{text[:most]}…"
 

@@ -35,7 +35,7 @@ def enter(phase: Phase) -> None:
 
 @contextmanager
 def within(phase: Phase) -> Iterator[None]:
-    """Be in ``phase`` for the length of a ``with`` block, then return to the phase that it interrupted."""
+    """Enter ``phase`` for the length of a ``with`` block, then return to the phase that it interrupted."""
     interrupted = _current
     enter(phase)
     try:
@@ -46,7 +46,7 @@ def within(phase: Phase) -> Iterator[None]:
 
 @contextmanager
 def unannounced() -> Iterator[None]:
-    """What happens within the block belongs to no step: nobody is told of phases, and afterwards it is as before."""
+    """Announce no phase within the ``with`` block, and restore the phase afterwards."""
     global _current
     interrupted, listeners = _current, _listeners[:]
     _listeners.clear()

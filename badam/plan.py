@@ -37,7 +37,7 @@ Seconds = Annotated[float, Field(ge=0)]
 
 
 class Record(BaseModel):
-    """A frozen record that refuses unknown fields, so a typing error in a hand-edited file is found, not ignored.
+    """A frozen record that refuses unknown fields, so a typo in a hand-edited file is found, not ignored.
 
     Infinity and NaN are written by these names, as Python's json reads them: a model's configuration may hold one, and
     so may the loss of a run that diverged.
@@ -74,7 +74,7 @@ class Target(Record):
     gpus_per_node: PositiveInt = 8
     engine: Engine = "single"
     shard_size: PositiveInt | None = None  # under fsdp2, cards that one copy of the model is cut over; None for all
-    offload: Offload = "none"  # what lies in host memory under zero3
+    offload: Offload = "none"  # what is kept in host memory under zero3
     total_bytes: Bytes  # what the driver reports as the card's memory
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
     context_bytes: Bytes = 0  # taken by the process's device context, outside torch
@@ -101,13 +101,13 @@ class Target(Record):
         return self.num_gpus // self.shards
 
     @model_validator(mode="after")
-    def _deals_out_all_cards(self) -> Target:
+    def _shards_divide_the_cards(self) -> Target:
         if self.shard_size is not None and self.engine != "fsdp2":
             raise ValueError(f"a shard_size needs the engine fsdp2, not {self.engine}")
         if self.shard_size == 1:
             raise ValueError("copies that are not cut are those of the engine ddp")
         if self.num_gpus % self.shards:
-            raise ValueError(f"{self.num_gpus} cards cannot be dealt out in groups of {self.shards}")
+            raise ValueError(f"{self.num_gpus} cards cannot be divided into groups of {self.shards}")
         return self
 
 
@@ -172,7 +172,7 @@ class Training(Record):
 
     batch_size: PositiveInt
     seq_len: PositiveInt  # positions of an input: tokens, or what an image or a recording is cut into
-    decoder_len: PositiveInt | None = None  # tokens of the text that a decoder with an input of its own learns to write
+    decoder_len: PositiveInt | None = None  # tokens of the target text of an encoder-decoder model
     grad_accum: PositiveInt = 1
     dtype: Dtype = "bfloat16"
     checkpointing: Checkpointing = "all"
@@ -209,6 +209,7 @@ class Prediction(Record):
     sent_bytes_of_full: Bytes | None = None  # the same if every parameter were trained
     sent_between_bytes: Bytes | None = None  # of sent_bytes, to other copies of the model
     sent_between_bytes_of_full: Bytes | None = None  # the same if every parameter were trained
+    host_bytes: Bytes | None = None  # that each process keeps in host memory; None if nothing is offloaded
     step_seconds: Seconds | None = None  # one optimizer step with its share of the switch, mean over blocks
     epoch_seconds: Seconds | None = None  # one pass over the samples that the plan was made for
 

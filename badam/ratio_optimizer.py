@@ -15,7 +15,8 @@ from badam._blocks_of_model import distinct_parameters
 from badam._messages import Messages
 from badam._places import MaskMode
 from badam._ratio_parameters import WindowSizes, given_groups, outside_parameters
-from badam._ratio_state import WindowProgress, check_group_sizes, options_of_1_4
+from badam._ratio_state import WindowProgress, options_of_1_4
+from badam._saved_state import check_group_sizes
 from badam._shards import is_held_by_deepspeed, is_sharded
 from badam._window import Window, WindowOptions, write_nearest
 from badam._window_update import update_windows
@@ -32,7 +33,7 @@ class BlockOptimizerRatio(WindowVisits):
 
     The *window* of a parameter is what is trained of it now: a range of the flattened parameter, or entries scattered
     over it. Only windows have fp32 masters, moments and gradients. A *visit* is ``switch_every`` steps with the
-    windows where they are; then they move on by their own size, and moments start afresh. Over any number of visits
+    windows where they are; then they move on by their own size, and moments start from zero. Over any number of visits
     every entry is trained equally often, give or take one.
 
     ``param_groups`` are the user's groups with the windows' masters in place of parameters: 1-D, fp32, with fp32

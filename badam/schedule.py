@@ -17,7 +17,7 @@ class BlockSchedule:
 
     Args:
         mode: ``ascending`` and ``descending`` go through the blocks in model order, ``random`` through a new
-            permutation in every block epoch, ``fixed`` stays at one block (each visit still starts afresh).
+            permutation in every block epoch, ``fixed`` stays at one block (each visit still starts with fresh state).
         switch_every: K, the optimizer steps of one visit; 0 or less never switches.
         num_blocks: D.
         seed: of the permutations. They come from a hash, so they are the same on every platform and version, and no

@@ -1,6 +1,6 @@
 """The CUDA caching allocator's rules, applied to a sequence of events: from allocated to reserved bytes. Pure.
 
-Source: comments and constants of ``c10/cuda/CUDACachingAllocator.cpp`` in PyTorch 2.x (in 2.13 the constants stand in
+Source: comments and constants of ``c10/cuda/CUDACachingAllocator.cpp`` in PyTorch 2.x (in 2.13 the constants are in
 ``c10/core/AllocatorConfig.h``), default settings, one stream.
 
 * sizes are rounded up to 512 B;
@@ -9,7 +9,7 @@ Source: comments and constants of ``c10/cuda/CUDACachingAllocator.cpp`` in PyTor
 * a request takes the smallest free block that holds it, the lowest address among equals; the rest is split off if it
   is at least 512 B (small pool) or more than 1 MiB (large pool);
 * a freed block merges with its free neighbours in the segment; segments stay reserved until ``empty_cache`` or until
-  a new one cannot be had, when the wholly free ones are given back.
+  a new one cannot be reserved, when the entirely free ones are given back.
 
 With ``expandable_segments`` the rules are others, see :mod:`badam_planner.expandable`.
 
@@ -131,7 +131,7 @@ class SimulatedAllocator(ABC, Generic[TakenT, PoolT]):
 
     @abstractmethod
     def empty_cache(self) -> None:
-        """Unreserve that in which nothing is allocated."""
+        """Give back everything in which nothing is allocated."""
 
     @abstractmethod
     def _take(self, size: int) -> tuple[TakenT, PoolT]:

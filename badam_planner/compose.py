@@ -10,26 +10,29 @@ second of them is repeated as often as the model has it. If they are not, the ru
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from badam.naming import enclosing
 from badam.vocabulary import Phase
-from badam_planner.events import NEVER, LayerMark, Recording
-from badam_planner.passages import (
+from badam_planner.events import NEVER, Allocation, LayerMark, Recording
+from badam_planner.layer_cycles import (
     COMPARED,
     LAST,
     REPEATED,
+    LayerCycles,
     NotPeriodic,
     Ordinal,
-    Passages,
     Reference,
     Span,
     times_of_cycle,
 )
 from badam_planner.renaming import Renamer, Work
 
-__all__ = ["KEPT_CYCLES", "NotPeriodic", "Run", "compose", "composed_work", "find_runs"]
+__all__ = ["KEPT_CYCLES", "NotPeriodic", "Run", "compose", "composed_work", "find_runs", "growth"]
+
+_Cycle = TypeVar("_Cycle")
 
 KEPT_CYCLES = LAST + 1
 LONGEST_PERIOD = 8
@@ -119,15 +122,16 @@ class _Composer:
         self.run = run
         self.total = len(run.cycles)
         self.kept = run.stand_ins()
-        self.passages = Passages(recording, self.kept)
+        self.cycle_of_layer = {layer: number for number, cycle in enumerate(self.kept) for layer in cycle}
+        self.cycles = LayerCycles(recording, self.kept)
         self.output = Recording(
             flops=composed_work(recording.flops, run), traffic=composed_work(recording.traffic, run)
         )
         self.placed: dict[_Place, int] = {}  # index in the output, by place
 
     def composed(self) -> Recording:
-        self.passages.check_alike()
-        spans = self.passages.spans
+        self.cycles.check_alike()
+        spans = self.cycles.spans
         for position, span in enumerate(spans):
             if span.cycle == REPEATED:
                 numbers = range(REPEATED, self.total - 1)
@@ -147,7 +151,8 @@ class _Composer:
         for item in span.items:
             if item.what == "birth":
                 self.placed[_place(item.allocation, item.reference, number)] = len(out.allocations)
-                out.allocations.append(renamer.moved(self.recording.allocations[item.allocation], out.end, NEVER))
+                born = renamer.moved(self.recording.allocations[item.allocation], out.end, NEVER)
+                out.allocations.append(self._grown(born) if born.shares else born)
             elif item.what == "death":
                 self._release(_place(item.allocation, item.reference, number))
             elif item.what == "phase":
@@ -156,10 +161,29 @@ class _Composer:
                 out.layer_marks.append(LayerMark(out.end, item.kind, renamer(item.layer)))
             out.end += 1
 
+    def _grown(self, one: Allocation) -> Allocation:
+        """What joins something of every layer, with the shares of the run's layers settled."""
+        more = growth(one.shares, self.cycle_of_layer, lambda cycle: times_of_cycle(cycle, self.total))
+        others = tuple((layer, nbytes) for layer, nbytes in one.shares if layer not in self.cycle_of_layer)
+        return replace(one, shares=others, grown=one.grown + more)
+
     def _release(self, place: _Place) -> None:
         if place not in self.placed:
             raise NotPeriodic("a release has no allocation to refer to")
         self.output.allocations[self.placed[place]].died = self.output.end
+
+
+def growth(
+    shares: Iterable[tuple[str, int]], cycle_of_layer: Mapping[str, _Cycle], times: Callable[[_Cycle], int]
+) -> int:
+    """Bytes that an allocation gets on top of its own where cycles happen other than once each.
+
+    Args:
+        shares: bytes in it by layer.
+        cycle_of_layer: the cycle of each layer that may be repeated.
+        times: how often a cycle happens.
+    """
+    return sum((times(cycle_of_layer[layer]) - 1) * nbytes for layer, nbytes in shares if layer in cycle_of_layer)
 
 
 def composed_work(work: Mapping[tuple[Phase, str], Work], run: Run) -> dict[tuple[Phase, str], Work]:

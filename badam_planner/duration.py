@@ -9,7 +9,7 @@ from badam.naming import enclosing
 from badam.plan import Dtype, Rates
 from badam.vocabulary import Phase
 from badam_planner.events import MemoryTraffic, Recording
-from badam_planner.passages import times_of_cycle
+from badam_planner.layer_cycles import times_of_cycle
 
 ONCE_PER_VISIT = (Phase.SWITCH, Phase.SETUP)
 """What happens when a block is left and the next one made ready, and not in every step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from badam.vocabulary import Category, Phase
@@ -30,6 +30,9 @@ class Allocation:
     category: Category | None = None  # None until something is known about it
     label: str | None = None  # a name that a person understands, where there is one
     card_only: bool = False  # scratch of a card's kernel; a CPU takes none of it
+    owner: str = ""  # the layer from whose weights it was computed, where no module ran
+    shares: tuple[tuple[str, int], ...] = ()  # bytes that single layers have in it, where it joins what is theirs
+    grown: int = 0  # bytes that come on top for layers which were not rehearsed; see badam_planner.compose.settled
 
     def describe(self) -> str:
         """A name for reports: the label, or where and by which operator it was made, with its shape."""
@@ -86,5 +89,17 @@ class Recording:
     layer_marks: list[LayerMark] = field(default_factory=list)
     flops: Flops = field(default_factory=dict)
     traffic: dict[tuple[Phase, str], MemoryTraffic] = field(default_factory=dict)  # by phase and module path
-    entries: Entries | None = None  # of a rehearsal at full depth
     end: int = 1  # the next tick; the first one began the first phase
+
+
+def settled(recording: Recording) -> Recording:
+    """The recording with what its allocations have grown by counted among their bytes; their first dimension grows."""
+    if not any(one.grown for one in recording.allocations):
+        return recording
+    return replace(recording, allocations=[_settled(one) if one.grown else one for one in recording.allocations])
+
+
+def _settled(one: Allocation) -> Allocation:
+    nbytes = one.nbytes + one.grown
+    shape = (one.shape[0] * nbytes // one.nbytes, *one.shape[1:]) if one.shape else ()
+    return replace(one, nbytes=nbytes, shape=shape, grown=0)

@@ -9,7 +9,7 @@ differs from the default (:mod:`badam_planner.allocator`):
 * if there is none, the lowest address is used from which free and unmapped ranges together have room, and what is
   missing there is mapped;
 * whatever is at least 512 B is split off, in both pools;
-* when a page cannot be had, all pages in which nothing is allocated are given back, also those within a range.
+* when a page cannot be mapped, all pages in which nothing is allocated are given back, also those within a range.
 
 Not counted: more than one stream, and the end of the address space, which is an eighth larger than the card's memory.
 """

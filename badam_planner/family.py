@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from badam_planner.events import Allocation, Recording
+from badam_planner.events import Allocation, Recording, settled
 
 GRID = 128
 """Lengths that are multiples of this can be a family: kernels round their scratch up to it."""
@@ -129,7 +129,7 @@ class Family:
 
 def filled_in(pattern: Recording, numbers: Sequence[int]) -> Recording:
     """A family's pattern, composed or not, with the ``numbers`` of one size in their places."""
-    return with_numbers(pattern, [numbers[place] for place in _numbers(pattern)])
+    return settled(with_numbers(pattern, [numbers[place] for place in _numbers(pattern)]))
 
 
 def with_numbers(recording: Recording, numbers: Sequence[int]) -> Recording:
@@ -137,7 +137,7 @@ def with_numbers(recording: Recording, numbers: Sequence[int]) -> Recording:
     allocations = [
         Allocation(
             nbytes, one.born, one.died, one.phase, one.module, one.operation, (), one.dtype, one.category,
-            one.label, one.card_only,
+            one.label, one.card_only, one.owner, one.shares, one.grown,
         )
         for nbytes, one in zip(numbers, recording.allocations, strict=False)
     ]  # fmt: skip
@@ -148,9 +148,10 @@ def with_numbers(recording: Recording, numbers: Sequence[int]) -> Recording:
 def _likeness(recording: Recording) -> tuple[object, ...]:
     """All that must be the same at every size."""
     events = [
-        (one.born, one.died, one.phase, one.module, one.operation, one.dtype, one.category, one.label, one.card_only)
+        (one.born, one.died, one.phase, one.module, one.operation, one.dtype, one.category, one.label, one.card_only,
+         one.owner, one.shares)
         for one in recording.allocations
-    ]
+    ]  # fmt: skip
     return events, recording.phase_starts, recording.layer_marks, list(recording.flops), recording.end
 
 

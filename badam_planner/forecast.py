@@ -94,6 +94,9 @@ class Forecaster:
         allocations = self._tensors.recording.allocations
         tensors = allocations[:-1] if self._workspace_bytes else allocations
         sizes = [0 if one.card_only and not self._on_card else rounded[one.nbytes] for one in tensors]
+        for index, one in enumerate(tensors):
+            if one.grown:
+                sizes[index] = -(-(numbers[one.nbytes] + one.grown) // granularity) * granularity
         return [*sizes, self._tensors.sizes[-1]] if self._workspace_bytes else sizes
 
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 from badam.plan import Target
 from badam.vocabulary import Phase
 from badam_planner.allocator import ROUNDING
+from badam_planner.compose import growth
 from badam_planner.events import Recording
-from badam_planner.passages import Item, NotPeriodic, Passages, times_of_cycle
+from badam_planner.layer_cycles import Item, LayerCycles, NotPeriodic, times_of_cycle
 
 FEWEST_CYCLES = 3
 """With two cycles the last releases what the first made, whose sizes nothing has compared with the middle ones'."""
@@ -33,7 +34,7 @@ class BlockPeaks:
 
 
 class _Step(NamedTuple):
-    """A birth (sign 1) or a death (sign -1) of an allocation, or the begin of a phase (sign 0)."""
+    """A birth (sign 1) or a death (sign -1) of an allocation, or the start of a phase (sign 0)."""
 
     allocation: int
     sign: int
@@ -73,6 +74,13 @@ class Outline:
         self._workspace_bytes = target.workspace_bytes if self._on_card else 0
         self._first_phase = recording.phase_starts[0][1]
         self._stretches = _stretches(recording, runs)
+        self._growing = [(index, one.shares) for index, one in enumerate(recording.allocations) if one.shares]
+        self._place_of_layer = {
+            layer: (number, place)
+            for number, cycles in enumerate(runs)
+            for place, cycle in enumerate(cycles)
+            for layer in cycle
+        }
 
     def peaks(self, totals: Sequence[int], numbers: Sequence[int] | None = None) -> BlockPeaks:
         """The peaks with ``totals[i]`` cycles of run ``i``.
@@ -86,7 +94,7 @@ class Outline:
         """
         if any(total < FEWEST_CYCLES for total in totals):
             raise NotPeriodic(f"of {min(totals)} cycles an outline says nothing")
-        sizes = self._sizes(numbers)
+        sizes = self._sizes(totals, numbers)
         live, phase = 0, self._first_phase
         highest = {phase: 0}
         for stretch in self._stretches:
@@ -96,13 +104,19 @@ class Outline:
         at = max(highest, key=lambda each: highest[each])
         return BlockPeaks(highest[at], at, highest)
 
-    def _sizes(self, numbers: Sequence[int] | None) -> list[int]:
+    def _sizes(self, totals: Sequence[int], numbers: Sequence[int] | None) -> list[int]:
         """Rounded bytes by allocation, those of the workspace last."""
         granularity = self._granularity
+
+        def times(place: tuple[int, int]) -> int:
+            return times_of_cycle(place[1], totals[place[0]])
+
         exact = [
             (one.nbytes if numbers is None else numbers[one.nbytes]) if self._on_card or not one.card_only else 0
             for one in self._recording.allocations
         ]
+        for index, shares in self._growing:
+            exact[index] += growth(shares, self._place_of_layer, times)
         return [-(-nbytes // granularity) * granularity for nbytes in (*exact, self._workspace_bytes)]
 
 
@@ -129,7 +143,7 @@ def _stretches(recording: Recording, runs: Sequence[Sequence[tuple[str, ...]]]) 
     steps: list[_Step] = []
     owners: list[tuple[int, int, int] | None] = []  # by step: run, cycle, number of the span
     for number, cycles in enumerate(runs):
-        passages = Passages(recording, cycles)
+        passages = LayerCycles(recording, cycles)
         passages.check_alike()
         position = 0
         for order, span in enumerate(passages.spans):
@@ -141,7 +155,7 @@ def _stretches(recording: Recording, runs: Sequence[Sequence[tuple[str, ...]]]) 
                     owners[position] = (number, span.cycle, order)
                 position += 1
     if not runs:
-        passages = Passages(recording, ())
+        passages = LayerCycles(recording, ())
         steps = [_step(item) for span in passages.spans for item in span.items]
         owners = [None] * len(steps)
     first_forward = next((place for place, step in enumerate(steps) if step.phase is Phase.FORWARD), None)

@@ -30,7 +30,7 @@ def spread_out(recording: Recording) -> Recording:
     )
 
 
-def dealt_out(
+def on_one_card(
     recording: Recording,
     shapes: Mapping[str, ParameterInfo],
     shards: int,
@@ -43,7 +43,7 @@ def dealt_out(
     Args:
         recording: with its parts spread out, see :func:`spread_out`.
         shapes: the model's parameters by name.
-        shards: cards that temporaries are dealt out to.
+        shards: cards that temporaries are distributed over.
         part: this card's part of a parameter or of its state, None if that is not on the card.
         steps_here: whether the temporaries of step and switch are on the card.
     """

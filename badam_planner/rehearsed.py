@@ -1,6 +1,6 @@
-"""A short rehearsal, ready to be asked about any depth. Pure, no torch.
+"""A short rehearsal that answers for any depth. Pure, no torch.
 
-What is asked of the same rehearsal again and again, its outline, its full depth and the order of its events, is found
+The outline of a rehearsal, its full depth and the order of its events are needed again and again and found
 once: many blocks have one rehearsal, and many sizes one pattern (badam_planner.family).
 """
 
@@ -13,7 +13,7 @@ from badam.plan import Dtype, Rates, Target
 from badam.vocabulary import Phase
 from badam_planner.compose import Run, compose, composed_work
 from badam_planner.duration import Effort, Pace
-from badam_planner.events import Flops, Recording
+from badam_planner.events import Flops, Recording, settled
 from badam_planner.family import filled_in
 from badam_planner.forecast import Forecast, Forecaster
 from badam_planner.outline import BlockPeaks, Outline
@@ -27,15 +27,18 @@ class Rehearsed:
     recording: Recording
     names: Sequence[str]  # its layers in order, see names_of
     runs: Sequence[tuple[tuple[str, ...], ...]]  # the four cycles of each run, by these names
+    is_pattern: bool = False
     outlines: dict[Hashable, Outline] = field(default_factory=dict)
     paces: dict[Hashable, Pace] = field(default_factory=dict)
     forecasters: dict[Hashable, Forecaster] = field(default_factory=dict)
     works: dict[Hashable, Flops] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, recording: Recording, layers: Sequence[str], runs: Sequence[Run]) -> Rehearsed:
-        """A recording of a model whose ``layers`` form ``runs``."""
-        return cls(recording, names_of(layers, runs), [run.stand_ins() for run in runs])
+    def of(
+        cls, recording: Recording, layers: Sequence[str], runs: Sequence[Run], *, is_pattern: bool = False
+    ) -> Rehearsed:
+        """A recording, or the pattern of a family of them, of a model whose ``layers`` form ``runs``."""
+        return cls(recording, names_of(layers, runs), [run.stand_ins() for run in runs], is_pattern)
 
     def outline(self, target: Target) -> Outline:
         """Its outline for a device."""
@@ -60,7 +63,7 @@ class Rehearsed:
         recording = renamed(self.recording, self._new_names(layers, runs))
         for run in runs:
             recording = compose(recording, run)
-        return recording
+        return recording if self.is_pattern else settled(recording)
 
     def forecaster(self, layers: Sequence[str], runs: Sequence[Run], target: Target, head_module: str) -> Forecaster:
         """A forecaster of what :meth:`composed` gives."""

@@ -21,7 +21,7 @@ class Renamer:
         self._known: dict[str, str] = {}
 
     def __call__(self, text: str) -> str:
-        """The text with the first of the old paths that it contains, whole or as the begin of a path, replaced."""
+        """The text with the first of the old paths that it contains, whole or as the start of a path, replaced."""
         if not self._pairs:
             return text
         known = self._known.get(text)
@@ -40,9 +40,12 @@ class Renamer:
         """The same allocation in another layer at another time. (dataclasses.replace would take twice as long.)"""
         label = None if one.label is None else self(one.label)
         where, kind = self(one.module), one.category
+        owner = self(one.owner) if one.owner else ""
+        shares = tuple((self(layer), nbytes) for layer, nbytes in one.shares) if one.shares else ()
         return Allocation(
-            one.nbytes, born, died, one.phase, where, one.operation, one.shape, one.dtype, kind, label, one.card_only
-        )
+            one.nbytes, born, died, one.phase, where, one.operation, one.shape, one.dtype, kind, label, one.card_only,
+            owner, shares, one.grown,
+        )  # fmt: skip
 
 
 def renamed(recording: Recording, names: Mapping[str, str]) -> Recording:

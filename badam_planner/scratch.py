@@ -1,4 +1,4 @@
-"""Memory that a kernel takes for itself while it runs, which never becomes a tensor that anyone sees. Pure.
+"""Scratch memory of kernels: taken while a kernel runs, and never visible as a tensor. Pure.
 
 Only what is large is listed: scratch that grows with batch and length, or is as large as a weight.
 """
@@ -18,7 +18,7 @@ BY_INDEX = frozenset(
     f"aten.{name}"
     for name in ("gather.default", "scatter_add.default", "scatter_add_.default", "scatter.src", "scatter.value")
 )
-"""Operators that a CPU runs in fp32 where entries have two bytes; DeBERTa's relative positions are made of them."""
+"""Operators that a CPU computes in fp32 for 16-bit tensors; DeBERTa uses them for relative positions."""
 
 _SEQUENCE_ROUNDING = 128
 _FP32 = 4

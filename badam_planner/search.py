@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from badam.plan import Checkpointing, Loss, Method
 
 Cut = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
 """The ways to cut a model that are searched; ``ratio`` and ``full`` are one block, of the layers or of everything."""
+
+Found = TypeVar("Found")
 
 PREFERENCE: tuple[Cut, ...] = ("layer", "attn-mlp", "matrix")
 """Larger blocks first: they train more at a time; smaller ones only save memory."""
@@ -36,6 +38,23 @@ def ladder(checkpointing: str, loss: str, can_chunk: bool, *, expandable_segment
         losses = ("chunked" if loss == "chunked" else "full",)
     allocators = (False, True) if expandable_segments == "auto" else (expandable_segments == "on",)
     return tuple(Setting(lever, each, grows) for lever in levers for each in losses for grows in allocators)
+
+
+def first_fitting(settings: Sequence[Setting], attempt: Callable[[Setting], Found | None]) -> tuple[int, Found | None]:
+    """The first of ``settings`` with which ``attempt`` finds that it fits.
+
+    Args:
+        settings: fastest first.
+        attempt: what was found with a setting; None if it does not fit.
+
+    Returns:
+        The position of the setting and what was found; the number of settings and None if none fits.
+    """
+    for index, setting in enumerate(settings):
+        found = attempt(setting)
+        if found is not None:
+            return index, found
+    return len(settings), None
 
 
 def _as(checkpointing: str) -> Checkpointing:

@@ -17,10 +17,10 @@ from badam.naming import ParameterInfo, belongs, enclosing
 from badam.plan import ENTRY_BYTES, Dtype, Plan
 from badam.vocabulary import Category, Phase
 from badam_planner.events import NEVER, Allocation, Recording
-from badam_planner.parts import SPREAD, buffer, cut, dealt_out, owner_of, spread_out
+from badam_planner.parts import SPREAD, buffer, cut, on_one_card, owner_of, spread_out
 
 ROOT = ""
-"""The unit of all parameters that are in no layer: gathered from the begin of forward to the end of backward."""
+"""The unit of all parameters that are in no layer: gathered from the start of forward to the end of backward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def per_card(recording: Recording, plan: Plan, sharding: Sharding) -> Recording:
 
 
 def shard_entries(info: ParameterInfo, shards: int) -> int:
-    """Entries of one card's part of a parameter: its rows are dealt out, the last card's are padded."""
+    """Entries of one card's part of a parameter: its rows are distributed, the last card's are padded."""
     rows, *rest = info.shape or (1,)
     return math.ceil(rows / shards) * math.prod(rest)
 
@@ -130,7 +130,7 @@ def shard(recording: Recording, sharding: Sharding) -> Recording:
         count, *rest = info.shape or (1,)
         return cut(allocation, info, (math.ceil(count / sharding.shards), *rest))
 
-    gradients, allocations = dealt_out(spread, shapes, sharding.shards, rows)
+    gradients, allocations = on_one_card(spread, shapes, sharding.shards, rows)
     allocations += [buffer for buffer in passes.buffers() if buffer.nbytes]
     if gradients:
         allocations += _reduced(gradients, allocations, passes, sharding, shapes)
@@ -141,7 +141,7 @@ def shard(recording: Recording, sharding: Sharding) -> Recording:
 def replicate(recording: Recording) -> Recording:
     """The recording of a card with a whole copy: the active block's fp32 gradients are averaged in one message.
 
-    Formula: 4 bytes per active entry more, while they are averaged at the begin of the step.
+    Formula: 4 bytes per active entry more, while they are averaged at the start of the step.
     """
     spread = spread_out(recording)
     step = _last_step(spread)

@@ -147,16 +147,3 @@ class Timeline:
         for _, category, size in self.live_at(tick):
             totals[category] = totals.get(category, 0) + size
         return totals
-
-    def phase_boundaries(self) -> list[tuple[Phase, int]]:
-        """The phases in order, each with the bytes alive when it began."""
-        found: list[tuple[Phase, int]] = []
-        live = 0
-        events = self.events()
-        pending = next(events, None)
-        for begin, phase in zip(self._starts, self._phases, strict=True):
-            while pending is not None and pending[0] < begin:
-                live += pending[1]
-                pending = next(events, None)
-            found.append((phase, live))
-        return found

@@ -6,6 +6,7 @@ import os
 from collections.abc import MutableMapping
 
 from badam.plan import Target
+from badam.training.one_voice import rank_and_count
 from badam_cli._app import say
 
 SETTINGS = "PYTORCH_CUDA_ALLOC_CONF"
@@ -25,5 +26,5 @@ def configure_allocator(target: Target, environment: MutableMapping[str, str] = 
     options = dict(part.strip().partition(":")[::2] for part in given.split(","))
     if OPTION not in options:
         environment[SETTINGS] = ",".join(filter(None, (given, f"{OPTION}:True")))
-    elif options[OPTION].strip().lower() != "true":
+    elif options[OPTION].strip().lower() != "true" and rank_and_count()[0] == 0:
         say(f"The plan counts on expandable segments, which {given!r} switches off: more memory will be reserved.")

@@ -8,11 +8,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from badam.errors import BadamError
+from badam.training.one_voice import leave_error_file, rank_and_count, told, words_for
 
 
 def _print_version(context: typer.Context, wanted: bool) -> None:
@@ -30,6 +32,20 @@ Version = Annotated[
 """The option ``--version`` of each command."""
 
 
+class OneVoice(TyperCommand):
+    """A command whose wrong options, of several processes, the first alone complains of."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """As usual; the other processes end without a word."""
+        try:
+            return super().make_context(*arguments, **options)
+        except Exception as error:  # typer has no public class for it
+            if rank_and_count()[0] == 0 or getattr(error, "exit_code", None) != 2:
+                raise
+            leave_error_file(str(error))
+            raise SystemExit(2) from error
+
+
 @contextmanager
 def reporting_errors() -> Iterator[None]:
     """Turn a :class:`badam.errors.BadamError` into sentences on stderr and its exit code; no traceback.
@@ -41,13 +57,25 @@ def reporting_errors() -> Iterator[None]:
     except BadamError as error:
         if os.environ.get("BADAM_TRACEBACK"):
             raise
-        say(f"error: {error.message}")
-        if error.advice:
-            say(f"       {error.advice}")
+        _report(error)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
-        say("interrupted")
+        if rank_and_count()[0] == 0:
+            say("interrupted")
         raise typer.Exit(130) from error
+    except SystemExit:  # the first process has told the others to end
+        leave_error_file("ended because the first process did")
+        raise
+
+
+def _report(error: BadamError) -> None:
+    """Say what went wrong, and what to do, once for all processes."""
+    begin = words_for(error)
+    if begin is not None:
+        say(f"{begin}: {error.message}")
+        if error.advice:
+            say(f"       {error.advice}")
+    told(error)
 
 
 def say(text: str) -> None:

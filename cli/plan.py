@@ -6,8 +6,7 @@ import atexit
 import gc
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from badam_cli._app import Version, quiet_libraries, reporting_errors, say
+from badam_cli._plan_output import present, progress_on_stderr
 
 if TYPE_CHECKING:
     from badam.plan import Target
@@ -180,12 +180,12 @@ def plan(
             "find_num_gpus": num_gpus == "auto",
             "find_shard_size": shard_size == "auto",
         }
-        with _progress() as progress:
+        with progress_on_stderr() as progress:
             progress(f"reading {model}")
             target = _target(gpu, gpu_memory).model_copy(update=cards)
             purpose = {"task": None if task == "auto" else task, "labels": num_labels}
             answer = _answer(model, purpose, target, options, progress)
-        _present(answer, output, html, epochs=epochs, as_json=as_json)
+        present(answer, output, html, epochs=epochs, as_json=as_json)
 
 
 def _answer(
@@ -274,7 +274,7 @@ def _check_shard_size(shard_size: str, engine: str, num_gpus: str) -> None:
     if shard_size != "auto" and int(num_gpus) % int(shard_size):
         whole = [size for size in range(2, min(int(num_gpus), 4096) + 1) if int(num_gpus) % size == 0]
         raise InputError(
-            f"{num_gpus} cards cannot be dealt out in groups of {shard_size}.",
+            f"{num_gpus} cards cannot be divided into groups of {shard_size}.",
             advice=f"Choose --shard-size among {', '.join(map(str, whole))}.",
         )
 
@@ -321,75 +321,6 @@ def _visit_length(text: str) -> int | None:
         return int(text)
     except ValueError as error:
         raise InputError(f"--switch-every {text!r} is neither a number of steps nor auto.") from error
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr with what is being done, where stderr is a terminal; silent elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _text: None
-        return
-    with console.status("starting") as status:
-        yield status.update
-
-
-def _present(answer: Answer, output: Path, html: Path | None, *, epochs: float, as_json: bool) -> None:
-    """Write the plan, show the table and say where the plan went, or print the plan alone; or raise the refusal."""
-    from badam.plan import save_record
-
-    plan = answer.plan
-    if as_json:
-        if answer.refusal is not None:
-            raise answer.refusal
-        assert plan is not None  # without a refusal there is a plan
-        print(plan.model_dump_json(indent=2))
-    else:
-        if plan is not None:
-            save_record(plan, output)  # before anything is printed: who reads it may close the pipe
-        _show(answer, epochs)
-        if answer.refusal is not None:
-            raise answer.refusal
-        say(f"plan written to {output}")
-    if html is not None:
-        _write_html(answer, html)
-        say(f"report written to {html}")
-
-
-def _show(answer: Answer, epochs: float) -> None:
-    """The table of partitions, and what is in the peak, the time and the transfers of the one shown."""
-    from rich.console import Console
-
-    from badam_planner.report.cards_table import render_transfers
-    from badam_planner.report.plan_table import render_candidates, render_largest, render_peak, render_time
-
-    console, result = Console(), answer.result
-    shown = next((one for one in result.candidates if one.recommended), result.candidates[0])
-    console.print(render_candidates(result))
-    console.print()
-    console.print(render_peak(shown, result.usable_bytes))
-    console.print()
-    console.print(render_largest(shown))
-    if answer.plan is not None:
-        console.print()
-        console.print(render_time(answer.plan, epochs))
-        if answer.plan.target.engine != "single":
-            console.print(render_transfers(answer.plan))
-
-
-def _write_html(answer: Answer, html: Path) -> None:
-    from badam_planner.report.gather import rehearse_step, sizes_that_fit
-    from badam_planner.report.html import write_plan_html
-
-    plan = answer.plan
-    assert plan is not None  # a refusal has no page
-    with _progress() as progress:
-        progress("rehearsing one step to draw it")
-        timeline = rehearse_step(plan)
-        sizes = sizes_that_fit(plan, progress)
-    write_plan_html(plan, html, result=answer.result, timeline=timeline, sizes=sizes)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from badam.errors import BadamError, InputError
 from badam_cli._app import Version, quiet_libraries, reporting_errors, say
 
 if TYPE_CHECKING:
-    from badam_planner.compare import Accuracy
+    from badam_planner.comparison import Accuracy
 
 PLAN, MEASURED = "plan.json", "measured.json"
 """What badam-train leaves in the directory of a run."""

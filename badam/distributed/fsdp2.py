@@ -36,7 +36,7 @@ def shard_blocks(
 ) -> nn.Module:
     """Shard ``model`` in place for block-coordinate training: one unit per layer, one for the input embedding.
 
-    What is left (final norm, head, a tied embedding) belongs to the root and stays gathered from the begin of forward
+    What is left (final norm, head, a tied embedding) belongs to the root and stays gathered from the start of forward
     to the end of backward, because losses reach for the head outside of any module.
 
     Args:
@@ -103,12 +103,12 @@ def mesh_of(shard_size: int) -> DeviceMesh:
     multiple of lies within one, and gradients alone travel between machines.
 
     Raises:
-        InputError: if the processes cannot be dealt out in groups of that size.
+        InputError: if the processes cannot be divided into groups of that size.
     """
     count, device = dist.get_world_size(), "cuda" if dist.get_backend() == "nccl" else "cpu"
     if count % shard_size:
         raise InputError(
-            f"{count} processes cannot be dealt out in groups of {shard_size}.",
+            f"{count} processes cannot be divided into groups of {shard_size}.",
             advice=f"Choose a size that {count} is a multiple of.",
         )
     if count == shard_size:
@@ -151,7 +151,7 @@ def follow_blocks(model: nn.Module, optimizer: BlockOptimizer) -> Callable[[], N
 
 
 def _lowest_unit(paths: Sequence[str], active: Sequence[str], model: nn.Module) -> str | None:
-    """The unit in which backward ends; None if it reaches the begin of the model."""
+    """The unit in which backward ends; None if it reaches the start of the model."""
     order = {name: position for position, (name, _) in enumerate(model.named_parameters())}
     first = min(active, key=order.__getitem__)
     inside = [path for path in paths if path and belongs(first, (path,))]

@@ -1,6 +1,6 @@
 """Measured memory and time of a training run.
 
-``badam.profiling.record(optimizer, model, plan=...)`` measures a loop of one's own; :mod:`badam.profiling.record`,
+``badam.profiling.record(optimizer, model, plan=...)`` measures a loop of your own; :mod:`badam.profiling.record`,
 imported by its full name, holds the records that a run leaves behind.
 """
 
@@ -27,7 +27,7 @@ importlib.import_module("badam.profiling.record")
 def record(
     optimizer: Optimizer, model: nn.Module, *, plan: Plan | None = None, profile: Profile = "normal"
 ) -> AbstractContextManager[Recording]:
-    """Measure a training loop of one's own within a ``with`` block; see :func:`badam.profiling.recorder.record`."""
+    """Measure a training loop of your own within a ``with`` block; see :func:`badam.profiling.recorder.record`."""
     from badam.profiling import recorder
 
     return recorder.record(optimizer, model, plan=plan, profile=profile)

@@ -1,6 +1,6 @@
 """Records a training run: peak memory and seconds by phase and block.
 
-In a loop of one's own, around everything from building the optimizer on::
+In a loop of your own, around everything from building the optimizer on::
 
     with badam.profiling.record(optimizer, model, plan=plan) as run:
         for batch in batches:
@@ -45,9 +45,9 @@ Profile = Literal["normal", "full"]
 class Recorder:
     """Follows the phases that the training code announces, and measures each optimizer step.
 
-    Life: :meth:`start`, :meth:`attach` once model and optimizer exist, :meth:`stop`. A step ends when the phase STEP
-    is left for anything but SWITCH, which is part of it, or BACKWARD, which an update inside it interrupted. Its block
-    is the one that was active before it.
+    Call :meth:`start`, then :meth:`attach` once model and optimizer exist, then :meth:`stop`. A step ends when the
+    phase STEP is left for anything but SWITCH, which is part of it, or BACKWARD, which an update inside it interrupted.
+    Its block is the one that was active before it.
 
     Args:
         device: where the model trains.
@@ -116,7 +116,7 @@ class Recorder:
         self._listeners.append(listener)
 
     def next_step(self, batches: Iterable[Mapping[str, Tensor]], *, full_length: bool = False) -> None:
-        """Tell the micro-batches of the coming optimizer step, before its forward.
+        """Announce the micro-batches of the coming optimizer step, before its forward.
 
         Args:
             batches: the tensors that go into the model.
@@ -137,11 +137,11 @@ class Recorder:
             self._clock.resume()  # getting ready to measure is no part of training
 
     def note(self, *, loss: float | None = None, tokens: int = 0) -> None:
-        """Tell the loss of a step, and how many tokens went through the model since the last call."""
+        """Record the loss of a step, and how many tokens went through the model since the last call."""
         self.log.note(loss, tokens)
 
     def leave_out(self, seconds: float) -> None:
-        """Tell that the last seconds were no training, but an evaluation or a checkpoint between two steps."""
+        """Leave out the last seconds, which were not training but an evaluation or a checkpoint between two steps."""
         self._clock.resume()
         self.log.leave_out(seconds)
 
@@ -221,7 +221,7 @@ class Recording:
         self._plan = plan
 
     def note(self, *, loss: float, tokens: int = 0) -> None:
-        """Tell the loss of a step, and how many tokens went through the model since the last call."""
+        """Record the loss of a step, and how many tokens went through the model since the last call."""
         self._recorder.note(loss=loss, tokens=tokens)
 
     @property
@@ -242,7 +242,7 @@ class Recording:
         """
         if self._plan is None:
             raise BadamError(
-                "The recording belongs to no plan, so there is no record to write.",
+                "The recording was made without a plan, so there is no record to write.",
                 advice="Give one: record(optimizer, model, plan=load_plan('plan.json')).",
             )
         return self._recorder.measured_run(self._plan)
@@ -264,11 +264,11 @@ class Recording:
 def record(
     optimizer: torch.optim.Optimizer, model: nn.Module, *, plan: Plan | None = None, profile: Profile = "normal"
 ) -> Iterator[Recording]:
-    """Measure a training loop of one's own within the ``with`` block.
+    """Measure a training loop of your own within the ``with`` block.
 
     The loop need not announce phases: FORWARD begins with the model's call, BACKWARD when the call returns (a loss
     computed outside the model counts as BACKWARD), STEP when the optimizer says so or its step begins, SETUP when the
-    step is over. Code that does announce them, such as badam.training.step, is followed as it says.
+    step is over. Code that does announce them, such as badam.training.step, is followed instead.
 
     Args:
         optimizer: the optimizer, of this package or any other.

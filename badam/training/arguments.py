@@ -16,6 +16,12 @@ from badam.training.options import RunOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# transformers' own checkpointing changed its name in 5.23; TRL would switch it on, beside the plan's.
+OWN_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 EVERY_EPOCH = 500  # transformers wants a number of steps even where it counts epochs
 
 
@@ -57,7 +63,7 @@ def training_arguments(
         return TrainingArguments(**settings)
     return SFTConfig(
         **settings,
-        activation_checkpointing=False,
+        **{OWN_CHECKPOINTING: False},
         max_length=None,  # TRL tokenizes whole examples, so that lengths can be told before they are cut
         assistant_only_loss=assistant_only,
     )

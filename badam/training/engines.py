@@ -6,6 +6,7 @@ reducer would know the first block only, and DeepSpeed is driven from block to b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -168,7 +169,7 @@ class ZeroThree(Engine):
         check_installed()
 
     def drive(self, model: PreTrainedModel, optimizer: Optimizer) -> Optimizer:
-        from badam.distributed.zero3_engine import DrivenByDeepSpeed, start_zero3
+        from badam.distributed.zero3_engine import DrivenByDeepSpeed, as_forward, start_zero3
 
         training = self.plan.training
         self._deepspeed = start_zero3(
@@ -180,6 +181,7 @@ class ZeroThree(Engine):
             offload_optimizer=self.plan.target.offload != "none",
             offload_parameters=self.plan.target.offload == "all",
         )
+        cast(Any, model).loss_within = functools.partial(as_forward, model)
         return DrivenByDeepSpeed(self._deepspeed, _blocks(optimizer))
 
     def backward(self, loss: Tensor, method: TrainingMethod, optimizer: Optimizer, *, is_last: bool) -> None:

@@ -22,7 +22,6 @@ from badam.plan import Plan
 from badam.training.checkpoints import written_whole
 from badam.training.options import RunOptions
 
-SHARED_ENGINES = ("ddp", "fsdp2", "zero3")
 LAUNCHERS_SETTINGS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
 """How ``accelerate launch`` asks for what the plan decides."""
 

@@ -219,7 +219,7 @@ def _checkpoint_to_resume(options: RunOptions, engine: Engine) -> Path | None:
     checkpoint = newest_whole(options.output_dir)
     if checkpoint is None:
         raise InputError(
-            f"There is no whole checkpoint in {options.output_dir} to resume from.",
+            f"There is no complete checkpoint in {options.output_dir} to resume from.",
             advice="Start without --resume, in an empty directory.",
         )
     check_kind(checkpoint, engine)
@@ -328,7 +328,7 @@ def _save_model(trainer: PlanLoop, output_dir: Path) -> Path:
 
 
 def _release(trainer: PlanLoop) -> None:
-    """Let go of the last block: autograd's hooks on its parameters would keep masters and moments for ever."""
+    """Let go of the last block: autograd's hooks on its parameters would keep masters and moments forever."""
     optimizer = trainer.plan_optimizer
     if isinstance(optimizer, BlockOptimizer):
         for active in optimizer.active_parameters:

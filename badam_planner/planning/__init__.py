@@ -89,7 +89,7 @@ def _rehearse_ahead(request: Request, asked_for: Sequence[Cut], evaluator: Cards
     fastest = settings_of(request, evaluator.tree)[0]
     progress(f"rehearsing {', '.join(asked_for)} blocks, {in_words(fastest)}")
     plans = [staged_plan(request, strategy, fastest, evaluator.tree) for strategy in asked_for]
-    plans = [plan for plan in plans if method_of(plan.method).composes]
+    plans = [plan for plan in plans if method_of(plan.method).by_block]
     largest = [(plan, evaluator.decisive(plan)[0]) for plan in plans]
     in_the_middle = [(plan, len(plan.partition.blocks) // 2) for plan in plans[:1]]  # these answer for most others
     evaluator.prepare([*largest, *in_the_middle])

@@ -8,7 +8,7 @@ from badam.plan import Plan
 from badam_planner.planning.request import Request, staged_plan
 from badam_planner.probe.evaluate import Evaluator, PlanForecast
 from badam_planner.probe.model_tree import ModelTree
-from badam_planner.search import Cut, Setting, ladder
+from badam_planner.search import Cut, Setting, first_fitting, ladder
 
 Progress = Callable[[str], None]
 
@@ -18,14 +18,20 @@ def first_that_fits(
 ) -> tuple[Plan, PlanForecast]:
     """The fastest setting of a partition that fits, or the leanest one, which is the ladder's last."""
     *faster, leanest = settings_of(request, evaluator.tree)
-    for setting in faster:
+
+    def plan_with(setting: Setting) -> Plan:
         progress(f"rehearsing {strategy} blocks, {in_words(setting)}")
-        plan = staged_plan(request, strategy, setting, evaluator.tree)
+        return staged_plan(request, strategy, setting, evaluator.tree)
+
+    def attempt(setting: Setting) -> tuple[Plan, PlanForecast] | None:
+        plan = plan_with(setting)
         forecast = evaluator.worst_block(plan, give_up_above=request.target.usable_bytes)
-        if forecast is not None:
-            return plan, forecast
-    progress(f"rehearsing {strategy} blocks, {in_words(leanest)}")
-    plan = staged_plan(request, strategy, leanest, evaluator.tree)
+        return None if forecast is None else (plan, forecast)
+
+    _, found = first_fitting(faster, attempt)
+    if found is not None:
+        return found
+    plan = plan_with(leanest)
     return plan, evaluator.worst_block(plan)
 
 

@@ -36,7 +36,7 @@ Rate = Annotated[int, Field(gt=0)]
 
 
 class CatalogueRecord(Record):
-    """What every record has: a name, a source and the day when somebody compared it with the source."""
+    """What every record has: a name, a source and the day when it was last compared with the source."""
 
     id: str = Field(min_length=1)
     aliases: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class ModelRecord(CatalogueRecord):
 
 
 class GpuRecord(CatalogueRecord):
-    """A card. ``name`` is what the driver calls it. The meaning of each field stands in ``profiles/gpus.json``."""
+    """A card. ``name`` is what the driver calls it. ``profiles/gpus.json`` says what each field means."""
 
     name: str = Field(min_length=1)
     compute_capability: str = Field(pattern=r"^\d+\.\d$")

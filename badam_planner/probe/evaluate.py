@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import overload
+from typing import Any, overload
 
 from badam.plan import Plan
 from badam.training.methods import method_of
@@ -80,9 +80,9 @@ class Evaluator:
             plan: the plan.
             give_up_above: device bytes; as soon as one block needs more, the answer is None.
         """
-        if not method_of(plan.method).composes:
+        if not method_of(plan.method).by_block:
             return self._without_roles(plan, give_up_above)
-        shapes = [self._roles.shape(plan, block) for block in plan.partition.blocks]
+        shapes = [self._roles.shape(plan, index) for index in range(len(plan.partition.blocks))]
         lowest = {shape: shapes.index(shape) for shape in shapes}
         peaks: dict[int, BlockPeaks] = {}
         decisive = self.decisive(plan)
@@ -106,7 +106,7 @@ class Evaluator:
 
     def decisive(self, plan: Plan) -> list[int]:
         """The blocks that must be rehearsed to find a plan's worst: the lowest of each shape, the largest first."""
-        shapes = [self._roles.shape(plan, block) for block in plan.partition.blocks]
+        shapes = [self._roles.shape(plan, index) for index in range(len(plan.partition.blocks))]
         return sorted(
             (shapes.index(shape) for shape in dict.fromkeys(shapes)),
             key=lambda index: -plan.partition.blocks[index].parameters,
@@ -119,7 +119,7 @@ class Evaluator:
         return forecast(self.recording(plan, index), plan.target, head_module=self.tree.head_module)
 
     def _without_roles(self, plan: Plan, give_up_above: int | None) -> PlanForecast | None:
-        """Rehearse the first and the last block at full depth, for methods that train more than the block.
+        """Rehearse the first and the last block, for methods that train more than the block.
 
         What is trained besides reaches through all layers, so blocks differ only in when their gradients and saved
         inputs come and go: the lowest keeps most activations until last, the highest has its gradients first.
@@ -132,15 +132,12 @@ class Evaluator:
         return PlanForecast(worst, forecasts[worst], relative, *self._entries(plan))
 
     def _entries(self, plan: Plan) -> Entries:
-        if not self._composes(plan):
-            entries = self._at_full_depth(plan, 0).entries
-            assert entries is not None  # they are counted at full depth
-            return entries
         from badam_planner.probe.rehearse import count_entries
 
-        key = f"{plan.method} {plan.training.options.model_dump_json()}"
+        key = f"{plan.method} {plan.training.options.model_dump_json()} {plan.partition.model_dump_json()}"
         if key not in self._counted:
-            self._counted[key] = count_entries(plan)
+            runs = self._key_and_runs(plan, 0)[1] if self._composes(plan) else []
+            self._counted[key] = count_entries(plan, layers=self.tree.layers, **self._left_out(runs))
         return self._counted[key]
 
     def every_block(self, plan: Plan, known: PlanForecast) -> PlanForecast:
@@ -151,7 +148,7 @@ class Evaluator:
         """
         worst = BlockPeaks(known.worst.peak_allocated_bytes, known.worst.peak_phase, known.worst.by_phase)
         indices = range(len(plan.partition.blocks))
-        if not method_of(plan.method).composes:
+        if not method_of(plan.method).by_block:
             efforts = self.efforts(plan, known.worst_block)
             blocks = (worst,) if len(indices) == 1 else ()
             return replace(known, blocks=blocks, efforts=(efforts,) * len(indices))
@@ -195,7 +192,7 @@ class Evaluator:
         return self._at_full_depth(plan, index)
 
     def _composes(self, plan: Plan) -> bool:
-        return not self.exact and method_of(plan.method).rehearses_few_layers
+        return not self.exact and method_of(plan.method).treats_layers_alike(plan)
 
     def _at_full_depth(self, plan: Plan, index: int) -> Recording:
         from badam_planner.probe.rehearse import rehearse
@@ -205,6 +202,7 @@ class Evaluator:
             plan.training.model_dump_json(),
             plan.method,
             plan.target.gpu == "cpu",
+            plan.target.engine == "zero3",
         )
         if key not in self._whole:
             self._whole[key] = rehearse(plan, index, layers=self.tree.layers)
@@ -232,9 +230,7 @@ class Evaluator:
 
     def _key_and_runs(self, plan: Plan, index: int) -> tuple[Hashable, list[Run]]:
         """Which rehearsal answers for a block, and the runs that it is to be composed to."""
-        roles = self._roles.of(plan, plan.partition.blocks[index])
-        trained_too = method_of(plan.method).repeats_trained_layers
-        runs = find_runs(self.tree.layers, [None if role.active and not trained_too else role for role in roles])
+        runs = find_runs(self.tree.layers, self._roles.of(plan, index))
         key = self._roles.question(plan, index, runs)
         complete = all(len(run.cycles) >= KEPT_CYCLES for run in runs)
         if key not in self._rehearsed and not complete:
@@ -248,8 +244,12 @@ class Evaluator:
     def _record(self, plan: Plan, index: int, runs: Sequence[Run]) -> Recording:
         from badam_planner.probe.rehearse import rehearse
 
+        return rehearse(plan, index, layers=self.tree.layers, **self._left_out(runs))
+
+    def _left_out(self, runs: Sequence[Run]) -> dict[str, Any]:
+        """What a rehearsal is to be told of the layers that it may leave out."""
         without = dict(chain.from_iterable(run.left_out.items() for run in runs))
-        return rehearse(plan, index, layers=self.tree.layers, classes=self.tree.layer_classes, without=without)
+        return {"classes": self.tree.layer_classes, "without": without}
 
     def expect_sizes(self, batch_sizes: Sequence[int], lengths: Sequence[int]) -> None:
         """Say which sizes are going to be asked about, so that few of them need a rehearsal of their own.
@@ -271,7 +271,7 @@ class Evaluator:
             if key not in self._families:
                 self._families[key] = None
                 family = self._family(plan, index, runs, sizes)
-                self._families[key] = (family, Rehearsed.of(family.pattern, self.tree.layers, runs))
+                self._families[key] = (family, Rehearsed.of(family.pattern, self.tree.layers, runs, is_pattern=True))
             known = self._families[key]
             return None if known is None else (known[1], known[0].numbers_at(size))
         except NoFamily:

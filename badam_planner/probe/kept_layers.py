@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from torch import Tensor, nn
+from torch import nn
 
 from badam.naming import enclosing
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+Value = TypeVar("Value")
 
 
 def build_without(
@@ -44,19 +45,20 @@ def build_without(
 
 
 def with_left_out(
-    named: Iterable[tuple[str, Tensor]], layers: Sequence[str], without: Mapping[str, str]
-) -> Iterator[tuple[str, Tensor, bool]]:
-    """Tensors by name as the whole model has them, in its order: (name, tensor, whether it is there).
+    named: Iterable[tuple[str, Value]], layers: Sequence[str], without: Mapping[str, str]
+) -> Iterator[tuple[str, Value, bool]]:
+    """Tensors, or what else parameters have, by name as the whole model has them, in its order: (name, tensor,
+    whether it is there).
 
     In the place of one that is not there comes that of the equal layer.
 
     Args:
-        named: tensors of a model from :func:`build_without`.
+        named: tensors by parameter of a model from :func:`build_without`.
         layers: module paths of all layers, in order.
         without: the layers left out, each with an equal one that is there.
     """
     entries = list(named)
-    own: dict[str, list[tuple[str, Tensor]]] = {layer: [] for layer in layers}
+    own: dict[str, list[tuple[str, Value]]] = {layer: [] for layer in layers}
     last: dict[str, int] = {}  # by layer that is there: the position of its last tensor
     for position, (name, tensor) in enumerate(entries):
         layer = enclosing(name, own)

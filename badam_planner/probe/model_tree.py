@@ -25,6 +25,7 @@ class ModelTree:
     layers: tuple[str, ...]  # module paths of the layers, in order of execution
     layer_kinds: dict[str, Hashable]  # equal for layers that may stand for each other
     layer_classes: tuple[type[Any], ...]  # of the layers
+    ends: tuple[str, ...]  # paths of embedding and output projection, as far as they have parameters of their own
     head_module: str  # path of the output projection; "" if there is none
     can_chunk: bool  # whether the chunked loss knows this model
     entries: int  # of all distinct parameters, those beside the text included
@@ -58,6 +59,7 @@ def inspect_model(spec: ModelSpec, attention: Attention) -> ModelTree:
 def _inspected(spec: ModelSpec, attention: Attention) -> ModelTree:
     from badam.errors import InputError
     from badam.training.losses import check_chunked
+    from badam.training.methods.lisa import ends_of
     from badam_planner.probe.rehearse import fake_model, fake_world
 
     with fake_world():
@@ -82,6 +84,7 @@ def _inspected(spec: ModelSpec, attention: Attention) -> ModelTree:
                 hands_over = position == 0 and stack is not stacks[0] and bool(model.config.is_encoder_decoder)
                 kinds[path] = (path.rpartition(".")[0], type(layer).__name__, kind, hands_over, shapes)
         head = model.get_output_embeddings()
+        ends = tuple(ends_of(model))
         names = {id(module): name for name, module in model.named_modules()}
         try:
             check_chunked(model)
@@ -93,6 +96,7 @@ def _inspected(spec: ModelSpec, attention: Attention) -> ModelTree:
         layers=tuple(path for stack in stacks for path in stack),
         layer_kinds=kinds,
         layer_classes=tuple(type(model.get_submodule(path)) for stack in stacks for path in stack),
+        ends=ends,
         head_module=names.get(id(head), ""),
         can_chunk=can_chunk,
         entries=entries,

@@ -14,7 +14,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from badam import phases
+from badam.distributed.zero3_linear import linear_for_parameters
+from badam.naming import enclosing
 from badam.plan import ModelSpec, Plan, Schedule, Target, Training
 from badam.profiling.states import base_of, masters, state_tensors
 from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing, prepare_model
@@ -33,6 +35,7 @@ from badam.vocabulary import Category, Phase
 from badam_planner.events import Entries, Recording
 from badam_planner.probe.kept_layers import build_without, with_left_out
 from badam_planner.probe.tracker import StorageTracker
+from badam_planner.probe.values import refusing_what_needs_values
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -95,6 +98,11 @@ def _attention_of(target: Target) -> Iterator[None]:
         yield
 
 
+def _linear_of(target: Target) -> AbstractContextManager[None]:
+    """The linear layer that the plan's engine computes with."""
+    return linear_for_parameters() if target.engine == "zero3" else nullcontext()
+
+
 def fake_model(spec: ModelSpec, training: Training) -> PreTrainedModel:
     """The plan's model without weights; call inside :func:`fake_world`."""
     return build_model(spec, training)
@@ -120,23 +128,32 @@ def rehearse(
 
     Returns:
         The events of the visit; see the module's docstring.
+
+    Raises:
+        InputError: if the model's code asks for values of tensors, which are not there.
     """
     without = without or {}
     method = method_of(plan.method)
-    staged, start = method.rehearsed_plan(_of_one_visit(plan, without), block)
+    staged, start = method.rehearsed_plan(*_of_one_visit(plan, block, without))
     phases.enter(Phase.SETUP)
-    with fake_world() as mode, _attention_of(plan.target), _without_garbage_collection():
+    with ExitStack() as stack:
+        stack.enter_context(refusing_what_needs_values(plan.model))
+        mode = stack.enter_context(fake_world())
+        stack.enter_context(_attention_of(plan.target))
+        stack.enter_context(_linear_of(plan.target))
+        stack.enter_context(_without_garbage_collection())
         model = build_without(lambda: fake_model(plan.model, plan.training), layers, classes, without)
         prepare_model(model, plan)
         tracker = StorageTracker(model, layers, mode=mode, on_cpu=plan.target.gpu == "cpu")
-        _label_weights(model, tracker, layers, without)
-        tracker.label(method.unnamed_weights(model), Category.PARAMETER)
+        _label_weights(model, method, tracker, layers, without)
         on_host = list(method.resident_states(model, plan, block)) if plan.target.gpu == "cpu" else []
-        tracker.label(on_host, Category.OPTIMIZER_STATE)
+        for name, (key, tensor), is_there in with_left_out(((n, (k, t)) for n, k, t in on_host), layers, without):
+            if is_there:
+                tracker.label([(name, tensor)], Category.OPTIMIZER_STATE, f"{key} of")
+            else:
+                tracker.stand_in(tensor, name, Category.OPTIMIZER_STATE, f"{key} of")
         with tracker.watching():
             optimizer = build_optimizer(model, staged, start_block=start)
-            if not without:
-                tracker.recording.entries = _entries(method, model, optimizer)
             prepare_checkpointing(model, optimizer, staged)
             if method.keeps_gradients:
                 _first_update(model, optimizer, tracker)
@@ -149,10 +166,15 @@ def rehearse(
 
 
 def _label_weights(
-    model: PreTrainedModel, tracker: StorageTracker, layers: Sequence[str], without: Mapping[str, str]
+    model: PreTrainedModel,
+    method: TrainingMethod,
+    tracker: StorageTracker,
+    layers: Sequence[str],
+    without: Mapping[str, str],
 ) -> None:
     """Tell the tracker of all parameters and buffers, in the order of the whole model."""
-    for named, word in ((model.named_parameters(), ""), (model.named_buffers(), "buffer")):
+    every = ((model.named_parameters(), ""), (model.named_buffers(), "buffer"), (method.unnamed_weights(model), ""))
+    for named, word in every:
         for name, tensor, is_there in with_left_out(named, layers, without):
             if is_there:
                 tracker.label([(name, tensor)], Category.PARAMETER, word)
@@ -172,32 +194,44 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def count_entries(plan: Plan) -> Entries:
-    """Entries that the plan's method trains at a time, and those that it quantizes."""
+def count_entries(
+    plan: Plan,
+    block: int = 0,
+    *,
+    layers: Sequence[str] = (),
+    classes: Sequence[type[nn.Module]] = (),
+    without: Mapping[str, str] | None = None,
+) -> Entries:
+    """Entries that the plan's method trains at a time, and those that it quantizes.
+
+    Args:
+        plan, block, layers, classes, without: as for :func:`rehearse`; those of layers left out are counted.
+    """
+    without = without or {}
     method = method_of(plan.method)
     with fake_world():
-        model = fake_model(plan.model, plan.training)
+        model = build_without(lambda: fake_model(plan.model, plan.training), layers, classes, without)
         prepare_model(model, plan)
-        staged, start = method.rehearsed_plan(plan, 0)
-        return _entries(method, model, build_optimizer(model, staged, start_block=start))
+        staged, start = method.rehearsed_plan(*_of_one_visit(plan, block, without))
+        trained = method.trained_entries(model, build_optimizer(model, staged, start_block=start))
+        kinds = (trained, method.quantized_entries(model))
+        return Entries(*(sum(count for _, count, _ in with_left_out(kind.items(), layers, without)) for kind in kinds))
 
 
-def _entries(method: TrainingMethod, model: PreTrainedModel, optimizer: Optimizer) -> Entries:
-    return Entries(method.trained_entries(model, optimizer), method.quantized_entries(model))
-
-
-def _of_one_visit(plan: Plan, without: Collection[str]) -> Plan:
-    """The plan with visits as long as the rehearsal, and no checkpoints of layers that are left out."""
-    blocks = tuple(
-        block.model_copy(
-            update={"checkpointed_layers": tuple(path for path in block.checkpointed_layers if path not in without)}
+def _of_one_visit(plan: Plan, block: int, without: Collection[str]) -> tuple[Plan, int]:
+    """The plan with visits as long as the rehearsal and without layers that are left out, and the block's index."""
+    kept = [
+        each.model_copy(
+            update={"checkpointed_layers": tuple(path for path in each.checkpointed_layers if path not in without)}
         )
-        for block in plan.partition.blocks
-    )
+        for each in plan.partition.blocks
+        if not all(enclosing(prefix, without) for prefix in each.prefixes)
+    ]
+    name = plan.partition.blocks[block].name
     visit = Schedule(switch_mode="ascending", switch_every=VISIT_STEPS)
-    return plan.model_copy(
-        update={"schedule": visit, "partition": plan.partition.model_copy(update={"blocks": blocks})}
-    )
+    partition = plan.partition.model_copy(update={"blocks": tuple(kept)})
+    index = next(index for index, each in enumerate(kept) if each.name == name)
+    return plan.model_copy(update={"schedule": visit, "partition": partition}), index
 
 
 def _first_update(model: PreTrainedModel, optimizer: Optimizer, tracker: StorageTracker) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from badam.naming import belongs
 from badam.plan import BlockPlan, Plan
+from badam.training.methods import method_of
 from badam_planner.compose import Run
 from badam_planner.probe.model_tree import ModelTree
 
@@ -34,7 +35,7 @@ class Roles:
 
     def question(self, plan: Plan, index: int, runs: Sequence[Run]) -> Hashable:
         """Equal for blocks that one rehearsal answers for: the same roles, runs of any length, the same training."""
-        roles = self.of(plan, plan.partition.blocks[index])
+        roles = self.of(plan, index)
         role_of = dict(zip(self.tree.layers, roles, strict=True))
         first = {run.cycles[0][0]: run for run in runs}
         inside = {layer for run in runs for cycle in run.cycles for layer in cycle}
@@ -44,17 +45,25 @@ class Roles:
                 shape.append(("run", tuple(role_of[each] for each in first[layer].cycles[0])))
             elif layer not in inside:
                 shape.append(role_of[layer])
-        prefixes = trained_prefixes(plan, plan.partition.blocks[index])
+        prefixes = self.trained(plan, index)
         elsewhere = tuple(path for path in prefixes if not self.tree.layer_of(path))
-        return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method, plan.target.gpu == "cpu"
+        device = plan.target.gpu == "cpu", plan.target.engine == "zero3"
+        return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method, device
 
-    def of(self, plan: Plan, block: BlockPlan) -> tuple[Role, ...]:
-        """What each layer is and does while ``block`` is active."""
-        prefixes = trained_prefixes(plan, block)
-        key = (prefixes, block.checkpointed_layers)
+    def of(self, plan: Plan, index: int) -> tuple[Role, ...]:
+        """What each layer is and does while block number ``index`` is active."""
+        prefixes, checkpointed_layers = self.trained(plan, index), plan.partition.blocks[index].checkpointed_layers
+        key = (prefixes, checkpointed_layers)
         if key not in self._known:
-            self._known[key] = self._found(prefixes, block.checkpointed_layers)
+            self._known[key] = self._found(prefixes, checkpointed_layers)
         return self._known[key]
+
+    def trained(self, plan: Plan, index: int) -> tuple[str, ...]:
+        """The module paths of all that is trained while block number ``index`` is active."""
+        method = method_of(plan.method)
+        blocks = (plan.partition.blocks[each] for each in method.active_blocks(plan, index))
+        ends = self.tree.ends if method.trains_ends else ()
+        return (*(prefix for block in blocks for prefix in block.prefixes), *ends, *plan.partition.active_modules)
 
     def _found(self, prefixes: Sequence[str], checkpointed_layers: Sequence[str]) -> tuple[Role, ...]:
         active = self._active_in_layers(prefixes)
@@ -83,9 +92,9 @@ class Roles:
                 active[layer] = names
         return active
 
-    def shape(self, plan: Plan, block: BlockPlan) -> Hashable:
+    def shape(self, plan: Plan, index: int) -> Hashable:
         """Equal for blocks that hold the same parameters of equal layers."""
-        roles = self.of(plan, block)
+        block, roles = plan.partition.blocks[index], self.of(plan, index)
         own = tuple((role.kind, role.active, role.checkpointed) for role in roles if role.active)
         return own, tuple(path for path in block.prefixes if not self.tree.layer_of(path))
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from badam.plan import Plan
 from badam.training.assemble import model_config
-from badam.training.methods import method_of
 from badam.training.tasks import input_positions
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.model_tree import ModelTree
 from badam_planner.result import SizeCell, SizeMap
-from badam_planner.search import Setting, ladder
+from badam_planner.search import Setting, first_fitting, ladder
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)
 """Batch sizes and lengths to look at, relative to those of the plan."""
-
-FEW_FACTORS = (0.5, 1, 2)
-"""For methods whose rehearsal is made at full depth, which takes seconds."""
 
 SHORTEST = 32
 
@@ -29,10 +26,9 @@ def map_sizes(plan: Plan, evaluator: Evaluator, progress: Callable[[str], None] 
     leave open, and not at all once a smaller one did not fit.
     """
     training = plan.training
-    factors = FACTORS if method_of(plan.method).rehearses_few_layers else FEW_FACTORS
-    batches = sizes_around(training.batch_size, 1, factors)
+    batches = sizes_around(training.batch_size, 1)
     fixed = input_positions(model_config(plan.model), plan.model.task) is not None
-    lengths = [training.seq_len] if fixed else sizes_around(training.seq_len, SHORTEST, factors)
+    lengths = [training.seq_len] if fixed else sizes_around(training.seq_len, SHORTEST)
     lengths = [length for length in lengths if length <= max(_longest(plan), training.seq_len)]
     grows = "on" if plan.target.expandable_segments else "off"
     settings = ladder("auto", "auto", evaluator.tree.can_chunk, expandable_segments=grows)
@@ -43,15 +39,16 @@ def map_sizes(plan: Plan, evaluator: Evaluator, progress: Callable[[str], None] 
         for column, length in enumerate(lengths):
             begin = max(first_open.get((row - 1, column), 0), first_open.get((row, column - 1), 0))
             progress(f"batch {batch} of {length} tokens")
-            index, peak = _first_that_fits(plan, batch, length, settings[begin:], evaluator)
+            peak_with = partial(_peak_if_it_fits, plan, batch, length, evaluator)
+            index, peak = first_fitting(settings[begin:], peak_with)
             first_open[row, column] = begin + index
             cells.append(_cell(batch, length, settings, begin + index, peak))
     return SizeMap(plan.target.usable_bytes, training.batch_size, training.seq_len, tuple(cells))
 
 
-def sizes_around(size: int, smallest: int, factors: Sequence[float] = FACTORS) -> list[int]:
+def sizes_around(size: int, smallest: int) -> list[int]:
     """``size`` with smaller and larger ones, in order."""
-    return sorted({max(int(size * factor), min(size, smallest)) for factor in factors})
+    return sorted({max(int(size * factor), min(size, smallest)) for factor in FACTORS})
 
 
 def resized(plan: Plan, batch_size: int, seq_len: int, setting: Setting, tree: ModelTree) -> Plan:
@@ -71,16 +68,11 @@ def resized(plan: Plan, batch_size: int, seq_len: int, setting: Setting, tree: M
     )
 
 
-def _first_that_fits(
-    plan: Plan, batch: int, length: int, settings: Sequence[Setting], evaluator: Evaluator
-) -> tuple[int, int | None]:
-    """The index of the first setting that fits and its device peak; their number and None where none does."""
-    for index, setting in enumerate(settings):
-        other = resized(plan, batch, length, setting, evaluator.tree)
-        found = evaluator.worst_block(other, give_up_above=plan.target.usable_bytes)
-        if found is not None:
-            return index, found.worst.peak_device_bytes
-    return len(settings), None
+def _peak_if_it_fits(plan: Plan, batch: int, length: int, evaluator: Evaluator, setting: Setting) -> int | None:
+    """The device peak at another size, or None if it is more than the card has."""
+    other = resized(plan, batch, length, setting, evaluator.tree)
+    found = evaluator.worst_block(other, give_up_above=plan.target.usable_bytes)
+    return None if found is None else found.worst.peak_device_bytes
 
 
 def _cell(batch: int, length: int, settings: Sequence[Setting], index: int, peak: int | None) -> SizeCell:

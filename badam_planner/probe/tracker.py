@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from badam import phases
+from badam.naming import enclosing
 from badam.vocabulary import Category, Phase
 from badam_planner.events import GIVEN, NEVER, Allocation, LayerMark, MemoryTraffic, Recording
 from badam_planner.probe.accumulation import accumulates_in_place, holders_of_a_sum, scatters_in_place
 from badam_planner.probe.flops import FLOPS, four_bit_product
+from badam_planner.probe.owners import Arguments, Owners
 from badam_planner.probe.shapes import Maker, answer, moved_bytes
 from badam_planner.scratch import (
     BY_INDEX,
@@ -71,6 +73,7 @@ class StorageTracker(TorchDispatchMode):
         self.recording = Recording()
         self._names = {id(module): name for name, module in model.named_modules()}
         self._living: dict[int, tuple[int, weakref.ref[Any]]] = {}  # storage address -> index of its allocation
+        self._owners = Owners(self._layers, self.recording, self._index_of)
         self._stack: list[str] = []
         self._backward_module = ""
         self._unshared = holders_of_a_sum()
@@ -98,9 +101,12 @@ class StorageTracker(TorchDispatchMode):
         else:
             output, moved = answer(self._maker, func, args, kwargs)
         name = str(func)
-        for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self._see(leaf, name)
+        if self._stack or enclosing(self.module, self._layers):
+            for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
+                if isinstance(leaf, Tensor):
+                    self._see(leaf, name)
+        else:
+            self._see_owned(func, (args, kwargs), output)
         if name == FLASH_BACKWARD:
             _, query, key = args[:3]
             sizes = flash_backward_bytes(query.shape, key.shape, query.element_size())
@@ -116,16 +122,47 @@ class StorageTracker(TorchDispatchMode):
         self._count(func, args, kwargs, output, moved)
         return output
 
+    def _see_owned(self, func: Any, arguments: Arguments, output: Any) -> None:
+        """See what an operator returns where no layer runs, and note whose it is."""
+        for tensor, layer, shares in self._owners.outputs(func, arguments, output):
+            known = len(self.recording.allocations)
+            index = self._see(tensor, str(func))
+            if index == known:
+                self._owners.computed(index, layer, shares)
+                allocation = self.recording.allocations[index]
+                allocation.owner, allocation.shares = layer, shares
+
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, moved: int) -> None:
-        """Note the work of one operator where it is done."""
+        """Note the work of one operator where it is done; outside of layers with the one that it is done for."""
         place = (self._phase, self.module)
         recording = self.recording
         formula = FLOPS.get(func._overloadpacket)
+        outside = not self._stack and not enclosing(place[1], self._layers)
         if formula is not None:
+            if outside:
+                place = (place[0], self._owners.whose_turn((args, kwargs)) or place[1])
             recording.flops[place] = recording.flops.get(place, 0) + formula(*args, **kwargs, out_val=output)
-        if moved:
+        if moved and outside:
+            self._count_owned(func, (args, kwargs), moved, place)
+        elif moved:
             one = MemoryTraffic(0, moved, 1) if formula is None else MemoryTraffic(moved, 0, 1)
             recording.traffic[place] = recording.traffic.get(place, NO_TRAFFIC) + one
+
+    def _count_owned(self, func: Any, arguments: Arguments, moved: int, place: tuple[Phase, str]) -> None:
+        """Note the bytes that an operator outside of layers moves with the layers that it moves them for."""
+        traffic = self.recording.traffic
+        *parts, rest = self._owners.traffic(func, arguments, moved)
+        for layer, nbytes in parts:
+            own = (place[0], layer or place[1])
+            traffic[own] = traffic.get(own, NO_TRAFFIC) + MemoryTraffic(0, nbytes, 0)
+        own = (place[0], rest[0] or place[1])
+        traffic[own] = traffic.get(own, NO_TRAFFIC) + MemoryTraffic(0, rest[1], 1)
+
+    def _index_of(self, tensor: Tensor) -> int | None:
+        """The allocation that a tensor looks at; None if it was never seen."""
+        values = getattr(tensor, "window_values", tensor)  # see badam.ratio_gradient
+        known = self._living.get(values.untyped_storage()._cdata)
+        return None if known is None else known[0]
 
     def _pass_through(self, sizes: Iterable[int], operation: str, what: str, *, card_only: bool) -> None:
         """Record scratch of a kernel: born together, dead before the operator returns."""
@@ -175,7 +212,9 @@ class StorageTracker(TorchDispatchMode):
     def label(self, tensors: Iterable[tuple[str, Tensor]], category: Category, word: str = "") -> None:
         """Say what live tensors are; those not seen before (made before the mode was entered) are born now."""
         for name, tensor in tensors:
-            allocation = self.recording.allocations[self._see(tensor, GIVEN)]
+            index = self._see(tensor, GIVEN)
+            allocation = self.recording.allocations[index]
+            allocation.owner = self._owners.told(index, name.rpartition(" ")[2])
             allocation.category = category
             allocation.label = f"{word} {name}".strip()
 
@@ -211,6 +250,7 @@ class StorageTracker(TorchDispatchMode):
         if phase is Phase.BACKWARD and self._phase not in INTERRUPTING:
             self._backward_module = LOSS_MODULE
         self._phase = phase
+        self._owners.begin(phase)
         self.recording.phase_starts.append((self._tick(), phase))
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:

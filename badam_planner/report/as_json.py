@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from badam_planner.compare import Accuracy, Comparison, Pair, explain
+from badam_planner.compare import explain
+from badam_planner.comparison import Accuracy, Comparison, Pair
 
 SCHEMA_VERSION = 1
 

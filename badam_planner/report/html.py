@@ -8,7 +8,8 @@ from badam.errors import InputError
 from badam.plan import Plan, Provenance
 from badam.profiling.module_record import ModuleTimelines
 from badam.units import format_batch, format_bytes, format_count, format_seconds
-from badam_planner.compare import Accuracy, Comparison, block_rows, explain
+from badam_planner.compare import block_rows, explain
+from badam_planner.comparison import Accuracy, Comparison
 from badam_planner.report.chart import Chart, TableData
 from badam_planner.report.choice_charts import methods_chart, sizes_chart
 from badam_planner.report.formulas import formula_of

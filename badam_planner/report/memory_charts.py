@@ -8,7 +8,8 @@ from typing import Any
 from badam.plan import Plan, Prediction
 from badam.units import format_bytes
 from badam.vocabulary import Category
-from badam_planner.compare import NOT_ATTRIBUTED, BlockRow, Comparison, Pair, predicted_parts
+from badam_planner.compare import predicted_parts
+from badam_planner.comparison import NOT_ATTRIBUTED, BlockRow, Comparison, Pair
 from badam_planner.report.chart import (
     MEASURED_COLOUR,
     PREDICTED_COLOUR,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from badam.units import format_bytes
-from badam_planner.compare import Comparison, Pair
+from badam_planner.comparison import Comparison, Pair
 from badam_planner.report.chart import (
     MEASURED_COLOUR,
     PREDICTED_COLOUR,

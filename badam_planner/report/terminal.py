@@ -11,7 +11,8 @@ from rich.text import Text
 
 from badam.units import format_batch, format_count, format_seconds
 from badam.vocabulary import Category, Phase
-from badam_planner.compare import Accuracy, BlockRow, Comparison, Pair, Verdict, explain, fold_categories
+from badam_planner.compare import explain, fold_categories
+from badam_planner.comparison import Accuracy, BlockRow, Comparison, Pair, Verdict
 from badam_planner.report.bars import UNSPLIT, Bar, StackedBars
 from badam_planner.report.text import (
     NOTHING,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from badam.units import format_seconds
-from badam_planner.compare import BlockRow
+from badam_planner.comparison import BlockRow
 from badam_planner.report.chart import MEASURED_COLOUR, PREDICTED_COLOUR, Chart, TableData, block_axis, escaped
 from badam_planner.report.model import TrainingCurve
 from badam_planner.report.text import NOTHING, clean

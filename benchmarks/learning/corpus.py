@@ -66,14 +66,14 @@ def load_corpus(vocabulary: int, length: int) -> Corpus:
 
 
 def endless_order(count: int, seed: int) -> Iterator[int]:
-    """Numbers below ``count`` in a random order, and then in another one, for ever."""
+    """Numbers below ``count`` in a random order, and then in another one, forever."""
     draw = random.Random(seed)
     while True:
         yield from draw.sample(range(count), count)
 
 
 def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Batches of ``size`` examples in the order of ``seed``, for ever."""
+    """Batches of ``size`` examples in the order of ``seed``, forever."""
     order = endless_order(len(examples), seed)
     while True:
         yield [examples[index] for index in islice(order, size)]

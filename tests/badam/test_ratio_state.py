@@ -141,7 +141,7 @@ def test_a_state_that_was_cut_is_refused() -> None:
     optimizer = build(net())
     state = optimizer.state_dict()
     del state["badam_ratio"]["visit"]
-    with pytest.raises(StateError, match="lacks 'visit'; it was not saved whole"):
+    with pytest.raises(StateError, match="lacks 'visit'; it was not saved completely"):
         optimizer.load_state_dict(state)
     state["badam_ratio"]["format"] = 99
     with pytest.raises(StateError, match="has format 99; this version reads 2"):

@@ -63,6 +63,23 @@ def blocks(model: nn.Module, base: torch.optim.Optimizer | None = None, **option
     return BlockOptimizer(base or adamw(model.parameters()), list(model.named_parameters()), **settings)
 
 
+class FilledWhenBuilt(torch.optim.Optimizer):
+    """Makes its state in the constructor, as torch's Adagrad did before 2.12."""
+
+    def __init__(self, params: Any, lr: float = LR, start: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "start": start})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["sum"] = torch.full_like(parameter, start)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                total = self.state[parameter]["sum"].add_(parameter.grad * parameter.grad)
+                parameter.addcdiv_(parameter.grad, total.sqrt() + 1e-8, value=-group["lr"])
+
+
 class CountingSGD(torch.optim.SGD):
     """Counts its steps in the group, as schedule-free optimizers do, and divides the rate by the count."""
 

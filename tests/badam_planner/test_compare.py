@@ -8,15 +8,8 @@ from badam.errors import InputError
 from badam.plan import Plan, record_digest
 from badam.units import GIB, MIB
 from badam.vocabulary import Category, Phase
-from badam_planner.compare import (
-    EXACT_CATEGORIES,
-    Pair,
-    compare,
-    explain,
-    fold_categories,
-    plan_of,
-    summarize,
-)
+from badam_planner.compare import EXACT_CATEGORIES, compare, explain, fold_categories, plan_of, summarize
+from badam_planner.comparison import Pair
 from tests.badam_planner import factories
 
 SIZES = st.integers(0, 2**44)

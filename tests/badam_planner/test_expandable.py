@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,17 +11,13 @@ from hypothesis import strategies as st
 from badam.units import KIB, MIB
 from badam_planner.allocator import AllocationRefused, CachingAllocator
 from badam_planner.expandable import ExpandableAllocator
+from tests.badam_planner import simulated
 
 ROUNDING = 512
 PAGE, SMALL_PAGE = 20 * MIB, 2 * MIB
 
 
-def allocator_after(*sizes: int, capacity: int | None = None) -> ExpandableAllocator:
-    """An allocator that holds ``sizes`` under the handles 0, 1, 2, …"""
-    allocator = ExpandableAllocator(capacity)
-    for handle, size in enumerate(sizes):
-        allocator.allocate(handle, size)
-    return allocator
+allocator_after = partial(simulated.allocator_after, ExpandableAllocator)
 
 
 @pytest.mark.parametrize(
@@ -209,12 +207,5 @@ def test_a_capacity_is_never_exceeded(sizes: list[int], mebibytes: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(sizes_in_bytes, min_size=1, max_size=30))
 def test_a_repeated_step_reserves_nothing_more(sizes: list[int]) -> None:
-    allocator = ExpandableAllocator()
-    reserved = []
-    for _ in range(2):
-        for handle, size in enumerate(sizes):
-            allocator.allocate(handle, size)
-        for handle in range(len(sizes)):
-            allocator.release(handle)
-        reserved.append(allocator.peak_reserved)
-    assert reserved[0] == reserved[1]
+    first, second = simulated.peaks_of_a_repeated_step(ExpandableAllocator(), sizes)
+    assert first == second

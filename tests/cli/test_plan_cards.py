@@ -8,19 +8,19 @@ from typer.testing import CliRunner
 from badam_cli import plan as command
 
 REFUSED = {
-    "--num-gpus 4": "--num-gpus 4 needs an engine that joins cards. Add --engine fsdp2",
+    "--num-gpus 4": "--num-gpus 4 needs an engine for several cards. Add --engine fsdp2",
     "--num-gpus many": "--num-gpus 'many' is neither a number of cards nor auto.",
     "--num-gpus 0 --engine fsdp2": "--num-gpus '0' is neither",
     "--engine fsdp2": "--engine fsdp2 joins cards, and there is one. Say how many with --num-gpus",
-    "--engine ddp --num-gpus auto": "Copies take as much on many cards as on one. Give --num-gpus a number.",
+    "--engine ddp --num-gpus auto": "every card needs the same memory, so there is no fewest that fit. Give a number.",
     "--engine fsdp2 --num-gpus 4 --offload all": "--offload all needs DeepSpeed, not fsdp2. Add --engine zero3.",
     "--engine zero3 --num-gpus 4 --shard-size 2": "--shard-size 2 needs FSDP2, not zero3. Add --engine fsdp2.",
     "--shard-size auto": "--shard-size auto needs FSDP2, not single. Add --engine fsdp2.",
     "--engine fsdp2 --num-gpus 4 --shard-size 1": "no copy of the model would be cut. Use --engine ddp.",
     "--engine fsdp2 --num-gpus 4 --shard-size half": "--shard-size 'half' is neither a number of cards nor auto.",
     "--engine fsdp2 --num-gpus auto --shard-size 8": "does not depend on the number of cards. Give --num-gpus a number",
-    "--engine fsdp2 --num-gpus 12 --shard-size 8": "dealt out in groups of 8. Choose --shard-size among 2, 3, 4",
-    "--engine fsdp2 --num-gpus 7 --shard-size 2": "dealt out in groups of 2. Choose --shard-size among 7",
+    "--engine fsdp2 --num-gpus 12 --shard-size 8": "divided into groups of 8. Choose --shard-size among 2, 3, 4",
+    "--engine fsdp2 --num-gpus 7 --shard-size 2": "divided into groups of 2. Choose --shard-size among 7",
     "--engine fsdp2 --num-gpus 8 --gpus-per-node 0": "Invalid value for '--gpus-per-node'",
 }
 

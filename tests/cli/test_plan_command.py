@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from badam.plan import load_plan
+from badam_cli import _plan_output
 from badam_cli import plan as command
 from badam_planner.result import Answer, SearchResult
 from tests.badam_planner import factories
@@ -30,8 +31,8 @@ def test_the_plan_is_there_even_if_the_reader_of_the_table_goes_away(
     def closed(answer: Answer, epochs: float) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr(command, "_show", closed)
+    monkeypatch.setattr(_plan_output, "show", closed)
     answer = Answer(SearchResult("model", "card", 9, 1, 2, ()), plan, None)
     with pytest.raises(BrokenPipeError):
-        command._present(answer, output, None, epochs=1, as_json=False)
+        _plan_output.present(answer, output, None, epochs=1, as_json=False)
     assert load_plan(output) == plan

@@ -30,9 +30,8 @@ class TrainingMethod(ABC):
         clips: whether the gradients exist together, so that their joint norm can be bounded.
         keeps_gradients: whether the optimizer's step finds gradients, as opposed to what backward has done by itself.
         keeps_base: whether adapters alone are saved, and the weights beside them are loaded again to go on.
-        composes: whether a block's rehearsal may leave out frozen layers and repeat their equals instead.
-        repeats_trained_layers: whether a rehearsal may also leave out layers that are trained, since all that happens
-            to the weights of a layer happens while backward is in it or in its neighbour.
+        by_block: whether nothing but the active block is trained, so that the lowest of equal blocks needs most.
+        trains_ends: whether embedding and output projection are trained in every visit.
     """
 
     name: ClassVar[Method]
@@ -41,13 +40,16 @@ class TrainingMethod(ABC):
     clips: ClassVar[bool] = True
     keeps_gradients: ClassVar[bool] = True
     keeps_base: ClassVar[bool] = False
-    composes: ClassVar[bool] = False
-    repeats_trained_layers: ClassVar[bool] = False
+    by_block: ClassVar[bool] = False
+    trains_ends: ClassVar[bool] = False
 
-    @property
-    def rehearses_few_layers(self) -> bool:
-        """Whether its rehearsal may leave layers out, of whichever kind."""
-        return self.composes or self.repeats_trained_layers
+    def treats_layers_alike(self, plan: Plan) -> bool:
+        """Whether equal layers with equal parameters in the active block do the same, so that few are rehearsed."""
+        return True
+
+    def active_blocks(self, plan: Plan, block: int) -> tuple[int, ...]:
+        """The blocks that are trained together in the visit which :meth:`rehearsed_plan` begins with ``block``."""
+        return (block,)
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan that asks of the method what it cannot do.
@@ -114,21 +116,21 @@ class TrainingMethod(ABC):
         """Gradients of ``loss`` into the parameters, or whatever the method does in their place."""
         loss.backward()
 
-    def resident_states(self, model: nn.Module, plan: Plan, block: int) -> Iterable[tuple[str, Tensor]]:
-        """Tensors like those that the method keeps in host memory while ``block`` is active, by name."""
+    def resident_states(self, model: nn.Module, plan: Plan, block: int) -> Iterable[tuple[str, str, Tensor]]:
+        """Tensors like those that the method keeps in host memory while ``block`` is active: parameter, key, tensor."""
         return ()
 
     def unnamed_weights(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         """Tensors of the weights that are neither parameters nor buffers, by name."""
         return ()
 
-    def quantized_entries(self, model: nn.Module) -> int:
-        """Entries of ``model`` that are kept in fewer than 16 bits."""
-        return 0
+    def quantized_entries(self, model: nn.Module) -> dict[str, int]:
+        """Entries of ``model`` that are kept in fewer than 16 bits, by parameter."""
+        return {}
 
-    def trained_entries(self, model: nn.Module, optimizer: Optimizer) -> int:
-        """Entries that are trained now."""
-        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    def trained_entries(self, model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+        """Entries that are trained now, by parameter."""
+        return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def state_bytes(self, parameters: int, largest_block: int, blocks: int, *, quantized: int = 0) -> int:
         """Closed form of what the method keeps from step to step: weights, masters, gradients, optimizer states.

@@ -77,7 +77,7 @@ class Hift(BlockCoordinate):
         """AdamW inside blocks, with states that last."""
         return block_optimizer(HiftOptimizer, model, plan, start_block)
 
-    def resident_states(self, model: nn.Module, plan: Plan, block: int) -> Iterable[tuple[str, Tensor]]:
+    def resident_states(self, model: nn.Module, plan: Plan, block: int) -> Iterable[tuple[str, str, Tensor]]:
         """Masters and moments of all blocks but ``block``, once each has been visited."""
         here = plan.partition.blocks[block].prefixes
         elsewhere = [prefix for other in plan.partition.blocks for prefix in other.prefixes]
@@ -86,8 +86,8 @@ class Hift(BlockCoordinate):
                 continue
             copied = parameter.dtype in (torch.bfloat16, torch.float16)
             for key in (*((_MASTER,) if copied else ()), "exp_avg", "exp_avg_sq"):
-                yield f"{key} of {name}", torch.empty(parameter.shape, dtype=torch.float32)
-            yield f"step of {name}", torch.empty((), dtype=torch.float32)
+                yield name, key, torch.empty(parameter.shape, dtype=torch.float32)
+            yield name, "step", torch.empty((), dtype=torch.float32)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -33,7 +33,7 @@ class LisaOptimizer(BlockOptimizer):
         count = min(self.sampled_layers, self.block_num)
         start = self.schedule.start_block
         if self.visit == 0 and start is not None:
-            return tuple((start - position) % self.block_num for position in range(count))
+            return _downwards(start, count, self.block_num)
         drawn = random.Random(f"{self.schedule.seed}:{self.visit}")
         return tuple(drawn.sample(range(self.block_num), count))
 
@@ -53,7 +53,8 @@ class Lisa(BlockCoordinate):
     """The plan's blocks are the layers to sample from."""
 
     name: ClassVar[Method] = "lisa"
-    composes = False  # embedding and head are active whatever block is
+    by_block = False
+    trains_ends = True
 
     def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
         """AdamW on the sampled layers, embedding and head."""
@@ -62,7 +63,7 @@ class Lisa(BlockCoordinate):
             model,
             plan,
             start_block,
-            active_modules=[*_ends(cast("PreTrainedModel", model)), *plan.partition.active_modules],
+            active_modules=[*ends_of(cast("PreTrainedModel", model)), *plan.partition.active_modules],
             sampled_layers=plan.training.options.sampled_layers,
         )
 
@@ -70,12 +71,22 @@ class Lisa(BlockCoordinate):
         """All blocks stay: several are active at a time."""
         return plan, block
 
+    def active_blocks(self, plan: Plan, block: int) -> tuple[int, ...]:
+        """As many as are sampled."""
+        blocks = len(plan.partition.blocks)
+        return _downwards(block, min(plan.training.options.sampled_layers, blocks), blocks)
+
     def state_bytes(self, parameters: int, largest_block: int, blocks: int, *, quantized: int = 0) -> int:
         """Weights in 16 bits, and 16 bytes per entry that is trained at a time."""
         return 2 * parameters + 16 * largest_block
 
 
-def _ends(model: PreTrainedModel) -> list[str]:
+def _downwards(start: int, count: int, blocks: int) -> tuple[int, ...]:
+    """``count`` indices of ``blocks`` from ``start`` on downwards, and after the lowest from the highest on."""
+    return tuple((start - position) % blocks for position in range(count))
+
+
+def ends_of(model: PreTrainedModel) -> list[str]:
     """The paths of embedding and output projection; one if they share their matrix."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     shared = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}

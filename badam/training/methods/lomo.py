@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from badam.naming import belongs
 from badam.plan import Method, Plan
 from badam.training.methods.base import TrainingMethod
 
@@ -20,12 +21,12 @@ class LowMemory(TrainingMethod):
     accumulates = False
     clips = False
     keeps_gradients = False
-    repeats_trained_layers = True
 
     def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
         """lomo-optim's Lomo."""
         from badam.training.methods._lomo_optim import FusedLomo
 
+        _freeze_outside(model, plan)
         spec = plan.training.optimizer
         return FusedLomo(model, lr=spec.learning_rate, weight_decay=spec.weight_decay)
 
@@ -39,6 +40,14 @@ class LowMemory(TrainingMethod):
         return 2 * parameters
 
 
+def _freeze_outside(model: nn.Module, plan: Plan) -> None:
+    """Train the plan's one block alone; it holds everything unless somebody has made it smaller."""
+    (block,) = plan.partition.blocks
+    for name, parameter in model.named_parameters():
+        if not belongs(name, block.prefixes):
+            parameter.requires_grad_(False)
+
+
 class AdaptiveLowMemory(LowMemory):
     """As LOMO, with second moments kept as one row and one column of fp32 per matrix.
 
@@ -47,12 +56,12 @@ class AdaptiveLowMemory(LowMemory):
 
     name: ClassVar[Method] = "adalomo"
     libraries = {"pytorch_optimizer": "pytorch-optimizer"}  # noqa: RUF012 - declared as a class variable by the base
-    repeats_trained_layers = True
 
     def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
         """pytorch-optimizer's AdaLOMO; losses are scaled for fp16 only."""
         from badam.training.methods._pytorch_optimizer import FusedAdaLomo
 
+        _freeze_outside(model, plan)
         spec = plan.training.optimizer
         narrow = any(parameter.dtype is torch.float16 for parameter in model.parameters())
         return FusedAdaLomo(

@@ -33,6 +33,10 @@ class Lora(TrainingMethod):
     adapter_dtype: ClassVar[torch.dtype] = torch.float32
     libraries = {"peft": "peft"}  # noqa: RUF012 - declared as a class variable by the base
 
+    def treats_layers_alike(self, plan: Plan) -> bool:
+        """Not if a target module is named by more than its own name: that may be one layer's alone."""
+        return not any("." in name for name in plan.training.options.target_modules)
+
     def prepare(self, model: PreTrainedModel, plan: Plan) -> None:
         """Put the adapters in, and freeze the rest.
 

@@ -104,14 +104,14 @@ class QLora(Lora):
             state = getattr(parameter, "quant_state", None)
             if state is not None:
                 parts = {"absmax": state.absmax, "code": state.code, "offset": state.offset}
-                nested = {"nested absmax": state.state2.absmax, "nested code": state.state2.code}
+                nested = {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
                 for part, tensor in {**parts, **nested}.items():
-                    yield f"{part} of {name}", tensor
+                    yield f"{name}.{part}", tensor
 
-    def quantized_entries(self, model: nn.Module) -> int:
-        """Entries of the weights in 4 bits."""
-        states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
-        return sum(state.shape.numel() for state in states if state is not None)
+    def quantized_entries(self, model: nn.Module) -> dict[str, int]:
+        """Entries of the weights in 4 bits, by parameter."""
+        states = ((name, getattr(parameter, "quant_state", None)) for name, parameter in model.named_parameters())
+        return {name: state.shape.numel() for name, state in states if state is not None}
 
     def state_bytes(self, parameters: int, largest_block: int, blocks: int, *, quantized: int = 0) -> int:
         """4 bits per quantized entry, 8 per 64 of them and 32 per 256 * 64; 16 bits per other entry.

@@ -40,10 +40,10 @@ class Ratio(TrainingMethod):
             seed=plan.schedule.seed,
         )
 
-    def trained_entries(self, model: nn.Module, optimizer: Optimizer) -> int:
-        """Entries of all windows."""
+    def trained_entries(self, model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+        """Entries of all windows, by parameter."""
         assert isinstance(optimizer, BlockOptimizerRatio)
-        return optimizer.active_entries
+        return {window.name: window.size for window in optimizer.windows}
 
     def settle(self, optimizer: Optimizer) -> None:
         """The last windows are left as all others were."""

@@ -180,7 +180,7 @@ def refused(what: str) -> str:
 
 
 def groups_of(size: int) -> str:
-    """The message for groups that the processes cannot be dealt out in."""
+    """The message for groups that the processes cannot be divided into."""
     try:
         mesh_of(size)
     except InputError as error:

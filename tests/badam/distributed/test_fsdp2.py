@@ -103,7 +103,7 @@ def test_only_the_active_block_has_fp32_masters_and_moments_and_each_process_its
 
 
 def test_processes_that_cannot_be_dealt_out_in_groups_are_told(pair: Pair) -> None:
-    assert pair("groups") == ["2 processes cannot be dealt out in groups of 3."] * 2
+    assert pair("groups") == ["2 processes cannot be divided into groups of 3."] * 2
 
 
 def test_ranks_that_disagree_are_told_at_once_on_every_rank(pair: Pair) -> None:

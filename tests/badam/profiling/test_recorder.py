@@ -1,4 +1,4 @@
-"""Recording a loop of one's own, whether it announces its phases or not."""
+"""Recording a loop of your own, whether it announces its phases or not."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from typing import Any
 from badam.profiling.module_record import ModuleTimelines, StepModules
 from badam.units import GIB, MIB
 from badam.vocabulary import Category, Phase
-from badam_planner.compare import Comparison, compare
+from badam_planner.compare import compare
+from badam_planner.comparison import Comparison
 from badam_planner.report.html import comparison_page, plan_page
 from badam_planner.report.model import CurvePoint, PhaseSpan, Sample, StepTimeline, TrainingCurve
 from badam_planner.report.page import Page

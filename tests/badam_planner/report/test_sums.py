@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from badam.units import format_bytes
 from badam.vocabulary import Category, Phase
-from badam_planner.compare import Comparison, Pair, compare, predicted_parts
+from badam_planner.compare import compare, predicted_parts
+from badam_planner.comparison import Comparison, Pair
 from badam_planner.report.as_json import comparison_to_json
 from badam_planner.report.choice_charts import device_parts
 from badam_planner.report.memory_charts import parts_chart

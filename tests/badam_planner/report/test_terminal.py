@@ -6,7 +6,8 @@ import pytest
 
 from badam.units import GIB
 from badam.vocabulary import Category, Phase
-from badam_planner.compare import Comparison, compare, summarize
+from badam_planner.compare import compare, summarize
+from badam_planner.comparison import Comparison
 from badam_planner.report.terminal import render_accuracy, render_comparison, render_verdict
 from tests.badam_planner import factories
 from tests.badam_planner.report.rendering import assert_golden, render

@@ -1,4 +1,4 @@
-"""A recording of four equal cycles of layers, read as passages through them. Pure, no torch."""
+"""A recording cut into the forward and backward passes of four equal cycles of layers. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Reference(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One thing that happened: a mark, the begin of a phase, a birth or a death."""
+    """One thing that happened: a mark, the start of a phase, a birth or a death."""
 
     what: Literal["mark", "phase", "birth", "death"]
     allocation: int = -1  # its index in the recording
@@ -76,7 +76,7 @@ class Span:
     items: list[Item]
 
 
-class Passages:
+class LayerCycles:
     """A recording cut into spans, with every birth and release in a cycle as seen from that cycle."""
 
     def __init__(self, recording: Recording, cycles: Sequence[tuple[str, ...]]) -> None:
@@ -93,9 +93,10 @@ class Passages:
         self._cycles = cycles
         self._cycle_of_layer = {layer: number for number, cycle in enumerate(cycles) for layer in cycle}
         cut = self._cut(_stream(recording))
-        spans = [part for span in cut for part in _parted(span, "aside", self._made_for)]
+        spans = [part for span in cut for part in _parted(span, "aside", self._aside)]
         self._homes = _homes(spans, len(cycles))
-        self.spans = [self._seen(part) for span in spans for part in _parted(span, "release", self._released_of)]
+        parted = (part for span in spans for part in _parted(span, "release", self._released))
+        self.spans = [self._seen(part) for part in parted]
 
     def cycle_of(self, module: str) -> int | None:
         """The cycle that a module lies in; None if it is in none."""
@@ -138,14 +139,34 @@ class Passages:
         if item.what != "birth":
             return None
         born = self._recording.allocations[item.allocation]
-        if born.label is None or born.operation == GIVEN:  # what was there before is there for all layers
+        if born.operation == GIVEN:  # what was there before is there for all layers
             return None
+        if born.label is None:
+            return self._cycle_of_layer.get(born.owner)
         return self.cycle_of(born.label.rpartition(" ")[2])
 
-    def _released_of(self, item: Item) -> int | None:
-        """The cycle that made what ``item`` releases; None if it is no release, or of something else."""
-        home = self._homes.get(item.allocation) if item.what == "death" else None
-        return None if home is None else home[0]
+    def _aside(self, items: Sequence[Item]) -> list[int | None]:
+        """By item the cycle for which things are being made there, as for one layer after the other in an update.
+
+        What dies meanwhile belongs there as well, whosever it was: a loop lets go of one layer's tensors when it has
+        made the next one's. After the last thing that is made for a cycle this holds only if its neighbour's turn is
+        next.
+        """
+        cycles: list[int | None] = [None] * len(items)
+        last, making = 0, None  # the last birth, and for which cycle it was
+        for place, item in enumerate(items):
+            if item.what == "death":
+                continue
+            cycle = cycles[place] = self._made_for(item)
+            if making is not None and cycle is not None and abs(cycle - making) <= 1:
+                cycles[last:place] = [making] * (place - last)
+            last, making = place, cycle
+        return cycles
+
+    def _released(self, items: Sequence[Item]) -> list[int | None]:
+        """By item the cycle that made what it releases; None if it is no release, or of something else."""
+        homes = (self._homes.get(item.allocation) if item.what == "death" else None for item in items)
+        return [None if home is None else home[0] for home in homes]
 
     def _seen(self, span: Span) -> Span:
         """The span with its allocations as seen from its cycle."""
@@ -187,13 +208,14 @@ class Passages:
         return portrait
 
 
-def _parted(span: Span, kind: Kind, cycle_of: Callable[[Item], int | None]) -> Iterator[Span]:
-    """A span outside of the cycles, with the items that belong to one by ``cycle_of`` as spans of their own."""
+def _parted(span: Span, kind: Kind, cycles_of: Callable[[Sequence[Item]], list[int | None]]) -> Iterator[Span]:
+    """A span outside of the cycles, with the items that belong to one by ``cycles_of`` as spans of their own."""
     if span.cycle is not None:
         yield span
         return
-    for cycle, items in groupby(span.items, key=cycle_of):
-        yield Span(cycle, None if cycle is None else kind, list(items))
+    pairs = zip(cycles_of(span.items), span.items, strict=True)
+    for cycle, members in groupby(pairs, key=lambda pair: pair[0]):
+        yield Span(cycle, None if cycle is None else kind, [item for _, item in members])
 
 
 def _homes(spans: Sequence[Span], cycles: int) -> dict[int, tuple[int, Ordinal]]:
