@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from badam._shards import is_sharded, local_part, shard_number, version_of
-from badam.functional import copy_nearest_, is_fake, round_stochastically_
+from badam.functional import copy_nearest_, is_fake, is_rounding_of, round_stochastically_
 
 HAS_GRAD_DTYPE = hasattr(torch.Tensor, "grad_dtype")
 """Whether autograd itself can accumulate a 16-bit parameter's gradient in fp32 (torch 2.10)."""
@@ -162,8 +162,10 @@ class ActiveParameter:
         """
         if self.master is None:
             self.adopt_master(self.weight.float() if self.is_copied else self._own_master())
-        elif self.is_copied and not self._is_as_written() and not self._is_near(self.weight):
-            self.master.detach().copy_(self.weight)
+        elif self.is_copied and not self._is_as_written():
+            weight = self.weight
+            if not is_rounding_of(local_part(weight).float(), local_part(self.master), weight.dtype):
+                self.master.detach().copy_(weight)
         assert self.master is not None
         return self.master
 
@@ -178,12 +180,6 @@ class ActiveParameter:
 
     def _own_master(self) -> Tensor:
         return self.parameter if self.rows is None else self.weight
-
-    def _is_near(self, weight: Tensor) -> bool:
-        assert self.master is not None
-        kind = torch.finfo(weight.dtype)
-        weight, master = local_part(weight), local_part(self.master)
-        return torch.allclose(weight.float(), master, rtol=kind.eps, atol=kind.smallest_normal * kind.eps)
 
     # Writing back
 

@@ -10,12 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from badam._saved_state import read_fields, with_format
 from badam._shards import shape_of
 from badam.errors import StateError
 from badam.schedule import BlockSchedule
-
-FORMAT = 2
-"""Version of the saved state; badam 1.4, which saved its base optimizer's state alone, counts as 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Progress:
     def pack(self) -> dict[str, Any]:
         """Plain types and tensors, which are not copied; loads with ``weights_only=True``."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        return {"format": FORMAT, **fields, "schedule": asdict(self.schedule)}
+        return with_format({**fields, "schedule": asdict(self.schedule)})
 
     @classmethod
     def unpack(cls, saved: dict[str, Any]) -> Progress:
@@ -46,12 +44,7 @@ class Progress:
         Raises:
             StateError: if it has another format or lacks something.
         """
-        if saved.get("format") != FORMAT:
-            raise StateError(f"The optimizer state has format {saved.get('format')!r}; this version reads {FORMAT}.")
-        try:
-            fields = {name: saved[name] for name in cls.__slots__}
-        except KeyError as error:
-            raise StateError(f"The optimizer state lacks {error}; it was not saved completely.") from error
+        fields = read_fields(saved, cls.__slots__)
         return cls(**{**fields, "schedule": BlockSchedule(**fields["schedule"])})
 
     def check_against(self, here: Progress) -> None:
@@ -73,21 +66,6 @@ class Progress:
                 f"{len(here.blocks)} here; block {different} is the first that differs.",
                 advice="Build the optimizer with the blocks and active modules it was saved with.",
             )
-
-
-def check_groups(saved: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]]) -> None:
-    """Refuse a state whose parameters are grouped otherwise: positions in it would mean other parameters.
-
-    Raises:
-        StateError: with the sizes of both groupings.
-    """
-    sizes_there, sizes_here = ([len(group["params"]) for group in groups] for groups in (saved, here))
-    if sizes_there != sizes_here:
-        raise StateError(
-            f"The optimizer state was saved with parameter groups of {sizes_there} parameters; here they have "
-            f"{sizes_here}.",
-            advice="Group the base optimizer's parameters as they were grouped when the state was saved.",
-        )
 
 
 def model_digest(named_parameters: Sequence[tuple[str, nn.Parameter]]) -> str:

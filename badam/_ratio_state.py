@@ -1,4 +1,4 @@
-"""Where a ratio run stands, as it is saved, and the check that a saved state belongs to this model and its windows."""
+"""The position of a ratio run as it is saved, and the check that a state belongs to this model and its windows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from badam._saved_state import check_group_sizes, read_fields, with_format
 from badam.errors import StateError
-
-FORMAT = 2
-"""Version of the saved state; badam 1.4, which did not save where its windows were, counts as 1."""
 
 _KEYS_OF_1_4 = {"step", "exp_avg", "exp_avg_sq"}
 _START_FRESH = "Build the optimizer as the one that was saved, or start without this state."
@@ -33,7 +31,7 @@ class WindowProgress:
 
     def pack(self) -> dict[str, Any]:
         """Plain types and tensors, which are not copied; loads with ``weights_only=True``."""
-        return {"format": FORMAT, **{name: getattr(self, name) for name in self.__slots__}}
+        return with_format({name: getattr(self, name) for name in self.__slots__})
 
     @classmethod
     def unpack(cls, saved: dict[str, Any]) -> WindowProgress:
@@ -42,12 +40,7 @@ class WindowProgress:
         Raises:
             StateError: if it has another format or lacks something.
         """
-        if saved.get("format") != FORMAT:
-            raise StateError(f"The optimizer state has format {saved.get('format')!r}; this version reads {FORMAT}.")
-        try:
-            return cls(**{name: saved[name] for name in cls.__slots__})
-        except KeyError as error:
-            raise StateError(f"The optimizer state lacks {error}; it was not saved completely.") from error
+        return cls(**read_fields(saved, cls.__slots__))
 
     def check_against(self, here: WindowProgress) -> None:
         """Refuse a state of another model, window size, mode or rule.
@@ -77,20 +70,6 @@ class WindowProgress:
                     f"entries in runs of {there[3]} there, {own[2]} of {own[1]} in runs of {own[3]} here.",
                     advice=_START_FRESH,
                 )
-
-
-def check_group_sizes(saved: list[dict[str, Any]], here: list[int]) -> None:
-    """Refuse a state whose parameters are grouped otherwise: positions in it would mean other parameters.
-
-    Raises:
-        StateError: with the sizes of both.
-    """
-    there = [len(group["params"]) for group in saved]
-    if there != here:
-        raise StateError(
-            f"The optimizer state was saved with groups of {there} parameters; here they have {here}.",
-            advice="Group the parameters as they were grouped when the state was saved.",
-        )
 
 
 def options_of_1_4(state_dict: dict[str, Any], group_sizes: list[int]) -> list[dict[str, Any]]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from badam._block_state import Progress, check_groups, model_digest
+from badam._block_state import Progress, model_digest
 from badam._block_visits import BlockVisits
+from badam._saved_state import check_group_sizes
 from badam._state_of_1_4 import NOT_SAVED, read_state_of_1_4
 from badam.errors import StateError
 
@@ -96,7 +97,7 @@ class ResumableBlocks(BlockVisits):
         """
         saved = Progress.unpack(state_dict["badam"])
         saved.check_against(self._progress())
-        check_groups(state_dict["param_groups"], self.param_groups)
+        check_group_sizes(state_dict["param_groups"], [len(group["params"]) for group in self.param_groups])
         return saved
 
     def _load_state_of_1_4(self, state_dict: dict[str, Any]) -> None:

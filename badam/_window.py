@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from badam._places import MaskMode, Place, Ranges, Scattered, run_length
 from badam.errors import InputError
-from badam.functional import copy_nearest_, is_fake, round_stochastically_
+from badam.functional import copy_nearest_, is_fake, is_rounding_of, round_stochastically_
 from badam.ratio_gradient import WindowGradient
 
 _WIDE = (torch.float32, torch.float64)
@@ -113,19 +113,15 @@ class Window:
                 self.master.data = torch.empty_like(self.master, device=self.parameter.device)
             self._place.read_into(self.master.detach(), self.flat(self.parameter))
             self.is_loaded = True
-        elif not self._is_near(values := self.read(self.parameter)):
+        elif not is_rounding_of(values := self.read(self.parameter), self.master.detach(), self.parameter.dtype):
             self.master.detach().copy_(values)
         self._mark_written()
 
     def adopt_master(self, master: Tensor) -> None:
-        """Take ``master`` (fp32, shape [size]) as the truth from which the weights were rounded."""
+        """Use ``master`` (fp32, shape [size]), from which the current weights were rounded."""
         self.master.detach().copy_(master)
         self.is_loaded = True
         self._mark_written()
-
-    def _is_near(self, values: Tensor) -> bool:
-        kind = torch.finfo(self.parameter.dtype)
-        return torch.allclose(values, self.master.detach(), rtol=kind.eps, atol=kind.smallest_normal * kind.eps)
 
     def _is_as_written(self) -> bool:
         return is_fake(self.parameter) or self.parameter._version == self._written_version
@@ -151,10 +147,10 @@ class Window:
         self.parameter.grad = None
         self.master.grad = None
 
-    # The way back
+    # Writing back
 
     def write_stochastically(self, generator: torch.Generator) -> None:
-        """Round the master into the model, in expectation without loss; not if someone changed the weights since."""
+        """Round the master into the model without bias, unless someone has changed the weights since."""
         if self.parameter.dtype in _WIDE or not self.is_loaded or not self._is_as_written():
             return
         rounded = torch.empty_like(self.master, dtype=self.parameter.dtype, requires_grad=False)

@@ -128,3 +128,15 @@ def clip_gradients_(gradients: Sequence[Tensor], max_norm: float, norm_type: flo
     for gradient in gradients:
         (local_part(gradient) if is_sharded(gradient) else gradient).mul_(factor.to(gradient.device))
     return norm
+
+
+def is_rounding_of(weights: Tensor, masters: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``weights`` equal ``masters`` within one unit in the last place of ``dtype``.
+
+    Args:
+        weights: fp32 or wider, the values of weights that are kept in ``dtype``.
+        masters: of the same shape and type.
+        dtype: 16 bits or wider.
+    """
+    kind = torch.finfo(dtype)
+    return torch.allclose(weights, masters, rtol=kind.eps, atol=kind.smallest_normal * kind.eps)

@@ -101,7 +101,7 @@ class Target(Record):
         return self.num_gpus // self.shards
 
     @model_validator(mode="after")
-    def _deals_out_all_cards(self) -> Target:
+    def _shards_divide_the_cards(self) -> Target:
         if self.shard_size is not None and self.engine != "fsdp2":
             raise ValueError(f"a shard_size needs the engine fsdp2, not {self.engine}")
         if self.shard_size == 1:
@@ -209,6 +209,7 @@ class Prediction(Record):
     sent_bytes_of_full: Bytes | None = None  # the same if every parameter were trained
     sent_between_bytes: Bytes | None = None  # of sent_bytes, to other copies of the model
     sent_between_bytes_of_full: Bytes | None = None  # the same if every parameter were trained
+    host_bytes: Bytes | None = None  # that each process keeps in host memory; None if nothing is offloaded
     step_seconds: Seconds | None = None  # one optimizer step with its share of the switch, mean over blocks
     epoch_seconds: Seconds | None = None  # one pass over the samples that the plan was made for
 

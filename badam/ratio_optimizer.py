@@ -15,7 +15,8 @@ from badam._blocks_of_model import distinct_parameters
 from badam._messages import Messages
 from badam._places import MaskMode
 from badam._ratio_parameters import WindowSizes, given_groups, outside_parameters
-from badam._ratio_state import WindowProgress, check_group_sizes, options_of_1_4
+from badam._ratio_state import WindowProgress, options_of_1_4
+from badam._saved_state import check_group_sizes
 from badam._shards import is_held_by_deepspeed, is_sharded
 from badam._window import Window, WindowOptions, write_nearest
 from badam._window_update import update_windows

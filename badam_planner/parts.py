@@ -30,7 +30,7 @@ def spread_out(recording: Recording) -> Recording:
     )
 
 
-def dealt_out(
+def on_one_card(
     recording: Recording,
     shapes: Mapping[str, ParameterInfo],
     shards: int,

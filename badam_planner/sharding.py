@@ -17,7 +17,7 @@ from badam.naming import ParameterInfo, belongs, enclosing
 from badam.plan import ENTRY_BYTES, Dtype, Plan
 from badam.vocabulary import Category, Phase
 from badam_planner.events import NEVER, Allocation, Recording
-from badam_planner.parts import SPREAD, buffer, cut, dealt_out, owner_of, spread_out
+from badam_planner.parts import SPREAD, buffer, cut, on_one_card, owner_of, spread_out
 
 ROOT = ""
 """The unit of all parameters that are in no layer: gathered from the start of forward to the end of backward."""
@@ -130,7 +130,7 @@ def shard(recording: Recording, sharding: Sharding) -> Recording:
         count, *rest = info.shape or (1,)
         return cut(allocation, info, (math.ceil(count / sharding.shards), *rest))
 
-    gradients, allocations = dealt_out(spread, shapes, sharding.shards, rows)
+    gradients, allocations = on_one_card(spread, shapes, sharding.shards, rows)
     allocations += [buffer for buffer in passes.buffers() if buffer.nbytes]
     if gradients:
         allocations += _reduced(gradients, allocations, passes, sharding, shapes)

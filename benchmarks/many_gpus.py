@@ -1,4 +1,4 @@
-"""How memory and traffic of one card go on with their number: predicted, no card is needed.
+"""Memory and traffic of one card as the number of cards grows: predicted, no card is needed.
 
     python -m benchmarks.many_gpus            # writes the tables of docs/many-gpus.md to stdout
 

@@ -1,4 +1,4 @@
-"""How long badam-plan takes, beside what nobody can do without: importing what it is built on.
+"""How long badam-plan takes, relative to importing the libraries that it is built on.
 
 Each command is a process of its own; the commands take turns, so a machine that changes its speed changes it for all.
 

@@ -33,7 +33,7 @@ def train(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
     eval_data: Annotated[str | None, typer.Option(help="Data to evaluate on, as --data.")] = None,
-    eval_split: Annotated[str, typer.Option(help="Its split, if it is a Hub data set.")] = "validation",
+    eval_split: Annotated[str, typer.Option(help="Split of --eval-data, if it is a Hub data set.")] = "validation",
     eval_share: Annotated[
         float, typer.Option(help="Share of --data to hold out and evaluate on, where there is no --eval-data.")
     ] = 0.0,
@@ -44,9 +44,9 @@ def train(
         bool, typer.Option("--best", help="End with the weights of the best evaluation, whose checkpoint is kept.")
     ] = False,
     patience: Annotated[
-        int | None, typer.Option(min=1, help="With --best: stop after so many evaluations without a better one.")
+        int | None, typer.Option(min=1, help="With --best: stop after this many evaluations without a better one.")
     ] = None,
-    pack: Annotated[bool, typer.Option("--pack", help="Put several whole examples into one sequence.")] = False,
+    pack: Annotated[bool, typer.Option("--pack", help="Pack several whole examples into one sequence.")] = False,
     adapt: Annotated[
         bool, typer.Option("--adapt", help="When memory runs out, halve the micro-batch, accumulate more, go on.")
     ] = False,
@@ -59,7 +59,7 @@ def train(
     ),
     max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
     save_steps: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; none by default.")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep; all by default.")] = None,
     lr_scheduler: Annotated[
@@ -68,7 +68,7 @@ def train(
         ],
         typer.Option(help="Learning rate over time."),
     ] = "cosine",
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps in which the learning rate rises.")] = 0,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps in which the learning rate rises from zero.")] = 0,
     warmup_share: Annotated[float, typer.Option(help="The same as a share of all steps, such as 0.03.")] = 0.0,
     pad_to: Annotated[
         Literal["auto", "plan", "longest"],
@@ -78,9 +78,10 @@ def train(
         ),
     ] = "auto",
     on_long: Annotated[
-        Literal["truncate", "drop", "refuse"], typer.Option(help="What happens to examples longer than planned.")
+        Literal["truncate", "drop", "refuse"],
+        typer.Option(help="What to do with examples that are longer than planned."),
     ] = "truncate",
-    seed: Annotated[int, typer.Option(min=0, help="Of random weights and the order of the data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights and of the order of the data.")] = 0,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by deepspeed's launcher.")] = 0,
     profile: Annotated[
         Literal["normal", "full"],
@@ -90,7 +91,10 @@ def train(
         ),
     ] = "normal",
     report_to: Annotated[
-        list[str] | None, typer.Option(help="Also log to tensorboard, wandb, ... as transformers can.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Also log to tensorboard, wandb and others, as transformers can. Can be repeated."
+        ),
     ] = None,
     version: Version = False,
 ) -> None:

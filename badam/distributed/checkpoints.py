@@ -64,13 +64,13 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: B
     same.
 
     Raises:
-        InputError: if there is no whole checkpoint at ``path``.
+        InputError: if there is no complete checkpoint at ``path``.
         StateError: if it belongs to another model or partition; nothing is changed then.
     """
     target = Path(path)
     if not (target / ".metadata").is_file():
         raise InputError(
-            f"There is no whole checkpoint at {target}.",
+            f"There is no complete checkpoint at {target}.",
             advice="Directories whose name begins with a dot were not finished; use an older checkpoint.",
         )
     plain: dict[str, Any] = {"badam": b""}

@@ -8,6 +8,7 @@ model: inside of it, as badam 1.4 did, the last update of every visit would be l
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -72,6 +73,16 @@ class ZeroThree:
                 source = wide.detach().to(narrow.device)
                 generator = generators.setdefault(narrow.device, torch.Generator(narrow.device).manual_seed(seed))
                 round_stochastically_(narrow.detach(), source, generator)
+
+    def masters(self) -> list[Tensor]:
+        """This process's fp32 copies of the active block, one flat tensor for each of DeepSpeed's sub-groups."""
+        return list(self._engine.fp32_partitioned_groups_flat)
+
+    def gradients(self) -> list[Tensor]:
+        """What collects this process's gradients, and, where they are offloaded, what the step takes them from."""
+        taken = [master.grad for master in self.masters() if master.grad is not None]
+        collected = self._engine.grad_partitions_flat_buffer
+        return taken if collected is None else [collected, *taken]
 
     def gathered_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Master and optimizer state of an active parameter, whole; on every process. Collective.
@@ -155,8 +166,15 @@ class ZeroThree:
         engine.debug_fp16_grads = [{} for _ in engine.fp16_groups]
         engine._link_all_hp_params()
         coordinator = engine.parameter_offload.get_param_coordinator()
+        _forget_releases(coordinator)
         if not coordinator.is_invalid_trace():  # as it is before the first forward, of a run that is resumed
             coordinator._invalidate_trace()
+
+
+def _forget_releases(coordinator: Any) -> None:
+    """DeepSpeed remembers by the place in a micro-batch what it let go of there; the next block has another order."""
+    remembered = type(coordinator)._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(remembered).nonlocals["func"].cache_clear()  # the lru_cache behind a profiler's range
 
 
 def check_version() -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 
 from badam.block_optimizer import BlockOptimizer
 from badam.distributed.zero3 import ZeroThree
-from badam.errors import InputError, StateError
+from badam.errors import InputError, StateError, in_one_line
+from badam.units import format_bytes
 
 POSITION = "badam.json"
 PORTABLE = "state.pt"
@@ -44,25 +47,53 @@ def save_zero3_checkpoint(
 
     Returns:
         The checkpoint's own directory.
+
+    Raises:
+        OSError: in all processes, if the first could not write the portable form; nothing of it is left.
     """
     tag = tag or f"global_step{optimizer.global_step}"
     target = Path(directory) / tag
     if portable:
         state = {"weights": gathered_weights(engine.module), "active": _gathered_states(optimizer)}
-        if dist.get_rank() == 0:
-            target.mkdir(parents=True, exist_ok=True)
-            torch.save({**state, "groups": _options(optimizer)}, target / PORTABLE)
+        _write_first(target / PORTABLE, {**state, "groups": _options(optimizer)})
     else:
         engine.save_checkpoint(os.fspath(directory), tag=tag)
     write_position(target, optimizer, None if portable else dist.get_world_size())
     return target
 
 
+def _write_first(path: Path, state: dict[str, Any]) -> None:
+    """Have the first process write ``path``, whole or not at all; all learn whether it could. Collective."""
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, partial)
+            partial.rename(path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
+            problem = [f"{in_one_line(error)}, {_space_for(path, state)}"]
+            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # there is an older checkpoint of this name
+                path.parent.rmdir()
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise OSError(problem[0])
+
+
+def _space_for(path: Path, state: dict[str, Any]) -> str:
+    """What a file needs and its disk has, for a message."""
+    tensors = [*state["weights"].values(), *(part for member in state["active"].values() for part in member.values())]
+    needed = sum(tensor.nbytes for tensor in tensors)
+    parent = next(directory for directory in path.parents if directory.exists())
+    return f"for {path}, which takes {format_bytes(needed)} where {format_bytes(disk_usage(parent).free)} are free"
+
+
 def load_zero3_checkpoint(engine: Any, optimizer: BlockOptimizer, checkpoint: str | os.PathLike[str]) -> None:
     """Continue where :func:`save_zero3_checkpoint` wrote ``checkpoint``. Collective.
 
     Raises:
-        InputError: if there is no whole checkpoint, or DeepSpeed wrote it for another number of processes.
+        InputError: if there is no complete checkpoint, or DeepSpeed wrote it for another number of processes.
         StateError: if it belongs to another model or partition; nothing is changed then.
     """
     path = Path(checkpoint)
@@ -98,13 +129,13 @@ def read_position(checkpoint: Path) -> dict[str, Any]:
     """What :func:`write_position` noted: of ``BlockOptimizer.go_to``, and ``processes``.
 
     Raises:
-        InputError: if there is nothing, so that the checkpoint is not whole.
+        InputError: if there is nothing, so that the checkpoint is not complete.
     """
     try:
         position: dict[str, Any] = json.loads((checkpoint / POSITION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"There is no whole checkpoint at {checkpoint}: {POSITION} is missing or torn.",
+            f"There is no complete checkpoint at {checkpoint}: {POSITION} is missing or torn.",
             advice="Use an older checkpoint.",
         ) from error
     return position

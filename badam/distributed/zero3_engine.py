@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from badam.block_optimizer import BlockOptimizer
 from badam.distributed.zero3 import check_version
+from badam.distributed.zero3_linear import use_for_partitioned
 from badam.errors import InputError
 from badam.naming import belongs
 from badam.partition import layer_paths
@@ -82,6 +84,7 @@ def start_zero3(
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     optimizer.ds_optimizer = engine.optimizer
+    use_for_partitioned()
     return engine
 
 
@@ -109,6 +112,16 @@ def _largest_layer(model: nn.Module) -> int:
     paths = layer_paths(name for name, _ in named)
     sizes = (sum(numel for name, numel in named if belongs(name, (path,))) for path in paths)
     return max(sizes, default=sum(numel for _, numel in named))
+
+
+def as_forward(model: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+    """``compute()`` in the place of the model's forward: DeepSpeed begins a micro-batch where that begins.
+
+    A loss that calls parts of the model would have none of it: nothing gathered in advance, norms gathered every time.
+    """
+    with patch.object(model, "forward", compute):
+        found: Tensor = model()
+    return found
 
 
 def backward(engine: Any, loss: Tensor, *, is_last: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from badam._shards import local_part
+from badam._shards import is_held_by_deepspeed, local_part
 from badam.profiling.selection import ComingStep
 from badam.vocabulary import Category
 
@@ -49,9 +49,17 @@ class ModelStates:
         self.base_optimizer: torch.optim.Optimizer = base_of(self.optimizer)
 
     def parameters(self) -> list[Named]:
-        """The model's parameters and buffers, and what quantized parameters keep to be unpacked with."""
+        """The model's parameters and buffers, and what quantized parameters keep to be unpacked with.
+
+        Of what DeepSpeed has partitioned it is this process's part, and the whole of what stays gathered.
+        """
         scales = (tensor for parameter in self.model.parameters() for tensor in _quantization(parameter))
-        every = (*self.model.parameters(), *self.model.buffers(), *scales)
+        parts: Iterator[Tensor] = (
+            getattr(parameter, "ds_tensor")  # noqa: B009 - DeepSpeed's, which torch's class does not know
+            for parameter in self.model.parameters()
+            if is_held_by_deepspeed(parameter)
+        )
+        every = (*parts, *self.model.parameters(), *self.model.buffers(), *scales)
         return [Named(tensor, Category.PARAMETER) for tensor in every]
 
     def optimizer_states(self) -> list[Named]:
@@ -64,6 +72,7 @@ class ModelStates:
             for _, parameter, master in masters(self.optimizer)
             if master is not parameter
         ]
+        copies += [Named(master, Category.MASTER) for master in self._of_deepspeed("masters")]
         states = [value for _, _, value in state_tensors(self.base_optimizer)]
         away = [tensor for kept in _host_states(self.optimizer).values() for tensor in _tensors(list(kept.values()))]
         return copies + [Named(value, Category.OPTIMIZER_STATE) for value in (*states, *away)]
@@ -71,7 +80,13 @@ class ModelStates:
     def gradients(self) -> list[Named]:
         """Gradients of the model's parameters and of master copies, as far as they exist now."""
         owners = (*self.model.parameters(), *(master for _, _, master in masters(self.optimizer)))
-        return [Named(owner.grad, Category.GRADIENT) for owner in owners if owner.grad is not None]
+        found = [owner.grad for owner in owners if owner.grad is not None]
+        return [Named(gradient, Category.GRADIENT) for gradient in (*found, *self._of_deepspeed("gradients"))]
+
+    def _of_deepspeed(self, what: str) -> list[Tensor]:
+        """What DeepSpeed keeps of a kind while it drives the optimizer."""
+        driver = getattr(self.optimizer, "driven_by", None)
+        return [] if driver is None else getattr(driver, what)()
 
     def active_block(self) -> int:
         """Index of the block that is trained now; 0 for an optimizer without blocks."""

@@ -1,7 +1,7 @@
 """What a run leaves on disk: whole or not at all. No torch.
 
 A directory is written under a temporary name, brought to the disk, given a list of its files with their sizes, and
-renamed. A reader therefore finds whole checkpoints only, and :func:`newest_whole` also passes over one that was
+renamed. A reader therefore finds complete checkpoints only, and :func:`newest_whole` also passes over one that was
 damaged later.
 """
 

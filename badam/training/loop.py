@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -101,8 +100,8 @@ class PlanLoop(Trainer):
         self._sampler: EpochSampler | None = None
         self._scaler: torch.amp.GradScaler | None = None
         super().__init__(data_collator=collator, **options)
-        # Of several processes each has placed its model: accelerate shall neither wrap nor move it.
-        self.is_distributed_loading_by_transformers = self.args.world_size > 1
+        if self.args.world_size > 1:  # the engine has placed the model: accelerate shall neither wrap nor move it
+            self.accelerator.prepare_model = lambda model, *_, **__: model
         self.model_accepts_loss_kwargs = True  # so that label tokens are counted over the whole step
         if plan.training.dtype == "float16" and self.method.keeps_gradients:
             self._scaler = torch.amp.GradScaler(self.args.device.type)
@@ -228,13 +227,6 @@ class PlanLoop(Trainer):
         """0: nobody reads it, and transformers would walk through all parameters in every step to tell."""
         return 0
 
-    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
-        """Reduce the gradients of every micro-batch: whole ones of all of them would be kept otherwise."""
-        return nullcontext()
-
-    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """Nothing: the optimizer averages the gradients of whole copies, in every block's turn."""
-
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
 
@@ -290,7 +282,7 @@ class PlanLoop(Trainer):
         """Take the weights of the best checkpoint, unless it was damaged since."""
         best = self._best_checkpoint()
         if best is None or not is_whole(best):
-            self._tell(f"the best checkpoint, of step {self.state.best_global_step}, is not whole; the last one stays")
+            self._tell(f"the best checkpoint, of step {self.state.best_global_step}, is damaged; the last weights stay")
             return
         self.state.best_model_checkpoint = str(best)
         if self.engine.keeps_shards:

@@ -20,7 +20,7 @@ from badam.errors import InputError
 from badam.plan import Plan, record_digest, save_record
 from badam.profiling.record import MeasuredRun, load_measured, of_all_cards
 from badam.profiling.recorder import Recorder
-from badam.training.assemble import build_model, prepare_model
+from badam.training.assemble import prepare_model
 from badam.training.callbacks import RunCallback
 from badam.training.checkpoints import (
     MODEL_DIRECTORY,
@@ -133,7 +133,7 @@ def _run(
         recorder.start()
         stack.callback(_save_profile, recorder, plan, options, console)  # also of a run that memory has ended
         stack.callback(recorder.stop)
-        model = _model(plan, options, weights)
+        model = _model(plan, options, weights, engine)
         engine.place(model)
         tell = functools.partial(_tell, console)
         with in_directory(options.data_directory):
@@ -241,7 +241,7 @@ def _checkpoint_to_resume(options: RunOptions, engine: Engine) -> Path | None:
     checkpoint = newest_whole(options.output_dir)
     if checkpoint is None:
         raise InputError(
-            f"There is no whole checkpoint in {options.output_dir} to resume from.",
+            f"There is no complete checkpoint in {options.output_dir} to resume from.",
             advice="Start without --resume, in an empty directory.",
         )
     check_kind(checkpoint, engine)
@@ -254,11 +254,11 @@ def _device(plan: Plan) -> torch.device:
     return torch.device("cpu")
 
 
-def _model(plan: Plan, options: RunOptions, weights: str | None) -> PreTrainedModel:
+def _model(plan: Plan, options: RunOptions, weights: str | None, engine: Engine) -> PreTrainedModel:
     set_seed(options.seed)
     loading = method_of(plan.method).loading_options(plan) if weights else None
     try:
-        model = build_model(plan.model, plan.training, weights=weights, loading=loading)
+        model = engine.build(weights, loading)
     except (OSError, ValueError, RuntimeError) as error:
         if weights is None or isinstance(error, torch.OutOfMemoryError):
             raise

@@ -15,7 +15,14 @@ from badam_planner.result import Candidate
 
 
 def formula_bytes(plan: Plan, forecast: PlanForecast) -> int:
-    """Closed form of the model states that the plan's method keeps, with the entries that ``forecast`` counts."""
+    """Closed form of the model states that each card keeps, with the entries that ``forecast`` counts.
+
+    What is offloaded is on no card: of 2M + 16M/D the optimizer leaves 2M, and all of it leaves nothing.
+    """
+    if plan.target.offload == "all":
+        return 0
+    if plan.target.offload == "optimizer":
+        return -(-2 * plan.model.parameters // plan.target.num_gpus)
     whole = method_of(plan.method).state_bytes(
         plan.model.parameters,
         forecast.trained_entries,

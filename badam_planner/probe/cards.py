@@ -13,7 +13,7 @@ from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.roles import trained_prefixes
 from badam_planner.sharding import Sharding, per_card, sharding_of
 from badam_planner.traffic import Traffic, traffic_per_step
-from badam_planner.zero3 import partition, zero3_traffic
+from badam_planner.zero3 import on_host, partition, zero3_traffic
 
 MOST_CARDS = 4096
 """More cards than this are not tried: a model that does not fit then does not fit for its activations."""
@@ -26,7 +26,13 @@ class CardsEvaluator(Evaluator):
         """The rehearsal of one block on one of the plan's cards, at full depth."""
         whole = super().recording(plan, index)
         if plan.target.engine == "zero3":
-            return partition(whole, self._sharding(plan, index), plan.target.offload)
+            return partition(
+                whole,
+                self._sharding(plan, index),
+                self.tree.head_module,
+                plan.target.offload,
+                shares_memory=plan.target.gpu == "cpu",
+            )
         return whole if plan.target.engine == "single" else per_card(whole, plan, self._sharding(plan, index))
 
     def peaks(self, plan: Plan, index: int) -> BlockPeaks:
@@ -44,8 +50,15 @@ class CardsEvaluator(Evaluator):
         """What the cards send in a step with one block active, and what they would if all were; None for one card."""
         recording, sharding = super().recording(plan, index), self._sharding(plan, index)
         if plan.target.engine == "zero3":
-            return zero3_traffic(recording, sharding, plan.training.grad_accum)
+            return zero3_traffic(recording, sharding, self.tree.head_module, plan.training.grad_accum)
         return traffic_per_step(recording, plan, sharding)
+
+    def host_bytes(self, plan: Plan) -> int | None:
+        """What each process keeps in host memory, at most over the blocks; None if nothing is offloaded."""
+        if plan.target.offload == "none":
+            return None
+        shardings = (self._sharding(plan, index) for index in range(len(plan.partition.blocks)))
+        return max(sum(held.nbytes for held in on_host(sharding, plan.target.offload)) for sharding in shardings)
 
     def _sharding(self, plan: Plan, index: int) -> Sharding:
         prefixes = trained_prefixes(plan, plan.partition.blocks[index])
@@ -54,7 +67,7 @@ class CardsEvaluator(Evaluator):
 
 
 def with_traffic(plan: Plan, evaluator: CardsEvaluator) -> Plan:
-    """``plan`` with the bytes that each card sends, for the block that sends most: the lowest one."""
+    """``plan`` with what each card sends, for the block that sends most, the lowest one, and has in host memory."""
     if plan.prediction is None or plan.target.engine == "single":
         return plan
     pairs = (evaluator.traffic(plan, index) for index in {0, len(plan.partition.blocks) - 1})
@@ -65,6 +78,7 @@ def with_traffic(plan: Plan, evaluator: CardsEvaluator) -> Plan:
         "sent_bytes_of_full": full.sent_bytes(shards, replicas),
         "sent_between_bytes": own.sent_between_bytes(replicas),
         "sent_between_bytes_of_full": full.sent_between_bytes(replicas),
+        "host_bytes": evaluator.host_bytes(plan),
     }
     return plan.model_copy(update={"prediction": plan.prediction.model_copy(update=sent)})
 

@@ -202,6 +202,7 @@ class Evaluator:
             plan.training.model_dump_json(),
             plan.method,
             plan.target.gpu == "cpu",
+            plan.target.engine == "zero3",
         )
         if key not in self._whole:
             self._whole[key] = rehearse(plan, index, layers=self.tree.layers)

@@ -14,7 +14,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from badam import phases
+from badam.distributed.zero3_linear import linear_for_parameters
 from badam.naming import enclosing
 from badam.plan import ModelSpec, Plan, Schedule, Target, Training
 from badam.profiling.states import base_of, masters, state_tensors
@@ -34,6 +35,7 @@ from badam.vocabulary import Category, Phase
 from badam_planner.events import Entries, Recording
 from badam_planner.probe.kept_layers import build_without, with_left_out
 from badam_planner.probe.tracker import StorageTracker
+from badam_planner.probe.values import refusing_what_needs_values
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -96,6 +98,11 @@ def _attention_of(target: Target) -> Iterator[None]:
         yield
 
 
+def _linear_of(target: Target) -> AbstractContextManager[None]:
+    """The linear layer that the plan's engine computes with."""
+    return linear_for_parameters() if target.engine == "zero3" else nullcontext()
+
+
 def fake_model(spec: ModelSpec, training: Training) -> PreTrainedModel:
     """The plan's model without weights; call inside :func:`fake_world`."""
     return build_model(spec, training)
@@ -121,12 +128,20 @@ def rehearse(
 
     Returns:
         The events of the visit; see the module's docstring.
+
+    Raises:
+        InputError: if the model's code asks for values of tensors, which are not there.
     """
     without = without or {}
     method = method_of(plan.method)
     staged, start = method.rehearsed_plan(*_of_one_visit(plan, block, without))
     phases.enter(Phase.SETUP)
-    with fake_world() as mode, _attention_of(plan.target), _without_garbage_collection():
+    with ExitStack() as stack:
+        stack.enter_context(refusing_what_needs_values(plan.model))
+        mode = stack.enter_context(fake_world())
+        stack.enter_context(_attention_of(plan.target))
+        stack.enter_context(_linear_of(plan.target))
+        stack.enter_context(_without_garbage_collection())
         model = build_without(lambda: fake_model(plan.model, plan.training), layers, classes, without)
         prepare_model(model, plan)
         tracker = StorageTracker(model, layers, mode=mode, on_cpu=plan.target.gpu == "cpu")

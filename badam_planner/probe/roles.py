@@ -47,7 +47,8 @@ class Roles:
                 shape.append(role_of[layer])
         prefixes = self.trained(plan, index)
         elsewhere = tuple(path for path in prefixes if not self.tree.layer_of(path))
-        return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method, plan.target.gpu == "cpu"
+        device = plan.target.gpu == "cpu", plan.target.engine == "zero3"
+        return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method, device
 
     def of(self, plan: Plan, index: int) -> tuple[Role, ...]:
         """What each layer is and does while block number ``index`` is active."""

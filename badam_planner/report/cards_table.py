@@ -34,7 +34,7 @@ def render_transfers(plan: Plan) -> RenderableType:
     ]
     for (name, seconds), (_, everything) in zip(*columns, strict=True):
         table.add_row(name, f"{seconds:.3f} s", f"{everything:.3f} s")
-    return Group(table, *_library_in_words(target))
+    return Group(table, *_library_in_words(target), *_host_in_words(plan))
 
 
 def _library_in_words(target: Target) -> list[Text]:
@@ -45,6 +45,20 @@ def _library_in_words(target: Target) -> list[Text]:
         Text(
             f"The device peak has {format_bytes(target.communication_bytes)} for NCCL, with communicators of {joined} "
             "cards: an assumption from what others measured."
+        )
+    ]
+
+
+def _host_in_words(plan: Plan) -> list[Text]:
+    target, host_bytes = plan.target, plan.prediction.host_bytes if plan.prediction else None
+    if host_bytes is None:
+        return []
+    here = min(target.num_gpus, target.gpus_per_node)
+    what = "masters, moments and gradients" + (", and the parts of all parameters" if target.offload == "all" else "")
+    return [
+        Text(
+            f"Offloaded: {format_bytes(host_bytes)} of host memory for each process, {format_bytes(here * host_bytes)} "
+            f"on a machine with {here}: {what}. The closed form counts what stays on a card."
         )
     ]
 

@@ -15,6 +15,7 @@ from badam.functional import (
     clip_gradients_,
     copy_nearest_,
     gradient_norm,
+    is_rounding_of,
     non_finite_flags,
     round_stochastically_,
 )
@@ -166,3 +167,11 @@ def test_sparse_gradients_are_clipped_by_their_values() -> None:
 
 def test_no_gradients_have_norm_zero() -> None:
     assert float(clip_gradients_([], 1.0)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_one_unit_in_the_last_place_off_its_master_is_still_its_rounding(dtype: torch.dtype) -> None:
+    master = torch.tensor([1.0, -3.0, 0.0])
+    unit = torch.finfo(dtype).eps
+    assert is_rounding_of(master * (1 + 0.9 * unit), master, dtype)
+    assert not is_rounding_of(master * (1 + 1.1 * unit), master, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from badam_planner.allocator import SimulatedAllocator
@@ -15,3 +16,15 @@ def allocator_after(kind: type[AllocatorT], *sizes: int, capacity: int | None = 
     for handle, size in enumerate(sizes):
         allocator.allocate(handle, size)
     return allocator
+
+
+def peaks_of_a_repeated_step(allocator: SimulatedAllocator[Any, Any], sizes: Sequence[int]) -> list[int]:
+    """Highest reserved bytes after each of two rounds in which ``sizes`` are allocated and then released."""
+    peaks = []
+    for _ in range(2):
+        for handle, size in enumerate(sizes):
+            allocator.allocate(handle, size)
+        for handle in range(len(sizes)):
+            allocator.release(handle)
+        peaks.append(allocator.peak_reserved)
+    return peaks

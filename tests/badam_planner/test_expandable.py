@@ -207,12 +207,5 @@ def test_a_capacity_is_never_exceeded(sizes: list[int], mebibytes: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(sizes_in_bytes, min_size=1, max_size=30))
 def test_a_repeated_step_reserves_nothing_more(sizes: list[int]) -> None:
-    allocator = ExpandableAllocator()
-    reserved = []
-    for _ in range(2):
-        for handle, size in enumerate(sizes):
-            allocator.allocate(handle, size)
-        for handle in range(len(sizes)):
-            allocator.release(handle)
-        reserved.append(allocator.peak_reserved)
-    assert reserved[0] == reserved[1]
+    first, second = simulated.peaks_of_a_repeated_step(ExpandableAllocator(), sizes)
+    assert first == second

@@ -113,7 +113,7 @@ def test_a_run_ends_with_what_to_do_next(tmp_path: Path, plan_path: Path, data_p
         (["--data", "absent.jsonl"], "There is no file or directory absent.jsonl"),
         (["--column", "answer"], "--column answer has no name on both sides"),
         (["--init", "weights"], "There is no directory weights"),
-        (["--resume"], "no whole checkpoint"),
+        (["--resume"], "no complete checkpoint"),
         (["--epochs", "0"], "no optimizer step"),
         (["--output-dir", "/proc/run"], "cannot be written"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from badam import BlockOptimizer
 from badam.distributed import shard_blocks, sharded_block_optimizer
 from badam.distributed.fsdp2 import mesh_of
-from badam.distributed.zero3_engine import backward, start_zero3
+from badam.distributed.zero3_engine import as_forward, backward, start_zero3
 from badam.plan import Plan
 from badam.profiling.allocator_log import AllocatorLog
+from badam.profiling.states import ModelStates, distinct_bytes
 from badam.training.assemble import build_model, prepare_checkpointing
 from badam.training.step import forward_loss
 
@@ -82,20 +84,37 @@ def zero3_peak(plan_json: str, block: int) -> dict[str, Any]:
     prepare_checkpointing(model, optimizer, alone)
     accumulate = plan.training.grad_accum
     engine = start_zero3(
-        model, optimizer, batch_size=plan.training.batch_size, accumulate=accumulate, max_grad_norm=1.0
+        model,
+        optimizer,
+        batch_size=plan.training.batch_size,
+        accumulate=accumulate,
+        max_grad_norm=1.0,
+        offload_optimizer=plan.target.offload != "none",
+        offload_parameters=plan.target.offload == "all",
     )
     shape = (plan.training.batch_size, plan.training.seq_len)
+
+    def whole(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return forward_loss(model, batch, plan.training.loss, num_items=torch.tensor(8))
 
     def step() -> None:
         for part in range(accumulate):
             tokens = torch.zeros(shape, dtype=torch.int64)
             batch = {"input_ids": tokens, "labels": torch.zeros(shape, dtype=torch.int64)}
-            loss = forward_loss(model, batch, plan.training.loss, num_items=torch.tensor(8))
+            loss = as_forward(model, partial(whole, batch)) if plan.training.loss == "chunked" else whole(batch)
             backward(engine, loss, is_last=part + 1 == accumulate)
         engine.step()
 
     step()  # DeepSpeed learns the order of the layers in the first step, and gathers ahead from the second on
-    return measured_step(step, log)
+    return {**measured_step(step, log), "owned": owned_bytes(model, optimizer)}
+
+
+def owned_bytes(model: torch.nn.Module, optimizer: BlockOptimizer) -> dict[str, int]:
+    """By category, the bytes of the tensors that DeepSpeed holds itself, gathered parameters left out."""
+    states = ModelStates(model, optimizer)
+    parts = [one for one in states.parameters() if hasattr(one.tensor, "ds_numel") and not hasattr(one.tensor, "ds_id")]
+    held = distinct_bytes([*parts, *states.optimizer_states(), *states.gradients()])
+    return {str(category): nbytes for category, nbytes in held.items()}
 
 
 def measured_step(step: Callable[[], None], log: AllocatorLog) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def test_a_run_goes_on_bit_identically_and_wrong_checkpoints_are_refused(tmp_pat
         torch.testing.assert_close(each["resumed copies"], each["saved copies"], rtol=0, atol=0)
         refusals = each["refusals"]
         assert "something at" in refusals["there"]
-        assert "no whole checkpoint" in refusals["missing"]
-        assert "no whole checkpoint" in refusals["partial"]
+        assert "no complete checkpoint" in refusals["missing"]
+        assert "no complete checkpoint" in refusals["partial"]
         assert "another partition: 3 blocks there, 2 here" in refusals["partition"]
         assert "save_pretrained" in refusals["not transformers"]
     from transformers import LlamaForCausalLM

@@ -52,7 +52,7 @@ def test_two_processes_train_like_one_and_lose_no_update_and_resume(tmp_path: Pa
         assert "ds_optimizer = engine.optimizer" in each["refusals"]["not attached"]
         assert "DeepSpeed 0.20.1 is not known" in each["refusals"]["unknown version"]
         assert "ZeRO stage 3" in each["refusals"]["not stage 3"]
-        assert "no whole checkpoint" in each["refusals"]["missing"]
+        assert "no complete checkpoint" in each["refusals"]["missing"]
         assert "written by 4 processes, and these are 2" in each["other number"]
 
 

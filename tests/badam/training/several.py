@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -26,7 +27,8 @@ def run_all(plan: str, runs: dict[str, dict[str, Any]]) -> dict[str, str]:
     """One run after another of the same plan; what each one's error said, or nothing.
 
     Of a run's settings ``from`` is a directory to copy and resume in, of which only one checkpoint is left, ``stop``
-    the step after which process 1 gets a signal, ``full`` whether its disk is; ``plan`` are changes of the plan.
+    the step after which process 1 gets a signal, ``full`` whether its disk is, or that of the ``first`` process for its
+    second checkpoint under ZeRO-3; ``plan`` are changes of the plan.
     """
     errors = {}
     for name, settings in runs.items():
@@ -36,8 +38,10 @@ def run_all(plan: str, runs: dict[str, dict[str, Any]]) -> dict[str, str]:
         if source is not None and dist.get_rank() == 0:
             leave_only(source, options.output_dir)
         dist.barrier()
-        usual, writes = Interruption.spread, FileSystemWriter.write_data
-        if full and dist.get_rank() == 1:
+        usual, writes, saves = Interruption.spread, FileSystemWriter.write_data, torch.save
+        if full == "first" and dist.get_rank() == 0:
+            torch.save = full_at_second(torch.save)
+        elif full and dist.get_rank() == 1:
             FileSystemWriter.write_data = no_space  # type: ignore[method-assign]
         if stop is not None:
             Interruption.spread = signalled_at(stop)  # type: ignore[method-assign]
@@ -50,6 +54,7 @@ def run_all(plan: str, runs: dict[str, dict[str, Any]]) -> dict[str, str]:
         finally:
             Interruption.spread = usual  # type: ignore[method-assign]
             FileSystemWriter.write_data = writes  # type: ignore[method-assign]
+            torch.save = saves
     return errors
 
 
@@ -63,6 +68,21 @@ def fail_alone(plan: str, settings: dict[str, Any]) -> None:
 def no_space(*_: Any, **__: Any) -> Any:
     """What writing to a full disk does."""
     raise OSError(28, "No space left on device")
+
+
+def full_at_second(usual: Any) -> Any:
+    """``torch.save`` to a disk that is full in the middle of the second file with all of a model's state."""
+    files: list[Path] = []
+
+    def save(value: Any, file: Any, *rest: Any, **options: Any) -> None:
+        if "state.pt" in str(file):
+            files.append(Path(file))
+            if len(files) == 2:
+                files[1].write_bytes(b"the beginning")
+                no_space()
+        usual(value, file, *rest, **options)
+
+    return save
 
 
 def leave_only(source: tuple[str, str], target: Path) -> None:

@@ -223,7 +223,7 @@ def test_resuming_a_complete_run_says_so(tmp_path: Path) -> None:
 
 
 def test_resuming_without_a_checkpoint_says_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no whole checkpoint"):
+    with pytest.raises(InputError, match="no complete checkpoint"):
         run_tiny(tiny_plan(), tmp_path, resume=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,12 +36,7 @@ NEARLY: dict[Method, float] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    """Models of earlier tests that wait in reference cycles would count as memory of this one."""
-    gc.collect()
-    yield
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("nothing_left_over")
 
 
 def plan_for(method: Method, *, checkpointing: bool = False, learning_rate: float = 1e-5) -> tuple[Plan, ModelTree]:
@@ -185,6 +179,18 @@ def test_mezo_keeps_no_graph_and_no_gradient() -> None:
     assert Phase.RECOMPUTE not in timeline.peak_by_phase()
     assert Category.GRADIENT not in timeline.categories
     assert Category.OPTIMIZER_STATE not in timeline.categories
+
+
+@pytest.mark.parametrize("method", ["lomo", "adalomo"])
+def test_what_updates_inside_backward_trains_the_plans_block_alone(method: Method) -> None:
+    plan, tree = plan_for(method)
+    block = plan.partition.blocks[0].model_copy(update={"prefixes": ("model.layers",)})
+    part = plan.model_copy(update={"partition": plan.partition.model_copy(update={"blocks": (block,)})})
+    inside = sum(info.numel for info in tree.parameters if info.name.startswith("model.layers."))
+    assert count_entries(part).trained == inside < count_entries(plan).trained
+    predicted = Timeline(Evaluator(tree).recording(part, 0), tree.head_module).peak().nbytes
+    gc.collect()
+    assert predicted == measure(part).peak_bytes
 
 
 @pytest.mark.parametrize("method", ["lomo", "adalomo"])

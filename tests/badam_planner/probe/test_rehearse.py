@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from badam import phases
+from badam.errors import InputError
 from badam.plan import Plan, Strategy
 from badam.vocabulary import Category, Phase
 from badam_planner.probe.evaluate import Evaluator
@@ -18,13 +20,7 @@ from badam_planner.timeline import Timeline
 from tests.badam_planner.probe.measuring import measure
 from tests.badam_planner.probe.plans import BERT, GPT2, LLAMA, QWEN3_MOE, plan_of
 
-
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    """Models of earlier tests that wait in reference cycles would count as memory of this one."""
-    gc.collect()
-    yield
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("nothing_left_over")
 
 
 def measured_peak(plan: Plan, block: int) -> tuple[int, dict[Category, int]]:
@@ -112,3 +108,26 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert phases.current() is Phase.SETUP
     assert not isinstance(torch.empty(1), torch._subclasses.FakeTensor)
+
+
+def test_a_model_that_looks_into_tensors_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlamaMLP.forward
+
+    def looking(self: LlamaMLP, x: Tensor) -> Any:
+        return forward(self, x) if x.sum() > 0 else x
+
+    monkeypatch.setattr(LlamaMLP, "forward", looking)
+    plan, _ = plan_of(LLAMA, 2)
+    with pytest.raises(InputError, match=r"cannot be planned with transformers .*: aten\._local_scalar_dense"):
+        rehearse(plan, 0)
+
+
+def test_a_model_with_parts_compiled_by_torch_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    @torch.jit.script
+    def scripted(x: Tensor) -> Tensor:
+        return torch.where(x > 0, torch.tensor(1.0), x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", lambda _self, x: scripted(x))
+    plan, _ = plan_of(LLAMA, 2)
+    with pytest.raises(InputError, match=r"compiled by torch\.jit\.script"):
+        rehearse(plan, 0)
