@@ -7,6 +7,7 @@ reducer would know the first block only, and DeepSpeed is driven from block to b
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -34,6 +35,12 @@ class Engine:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+
+    def build(self, weights: str | None = None, loading: Mapping[str, Any] | None = None) -> PreTrainedModel:
+        """The plan's model, see :func:`badam.training.assemble.build_model`."""
+        from badam.training.assemble import build_model
+
+        return build_model(self.plan.model, self.plan.training, weights=weights, loading=loading)
 
     def place(self, model: PreTrainedModel) -> None:
         """Put the built model where it trains, before the trainer sees it."""
@@ -103,14 +110,30 @@ class Sharded(Copies):
         super().__init__(plan)
         self._model: Any = None
 
+    def build(self, weights: str | None = None, loading: Mapping[str, Any] | None = None) -> PreTrainedModel:
+        """Each process builds the part that it keeps."""
+        import torch
+
+        from badam.distributed.fsdp2 import mesh_of
+        from badam.training.assemble import build_model
+        from badam.training.cut_building import CutBuilder
+
+        mesh = mesh_of(self.plan.target.shards)
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+        )
+        return build_model(
+            self.plan.model,
+            self.plan.training,
+            weights=weights,
+            loading=loading,
+            builder=lambda model_class: CutBuilder(model_class, mesh, device),
+        )
+
     def place(self, model: PreTrainedModel) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
-        from badam.distributed import shard_blocks
-        from badam.distributed.fsdp2 import mesh_of
-
         self._model = model
-        shard_blocks(model, mesh=mesh_of(self.plan.target.shards))
         type(model).loss_within = _loss_within  # of the class that FSDP2 has made for this model
         register_fsdp_forward_method(model, "loss_within")
 
