@@ -7,9 +7,11 @@ reducer would know the first block only, and DeepSpeed is driven from block to b
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
@@ -34,6 +36,10 @@ class Engine:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+
+    def building(self, *, reads: bool, resumes: bool) -> AbstractContextManager[None]:
+        """Where the model is built; ``reads`` its weights from files, or ``resumes``, to read them after."""
+        return nullcontext()
 
     def place(self, model: PreTrainedModel) -> None:
         """Put the built model where it trains, before the trainer sees it."""
@@ -139,6 +145,16 @@ class ZeroThree(Engine):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         self._deepspeed: Any = None
+
+    def building(self, *, reads: bool, resumes: bool) -> AbstractContextManager[None]:
+        """No process holds the whole model, but of random weights, which have to be those of one process."""
+        from badam.distributed.zero3_engine import partitioned_from_the_start
+
+        if not reads and not resumes:
+            return nullcontext()
+        dtype = getattr(torch, self.plan.training.dtype)
+        offload = self.plan.target.offload == "all"
+        return partitioned_from_the_start(dtype, initializes=reads, offload_parameters=offload)
 
     def place(self, model: PreTrainedModel) -> None:
         from badam.distributed.zero3_engine import check_installed

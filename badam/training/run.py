@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
+from badam._shards import shape_of
 from badam.block_optimizer import BlockOptimizer
 from badam.errors import InputError
 from badam.plan import Plan, record_digest, save_record
@@ -121,7 +123,8 @@ def _run(plan: Plan, options: RunOptions, console: Console, command: str | None,
         recorder.start()
         stack.callback(_save_profile, recorder, plan, options, console)  # also of a run that memory has ended
         stack.callback(recorder.stop)
-        model = _model(plan, options, weights)
+        with engine.building(reads=weights is not None, resumes=has_all):
+            model = _model(plan, options, weights)
         engine.place(model)
         tell = functools.partial(_tell, console)
         with in_directory(options.data_directory):
@@ -287,10 +290,10 @@ def _total_steps(trainer: PlanLoop, options: RunOptions, checkpoint: Path | None
 
 def _bytes_to_write(plan: Plan, model: PreTrainedModel, options: RunOptions) -> int:
     """The model at the end, and one checkpoint, whose weights are most of it."""
-    saved = model.get_memory_footprint()
+    saved: int = sum(math.prod(shape_of(each)) * each.itemsize for each in (*model.parameters(), *model.buffers()))
     if method_of(plan.method).keeps_base:
         saved = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return int(saved) * (2 if options.checkpoint_steps or options.keep_best else 1)
+    return saved * (2 if options.checkpoint_steps or options.keep_best else 1)
 
 
 def _planned_bytes(plan: Plan) -> int | None:
