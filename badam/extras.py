@@ -21,7 +21,9 @@ def require(what: str, libraries: Mapping[str, str], *, extra: str) -> None:
     """
     missing = [library for module, library in libraries.items() if find_spec(module) is None]
     if missing:
+        *others, last = missing
+        listed = f"{', '.join(others)} and {last}" if others else last
         raise InputError(
-            f"{what} needs {' and '.join(missing)}, which cannot be imported here.",
+            f"{what} needs {listed}, which cannot be imported here.",
             advice=f"Install it with: pip install 'badam[{extra}]'.",
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -61,8 +63,8 @@ def reporting_errors() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         if rank_and_count()[0] == 0:
-            say("interrupted")
-        raise typer.Exit(130) from error
+            say(str(error) or "interrupted")
+        raise typer.Exit(128 + getattr(error, "signal", signal.SIGINT)) from error
     except SystemExit:  # the first process has told the others to end
         leave_error_file("ended because the first process did")
         raise
@@ -76,6 +78,28 @@ def _report(error: BadamError) -> None:
         if error.advice:
             say(f"       {error.advice}")
     told(error)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process as it stands, while libraries are imported and nothing is written.
+
+    Some of them turn a KeyboardInterrupt into an error of their own. Where it is ignored it stays so.
+    """
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if rank_and_count()[0] == 0:
+            say("interrupted")
+        os._exit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def say(text: str) -> None:

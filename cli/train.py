@@ -12,7 +12,7 @@ import typer
 from badam.errors import InputError
 from badam.extras import require
 from badam_cli._allocator import configure_allocator
-from badam_cli._app import OneVoice, Version, quiet_libraries, reporting_errors, say
+from badam_cli._app import OneVoice, Version, ending_at_once, quiet_libraries, reporting_errors, say
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -112,11 +112,12 @@ def train(
         columns = _columns(column or [])
         quiet_libraries()
         configure_allocator(loaded.target)
-        from rich.console import Console
+        with ending_at_once():
+            from rich.console import Console
 
-        from badam.training.checkpoints import new_run_directory
-        from badam.training.options import RunOptions
-        from badam.training.run import run_plan
+            from badam.training.checkpoints import new_run_directory
+            from badam.training.options import RunOptions
+            from badam.training.run import run_plan
 
         if output_dir is None and resume:
             raise InputError("--resume needs to know which run to continue.", advice="Name it with --output-dir.")
@@ -159,16 +160,18 @@ def train(
     if result.stopped_by is not None:
         say(f"stopped by {result.stopped_by.name} after step {result.step} and saved; go on with --resume")
         raise typer.Exit(128 + result.stopped_by)
-    measurement = result.measured.measurement
-    say(f"loss {measurement.first_loss:.3f} -> {measurement.last_loss:.3f} in {measurement.steps} steps")
-    if cards := result.measured.cards:
-        fullest = max(cards, key=lambda card: card.peak_allocated_bytes)
-        peak = format_bytes(fullest.peak_allocated_bytes)
-        say(f"fullest of {len(cards)} cards: {fullest.rank}, with a peak of {peak}")
+    if result.measured is not None:
+        measurement = result.measured.measurement
+        say(f"loss {measurement.first_loss:.3f} -> {measurement.last_loss:.3f} in {measurement.steps} steps")
+        if cards := result.measured.cards:
+            fullest = max(cards, key=lambda card: card.peak_allocated_bytes)
+            peak = format_bytes(fullest.peak_allocated_bytes)
+            say(f"fullest of {len(cards)} cards: {fullest.rank}, with a peak of {peak}")
     if result.best is not None:
         say(f"best evaluation: {result.best.figure:.3f} after step {result.best.step}, whose weights the model has")
     say(f"model: {result.model_path}")
-    say(f"compare: badam-report {plan} {result.measured_path}")
+    if result.measured is not None:
+        say(f"compare: badam-report {plan} {result.measured_path}")
 
 
 def _columns(given: list[str]) -> dict[str, str]:

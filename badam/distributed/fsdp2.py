@@ -54,6 +54,24 @@ def shard_blocks(
     Raises:
         InputError: if there is no process group, the mesh has more than two dimensions, or there are no layers.
     """
+    trained = cut_blocks(model, mesh=mesh, layers=layers, compute_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+    settle_types(model, trained)
+    return model
+
+
+def cut_blocks(
+    model: nn.Module,
+    *,
+    mesh: DeviceMesh | None = None,
+    layers: Sequence[str] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = torch.float32,
+) -> list[str]:
+    """What :func:`shard_blocks` does, but for :func:`settle_types`, which comes when the parameters have their data.
+
+    Returns:
+        Names of the parameters that may be trained.
+    """
     if not dist.is_initialized():
         raise InputError(
             "Sharding needs the processes to know each other.",
@@ -75,8 +93,7 @@ def shard_blocks(
         if unit is not None:
             fully_shard(unit, **settings)
     fully_shard(model, **settings, reshard_after_forward=False)
-    _settle_types_at_first_forward(model, trained)
-    return model
+    return trained
 
 
 def mesh_of(shard_size: int) -> DeviceMesh:
@@ -160,7 +177,7 @@ def _lone_embedding(model: nn.Module) -> nn.Module | None:
     return embedding if uses == len(own) else None
 
 
-def _settle_types_at_first_forward(model: nn.Module, trained: Sequence[str]) -> None:
+def settle_types(model: nn.Module, trained: Sequence[str]) -> None:
     """Let FSDP2 see every trained parameter as such while it prepares itself, in the root's first forward.
 
     It then notes the types of each unit's trainable parameters. For a unit that is frozen at that time it would note

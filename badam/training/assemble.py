@@ -6,7 +6,7 @@ model, optimizer or checkpointing is described anywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -52,7 +52,12 @@ def model_config(spec: ModelSpec) -> PretrainedConfig:
 
 
 def build_model(
-    spec: ModelSpec, training: Training, *, weights: str | None = None, loading: Mapping[str, Any] | None = None
+    spec: ModelSpec,
+    training: Training,
+    *,
+    weights: str | None = None,
+    loading: Mapping[str, Any] | None = None,
+    builder: Callable[[type[PreTrainedModel]], Any] | None = None,
 ) -> PreTrainedModel:
     """Build a plan's model in training mode, in the plan's dtype, with its attention implementation.
 
@@ -61,10 +66,12 @@ def build_model(
         training: dtype and attention.
         weights: a Hub id or directory to load safetensors from; None initializes at random.
         loading: more options for loading them, see ``loading_options`` of a method.
+        builder: makes of a model class what builds it in the place of transformers' auto class.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, training.dtype), "attn_implementation": training.attention}
     config = model_config(spec)
-    _, auto = builder_of(spec, config)
+    model_class, auto = builder_of(spec, config)
+    auto = auto if builder is None else builder(model_class)
     config.use_cache = False  # a key-value cache has no use in training and would be held through the step
     try:
         if weights is None:

@@ -20,6 +20,7 @@ from badam.units import format_bytes
 
 MANIFEST = "files.json"
 MODEL_DIRECTORY = "model"
+ASIDE = ".old.partial"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -45,8 +46,35 @@ def prepare_output(directory: Path, *, resume: bool) -> None:
             f"The output directory {directory} is not empty ({len(entries)} entries, such as {entries[0].name}).",
             advice="Continue the run in it with --resume, or choose another with --output-dir.",
         )
-    for leftover in directory.glob(".*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _remove_leftovers(directory)
+
+
+@contextmanager
+def removed_if_unused(directory: Path) -> Iterator[None]:
+    """Of a run that fails before it has written anything leave no empty directory that was not there before."""
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            try:
+                path.rmdir()
+            except OSError:  # it is not empty, or was never made
+                break
+        raise
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """What a run that was killed was writing; a finished directory that it was about to replace comes back."""
+    for aside in directory.glob(f".*{ASIDE}"):
+        target = directory / aside.name[1:].removesuffix(ASIDE)
+        if not target.exists():
+            aside.rename(target)
+    for leftover in (*directory.glob(".*.partial"), *directory.glob(".*.tmp")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def check_space(directory: Path, needed_bytes: int) -> None:
@@ -92,8 +120,8 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def saving(what: str) -> Iterator[None]:
-    """Turn every way in which writing ``what`` can fail into one error.
+def saving(what: str, *, resumable: bool = True) -> Iterator[None]:
+    """Turn every way in which writing ``what`` can fail into one error; ``resumable`` if there is a checkpoint.
 
     Raises:
         InputError: with the reason; a disk that is full, mostly.
@@ -105,7 +133,9 @@ def saving(what: str) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer raises RuntimeError
         raise InputError(
             f"The {what} could not be written: {error}.",
-            advice="What was saved before is unchanged. Make room and continue with --resume.",
+            advice="What was saved before is unchanged. Make room and continue with --resume."
+            if resumable
+            else "Make room and start again; with --save-steps there would be a checkpoint to go on from.",
         ) from error
 
 
@@ -165,7 +195,7 @@ def _to_disk(directory: Path) -> None:
 def _replace(source: Path, target: Path) -> None:
     """Rename ``source`` to ``target``; a directory cannot be renamed over another, so an old one steps aside first."""
     if target.exists():
-        aside = target.with_name(f".{target.name}.old.partial")
+        aside = target.with_name(f".{target.name}{ASIDE}")
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
         source.rename(target)

@@ -7,7 +7,8 @@ reducer would know the first block only, and DeepSpeed is driven from block to b
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -37,9 +38,13 @@ class Engine:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    def building(self, *, reads: bool, resumes: bool) -> AbstractContextManager[None]:
-        """Where the model is built; ``reads`` its weights from files, or ``resumes``, to read them after."""
-        return nullcontext()
+    def build(
+        self, weights: str | None = None, loading: Mapping[str, Any] | None = None, *, resumes: bool = False
+    ) -> PreTrainedModel:
+        """The plan's model, see :func:`badam.training.assemble.build_model`; ``resumes`` if it is read later."""
+        from badam.training.assemble import build_model
+
+        return build_model(self.plan.model, self.plan.training, weights=weights, loading=loading)
 
     def place(self, model: PreTrainedModel) -> None:
         """Put the built model where it trains, before the trainer sees it."""
@@ -109,14 +114,31 @@ class Sharded(Copies):
         super().__init__(plan)
         self._model: Any = None
 
+    def build(
+        self, weights: str | None = None, loading: Mapping[str, Any] | None = None, *, resumes: bool = False
+    ) -> PreTrainedModel:
+        """Each process builds the part that it keeps."""
+
+        from badam.distributed.fsdp2 import mesh_of
+        from badam.training.assemble import build_model
+        from badam.training.cut_building import CutBuilder
+
+        mesh = mesh_of(self.plan.target.shards)
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+        )
+        return build_model(
+            self.plan.model,
+            self.plan.training,
+            weights=weights,
+            loading=loading,
+            builder=lambda model_class: CutBuilder(model_class, mesh, device),
+        )
+
     def place(self, model: PreTrainedModel) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
-        from badam.distributed import shard_blocks
-        from badam.distributed.fsdp2 import mesh_of
-
         self._model = model
-        shard_blocks(model, mesh=mesh_of(self.plan.target.shards))
         type(model).loss_within = _loss_within  # of the class that FSDP2 has made for this model
         register_fsdp_forward_method(model, "loss_within")
 
@@ -146,15 +168,22 @@ class ZeroThree(Engine):
         super().__init__(plan)
         self._deepspeed: Any = None
 
-    def building(self, *, reads: bool, resumes: bool) -> AbstractContextManager[None]:
+    def build(
+        self, weights: str | None = None, loading: Mapping[str, Any] | None = None, *, resumes: bool = False
+    ) -> PreTrainedModel:
         """No process holds the whole model, but of random weights, which have to be those of one process."""
+
         from badam.distributed.zero3_engine import partitioned_from_the_start
 
-        if not reads and not resumes:
-            return nullcontext()
-        dtype = getattr(torch, self.plan.training.dtype)
-        offload = self.plan.target.offload == "all"
-        return partitioned_from_the_start(dtype, initializes=reads, offload_parameters=offload)
+        building: Any = nullcontext()
+        if weights is not None or resumes:
+            building = partitioned_from_the_start(
+                getattr(torch, self.plan.training.dtype),
+                initializes=weights is not None,
+                offload_parameters=self.plan.target.offload == "all",
+            )
+        with building:
+            return super().build(weights, loading)
 
     def place(self, model: PreTrainedModel) -> None:
         from badam.distributed.zero3_engine import check_installed

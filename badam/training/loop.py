@@ -91,6 +91,7 @@ class PlanLoop(Trainer):
         self.collator = collator
         self.has_best_weights = False  # the model holds those of the best checkpoint, not the last ones
         self.micro_batches = MicroBatches(plan.training.batch_size) if adapt else None
+        self.steps_made = 0  # of the optimizer, by this process
         self._padding = padding
         self._before_step = before_step
         self._keep = keep
@@ -156,6 +157,7 @@ class PlanLoop(Trainer):
         if self.accelerator.sync_gradients and self._scaler is not None:
             self._unscale(self._scaler)
         phases.enter(Phase.STEP if self.accelerator.sync_gradients else Phase.SETUP)
+        self.steps_made += self.accelerator.sync_gradients
         return loss
 
     def _forward_backward(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
@@ -213,6 +215,13 @@ class PlanLoop(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm, where clipping has computed it; without clipping nothing is computed."""
         return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """One epoch; nothing of it where the run that is resumed had made all its steps."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **options)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """0: nobody reads it, and transformers would walk through all parameters in every step to tell."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 from badam.errors import InputError
 from badam.profiling.recorder import Profile
@@ -44,11 +44,12 @@ class RunOptions:
     seed: int = 0
     profile: Profile = "normal"
     report_to: tuple[str, ...] = ()
+    scratch: str = field(default_factory=lambda: uuid4().hex)  # process numbers of two machines may be the same
 
     @property
     def data_directory(self) -> Path:
         """Where this process keeps large data during the run; one that was killed leaves it to the next to remove."""
-        return self.output_dir / f".data-{os.getpid()}.partial"
+        return self.output_dir / f".data-{self.scratch}.partial"
 
     @property
     def evaluates(self) -> bool:

@@ -60,7 +60,8 @@ class Processes:
             if self.is_first:
                 told[0] = act()
         except BaseException as error:
-            told[1] = error.exit_code if isinstance(error, BadamError) else 1
+            number = getattr(error, "signal", None)  # of badam.training.interruption.Stopped
+            told[1] = error.exit_code if isinstance(error, BadamError) else 128 + number if number else 1
             raise
         finally:
             dist.broadcast_object_list(told, src=0, group=self.group)

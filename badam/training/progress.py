@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from badam.errors import InputError
 from badam.units import format_bytes
 
 PLAIN_LINES = 20
@@ -104,21 +108,55 @@ class ProgressDisplay:
 
 
 class MetricsFile:
-    """One JSON object per line, such as an optimizer step, appended: a resumed run goes on in the same file."""
+    """One JSON object per line, such as an optimizer step, appended: a resumed run goes on in the same file.
+
+    Lines are whole or not there: a disk that is full in the middle of one takes its begin back, and what a machine that
+    died has left of one is cut off before the next.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: TextIO | None = None
+        self._file: io.FileIO | None = None
 
     def append(self, view: StepView | EvaluationView) -> None:
-        """Write one line."""
-        if self._file is None:
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(asdict(view)) + "\n")
-        self._file.flush()
+        """Write one line.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        line = (json.dumps(asdict(view)) + "\n").encode()
+        try:
+            if self._file is None:
+                self._file = _opened_after_whole_lines(self._path)
+            _write_whole(self._file, line)
+        except OSError as error:
+            raise InputError(
+                f"{self._path} could not be written: {error.strerror or error}.",
+                advice="What was saved before is unchanged. Make room and continue with --resume.",
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _opened_after_whole_lines(path: Path) -> io.FileIO:
+    """``path`` to append to, without buffer, so that nothing is left to write when it is closed."""
+    if path.is_file():
+        with path.open("r+b") as file:
+            kept = file.read().rfind(b"\n") + 1
+            file.truncate(kept)
+    return io.FileIO(path, "a")
+
+
+def _write_whole(file: io.FileIO, line: bytes) -> None:
+    begin = file.seek(0, io.SEEK_END)
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with suppress(OSError):
+            file.truncate(begin)
+        raise

@@ -20,15 +20,17 @@ from badam._shards import shape_of
 from badam.block_optimizer import BlockOptimizer
 from badam.errors import InputError
 from badam.plan import Plan, record_digest, save_record
-from badam.profiling.record import MeasuredRun, of_all_cards
+from badam.profiling.record import MeasuredRun, load_measured, of_all_cards
 from badam.profiling.recorder import Recorder
-from badam.training.assemble import build_model, prepare_model
+from badam.training.assemble import prepare_model
 from badam.training.callbacks import RunCallback
 from badam.training.checkpoints import (
     MODEL_DIRECTORY,
     check_space,
+    is_whole,
     newest_whole,
     prepare_output,
+    removed_if_unused,
     saving,
     step_of,
     written_whole,
@@ -59,7 +61,7 @@ METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 class RunResult:
     """What a run left behind."""
 
-    measured: MeasuredRun
+    measured: MeasuredRun | None  # None if the run that was resumed had made all steps, and nothing is known of them
     measured_path: Path
     model_path: Path | None  # None if the run was stopped before its end
     stopped_by: signal.Signals | None
@@ -94,7 +96,10 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
     _check_runnable(plan, options, device)
     processes = join_processes(plan, options, device)
     with ExitStack() as stack, noticing_losses(processes):
+        interruption = stack.enter_context(Interruption())
         options, console = shared_options(options, console, processes)
+        if processes.is_first:
+            stack.enter_context(removed_if_unused(options.output_dir))
         stack.callback(shutil.rmtree, options.data_directory, ignore_errors=True)
         if processes.count not in (1, plan.target.num_gpus):
             planned, plan = plan, shared_plan(plan, processes)
@@ -103,10 +108,17 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
                 f"note: the plan is for {planned.target.num_gpus} cards; these are {processes.count}, which make the "
                 f"same steps of {plan.training.grad_accum} micro-batches each and need other memory than planned.",
             )
-        return _run(plan, options, console, command, processes)
+        return _run(plan, options, console, command, processes, interruption)
 
 
-def _run(plan: Plan, options: RunOptions, console: Console, command: str | None, processes: Processes) -> RunResult:
+def _run(
+    plan: Plan,
+    options: RunOptions,
+    console: Console,
+    command: str | None,
+    processes: Processes,
+    interruption: Interruption,
+) -> RunResult:
     device, engine = _device(plan), engine_of(plan)
     processes.first(lambda: prepare_output(options.output_dir, resume=options.resume))
     checkpoint = processes.first(lambda: _checkpoint_to_resume(options, engine))
@@ -123,8 +135,7 @@ def _run(plan: Plan, options: RunOptions, console: Console, command: str | None,
         recorder.start()
         stack.callback(_save_profile, recorder, plan, options, console)  # also of a run that memory has ended
         stack.callback(recorder.stop)
-        with engine.building(reads=weights is not None, resumes=has_all):
-            model = _model(plan, options, weights)
+        model = _model(plan, options, weights, engine, resumes=has_all)
         engine.place(model)
         tell = functools.partial(_tell, console)
         with in_directory(options.data_directory):
@@ -135,22 +146,22 @@ def _run(plan: Plan, options: RunOptions, console: Console, command: str | None,
         needed_bytes = _bytes_to_write(plan, model, options)
         processes.first(lambda: check_space(options.output_dir, needed_bytes))
         _warn(plan, device, total_steps, console)
-        interruption = stack.enter_context(Interruption())
+        interruption.postpone()
         trainer.add_callback(_callback(stack, trainer, options, recorder, interruption, console, total_steps))
         processes.first(lambda: save_record(plan, options.output_dir / PLAN))
         with explained(plan):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         recorder.stop()
-        measured = of_all_cards(processes.gathered(_measured(trainer, recorder, command)))
-        processes.first(lambda: save_record(measured, options.output_dir / MEASURED))
-        model_path = None if interruption.signal else _save_model(trainer, options.output_dir)
+        measured = _save_measured(trainer, recorder, command, options.output_dir / MEASURED)
+        stopped_by = interruption.signal if trainer.state.global_step < total_steps else None
+        model_path = None if stopped_by else _save_model(trainer, options.output_dir)
         _release(trainer)
         processes.wait()  # a launcher ends those that are at work still when one ends with a signal's exit code
     return RunResult(
         measured,
         options.output_dir / MEASURED,
         model_path,
-        interruption.signal,
+        stopped_by,
         int(trainer.state.global_step),
         processes.is_first,
         _best(trainer),
@@ -174,6 +185,16 @@ def _callback(
         stack.callback(close)
     names = [block.name for block in trainer.plan.partition.blocks]
     return RunCallback(trainer, recorder, display, metrics, evaluations, interruption, names)
+
+
+def _save_measured(trainer: PlanLoop, recorder: Recorder, command: str | None, path: Path) -> MeasuredRun | None:
+    """Write what was measured; where no step was made, what the run before has left is all there is."""
+    processes = trainer.processes
+    if trainer.steps_made == 0:
+        return load_measured(path) if path.exists() else None
+    measured = of_all_cards(processes.gathered(_measured(trainer, recorder, command)))
+    processes.first(lambda: save_record(measured, path))
+    return measured
 
 
 def _measured(trainer: PlanLoop, recorder: Recorder, command: str | None) -> MeasuredRun:
@@ -235,11 +256,11 @@ def _device(plan: Plan) -> torch.device:
     return torch.device("cpu")
 
 
-def _model(plan: Plan, options: RunOptions, weights: str | None) -> PreTrainedModel:
+def _model(plan: Plan, options: RunOptions, weights: str | None, engine: Engine, *, resumes: bool) -> PreTrainedModel:
     set_seed(options.seed)
     loading = method_of(plan.method).loading_options(plan) if weights else None
     try:
-        model = build_model(plan.model, plan.training, weights=weights, loading=loading)
+        model = engine.build(weights, loading, resumes=resumes)
     except (OSError, ValueError, RuntimeError) as error:
         if weights is None or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -273,18 +294,20 @@ def _total_steps(trainer: PlanLoop, options: RunOptions, checkpoint: Path | None
     """Optimizer steps of the whole run.
 
     Raises:
-        InputError: if there are none, or the checkpoint to resume from has had them all.
+        InputError: if there are none, or the run to resume has had them all and its model is there.
     """
     training = trainer.plan.training
     batches = -(-len(trainer.train_dataset) // (training.batch_size * trainer.args.world_size))
     total = options.max_steps or int(-(-options.epochs * max(1, -(-batches // training.grad_accum)) // 1))
     if total == 0:
         raise InputError("The run has no optimizer step.", advice="Ask for some with --max-steps or --epochs.")
-    if checkpoint is not None and step_of(checkpoint) >= total:
-        raise InputError(
-            f"The run in {options.output_dir} has had {step_of(checkpoint)} of {total} steps already.",
-            advice=f"Its weights are in {checkpoint}. Ask for more steps with --max-steps or --epochs.",
-        )
+    if checkpoint is not None and (done := step_of(checkpoint)) >= total:
+        model = options.output_dir / MODEL_DIRECTORY
+        if done > total or is_whole(model):
+            raise InputError(
+                f"The run in {options.output_dir} has had {done} of {total} steps already.",
+                advice=f"Its model is in {model}. Ask for more steps with --max-steps or --epochs.",
+            )
     return total
 
 
@@ -324,7 +347,8 @@ def _save_model(trainer: PlanLoop, output_dir: Path) -> Path:
     weights = trainer.engine.whole_weights(trainer.model)
     if not trainer.processes.is_first:
         return target  # the first process writes it
-    with saving("trained model"), written_whole(target) as partial:
+    resumable = newest_whole(output_dir) is not None
+    with saving("trained model", resumable=resumable), written_whole(target) as partial:
         trainer.model.save_pretrained(partial, **({} if weights is None else {"state_dict": weights}))
         trainer.processing_class.save_pretrained(partial)
     return target

@@ -44,11 +44,12 @@ def test_a_shell_can_complete_the_options_of_a_command(command: str) -> None:
 
 
 def test_badam_train_names_the_libraries_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name in ("trl", "datasets") else find_spec(name))
+    absent = ("trl", "datasets", "accelerate")
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name in absent else find_spec(name))
     save_record(factories.plan(), tmp_path / "plan.json")
     result = CliRunner().invoke(train_command.app, ["--plan", str(tmp_path / "plan.json")])
     assert result.exit_code == 2
-    assert "badam-train needs trl and datasets, which cannot be imported here." in result.stderr
+    assert "badam-train needs trl, datasets and accelerate, which cannot be imported here." in result.stderr
     assert "pip install 'badam[train]'" in result.stderr
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from badam.naming import belongs
 from badam.plan import Method, Plan
 from badam.training.methods.base import TrainingMethod
 
@@ -25,6 +26,7 @@ class LowMemory(TrainingMethod):
         """lomo-optim's Lomo."""
         from badam.training.methods._lomo_optim import FusedLomo
 
+        _freeze_outside(model, plan)
         spec = plan.training.optimizer
         return FusedLomo(model, lr=spec.learning_rate, weight_decay=spec.weight_decay)
 
@@ -36,6 +38,14 @@ class LowMemory(TrainingMethod):
     def state_bytes(self, parameters: int, largest_block: int, blocks: int, *, quantized: int = 0) -> int:
         """2M: the weights alone. Not counted: the two gradients that are alive at a time."""
         return 2 * parameters
+
+
+def _freeze_outside(model: nn.Module, plan: Plan) -> None:
+    """Train the plan's one block alone; it holds everything unless somebody has made it smaller."""
+    (block,) = plan.partition.blocks
+    for name, parameter in model.named_parameters():
+        if not belongs(name, block.prefixes):
+            parameter.requires_grad_(False)
 
 
 class AdaptiveLowMemory(LowMemory):
@@ -51,6 +61,7 @@ class AdaptiveLowMemory(LowMemory):
         """pytorch-optimizer's AdaLOMO; losses are scaled for fp16 only."""
         from badam.training.methods._pytorch_optimizer import FusedAdaLomo
 
+        _freeze_outside(model, plan)
         spec = plan.training.optimizer
         narrow = any(parameter.dtype is torch.float16 for parameter in model.parameters())
         return FusedAdaLomo(

@@ -329,7 +329,7 @@ def test_a_disk_without_room_for_the_model_is_told_before_the_run(
     monkeypatch.setattr(checkpoints_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match=r"has 1000 B free; the run writes .* KiB"):
         run_tiny(tiny_plan(), tmp_path)
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:

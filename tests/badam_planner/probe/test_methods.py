@@ -182,6 +182,18 @@ def test_mezo_keeps_no_graph_and_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("method", ["lomo", "adalomo"])
+def test_what_updates_inside_backward_trains_the_plans_block_alone(method: Method) -> None:
+    plan, tree = plan_for(method)
+    block = plan.partition.blocks[0].model_copy(update={"prefixes": ("model.layers",)})
+    part = plan.model_copy(update={"partition": plan.partition.model_copy(update={"blocks": (block,)})})
+    inside = sum(info.numel for info in tree.parameters if info.name.startswith("model.layers."))
+    assert count_entries(part).trained == inside < count_entries(plan).trained
+    predicted = Timeline(Evaluator(tree).recording(part, 0), tree.head_module).peak().nbytes
+    gc.collect()
+    assert predicted == measure(part).peak_bytes
+
+
+@pytest.mark.parametrize("method", ["lomo", "adalomo"])
 def test_what_updates_inside_backward_refuses_accumulation_and_clipping(method: Method) -> None:
     plan, _ = plan_for(method)
     training = plan.training
