@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow test-oldest check format bench clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,6 +19,9 @@ test: $(INSTALLED) ## the tests that every change must pass
 
 test-slow: $(INSTALLED) ## the long tests
 	$(BIN)/python -m pytest -q -m slow
+
+test-oldest: $(OLDEST)/installed ## the tests with the oldest versions of libraries that are supported
+	$(OLDEST)/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 check: $(INSTALLED) ## lint, format, types, direction of imports
 	$(BIN)/ruff check .
@@ -33,14 +37,21 @@ bench: $(INSTALLED) ## measure what the documentation claims, for most of an hou
 	$(BIN)/python -m benchmarks $(or $(BENCH),--all)
 
 clean: ## remove the virtual environment and build output
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
 
 # The stamp is newer than what it was made from, so a repeated make installs nothing. torch goes first: with the
 # constraint it is settled before any package that depends on it is looked at.
 $(INSTALLED): pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt)
+
+$(OLDEST)/installed: pyproject.toml constraints-oldest.txt
+	$(call install,$(OLDEST),constraints-oldest.txt)
+
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed; name one with: make PYTHON=python3.12" >&2; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,compare,zero3,dev]'
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) torch
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[train,compare,zero3,dev]'
 	touch $@
+endef

@@ -300,7 +300,9 @@ def _first_mistake(error: ValidationError) -> str:
     field = ".".join(str(part) for part in first["loc"])
     where = f", field {field}" if field else " as a whole"
     expected = {"extra_forbidden": "there is no field of this name", "missing": "this field is missing"}
-    found = "" if first["type"] == "missing" else f"; found {repr(first['input'])[:80]}"
+    if first["type"] == "value_error":  # fields that do not go together; the sentence is ours and names them
+        expected["value_error"] = str(first["ctx"]["error"])
+    found = "" if first["type"] in ("missing", "value_error") else f"; found {repr(first['input'])[:80]}"
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{where}: {expected.get(first['type'], first['msg'])}{found}{more}"
 

@@ -185,6 +185,8 @@ def plan(
             target = _target(gpu, gpu_memory).model_copy(update=cards)
             purpose = {"task": None if task == "auto" else task, "labels": num_labels}
             answer = _answer(model, purpose, target, options, progress)
+        if num_gpus == "auto" and answer.plan is not None and answer.plan.target.num_gpus == 1:
+            say(f"One card is enough, so the plan is for one, without {engine}.")
         present(answer, output, html, epochs=epochs, as_json=as_json)
 
 

@@ -37,11 +37,13 @@ def refusal(
         options = options and f"--method badam {options}"
     if options is not None:
         return DoesNotFit(message, advice=f"This would fit: {options}")
-    weights = request.spec.parameters * ENTRY_BYTES[request.dtype]
+    shards = request.target.shards
+    weights = format_bytes(-(-request.spec.parameters * ENTRY_BYTES[request.dtype] // shards))
+    each, more = (" on each card", ", more cards (--num-gpus auto)") if shards > 1 else ("", "")
     return DoesNotFit(
         message,
-        advice="No batch size, length or partition makes it fit: the weights alone take "
-        f"{format_bytes(weights)}. Choose a larger card or a smaller model.",
+        advice=f"No batch size, length or partition makes it fit: the weights alone take {weights}{each}. "
+        f"Choose a larger card{'' if request.find_num_gpus else more} or a smaller model.",
     )
 
 

@@ -84,8 +84,9 @@ def timeline_chart(timeline: StepTimeline) -> Chart:
         for span in timeline.spans
     )
     summary = (
-        f"{clean(timeline.title)}: the peak is {format_bytes(peak.total_bytes)}, in {peak.phase}"
-        f"{f', module {clean(peak.module)}' if peak.module else ''}. The limit is {format_bytes(limit)}."
+        f"{clean(timeline.title)}: live tensors reach {format_bytes(peak.total_bytes)}, in {peak.phase}"
+        f"{f', module {clean(peak.module)}' if peak.module else ''}. The allocator's rounding and workspaces "
+        f"come on top. The limit is {format_bytes(limit)}."
     )
     table = TableData(("phase", "peak within", "module at the peak"), rows)
     return Chart("timeline", "One step, allocation by allocation", summary, tuple(traces), layout, table, 480)

@@ -189,3 +189,20 @@ def test_copies_that_are_cut_train_like_one_process_and_go_on_in_another_layout(
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "run")[saved_at:], rtol=1e-5, atol=0)
     for name in ("four", "two"):
         torch.testing.assert_close(weights(tmp_path / name), weights(tmp_path / "run"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_among_which_rows_do_not_divide_read_their_parts_and_train_like_one(tmp_path: Path) -> None:
+    plan = plan_on("single", 1)
+    plan = plan.model_copy(update={"training": plan.training.model_copy(update={"batch_size": 3})})
+    run_tiny(plan, tmp_path, output="before", max_steps=1)
+    common: dict[str, Any] = {"padding": "plan", "max_steps": STEPS, "lr_scheduler": "constant"}
+    common |= {"init": str(tmp_path / "before" / "model")}
+    run_tiny(plan, tmp_path, **common)
+    target = plan.target.model_copy(update={"engine": "fsdp2", "num_gpus": 3})
+    training = plan.training.model_copy(update={"batch_size": 1})
+    three = plan.model_copy(update={"target": target, "training": training}).model_dump_json()
+    common |= {"data": str(tmp_path / "data.jsonl"), "output_dir": tmp_path / "three"}
+    assert on_ranks(3, several.run_all, plan=three, runs={"three": common}) == [{}] * 3
+    torch.testing.assert_close(losses(tmp_path / "three"), losses(tmp_path / "run"), rtol=1e-5, atol=0)
+    torch.testing.assert_close(weights(tmp_path / "three"), weights(tmp_path / "run"), rtol=0, atol=1e-5)

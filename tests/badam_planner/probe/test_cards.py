@@ -16,7 +16,7 @@ from badam.plan import Plan, Target
 from badam_planner.communication import with_communication
 from badam_planner.links import BETWEEN_NODES, LINKS, transfer_times
 from badam_planner.planning import Request, make_plan
-from badam_planner.probe.cards import CardsEvaluator, shard_sizes, smallest_number
+from badam_planner.probe.cards import MOST_CARDS, CardsEvaluator, shard_sizes, smallest_number
 from badam_planner.timeline import Timeline
 from tests.badam.distributed import step_memory_jobs as jobs
 from tests.badam.distributed.workers import ROOT, on_ranks
@@ -301,3 +301,17 @@ def test_the_number_of_cards_that_is_found_leaves_room_for_nccl() -> None:
     assert planned_for is not None
     assert planned_for.target.num_gpus == 1, "one card has no NCCL, and two would need more than one"
     assert planned_for.target.engine == "single"
+
+
+def test_what_no_number_of_cards_can_hold_is_refused_with_what_each_would_hold() -> None:
+    target = on_a100(2).model_copy(update={"total_bytes": 2**20, "usable_bytes": 2**20, "communication_bytes": 0})
+    request = Request(spec=spec_of(WIDER, DEPTH).model_copy(update={"parameters": 2**20}), target=target, seq_len=24)
+    fixed = make_plan(request).refusal
+    assert fixed is not None
+    assert "cut over 2 cards" in fixed.message
+    assert "the weights alone take 1.00 MiB on each card" in str(fixed)
+    assert "Choose a larger card, more cards (--num-gpus auto) or a smaller model." in str(fixed)
+    found = make_plan(replace(request, find_num_gpus=True)).refusal
+    assert found is not None
+    assert f"cut over {MOST_CARDS} cards" in found.message
+    assert "Choose a larger card or a smaller model." in str(found)
