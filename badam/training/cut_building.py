@@ -214,12 +214,12 @@ class Parts:
             whole_model(model)
             self._close()
 
-        def initialize_one(model: PreTrainedModel, module: nn.Module, is_custom_code: bool = False) -> None:
+        def initialize_one(model: PreTrainedModel, module: nn.Module, *rest: Any) -> None:
             layer = self._layer_of.get(module)
             if not getattr(module, _READY, False):
                 self._fill(module)
             self.at_work = True
-            one_module(model, module, is_custom_code)
+            one_module(model, module, *rest)
             self.at_work = False
             if module is layer:  # the last of its modules
                 self._close(layer)
