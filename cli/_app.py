@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from badam.errors import BadamError
+from badam.errors import BadamError, InputError
 from badam.training.one_voice import leave_error_file, rank_and_count, told, words_for
 
 
@@ -56,11 +57,22 @@ def reporting_errors() -> Iterator[None]:
     """
     try:
         yield
+        sys.stdout.flush()  # what a full disk does not take is known here, and not when the interpreter ends
     except BadamError as error:
         if os.environ.get("BADAM_TRACEBACK"):
             raise
         _report(error)
         raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _leave_standard_output()
+        full = InputError(
+            f"{error.filename or 'The standard output'} could not be written: {error.strerror}.",
+            advice="Make room on its disk, or write to another one.",
+        )
+        _report(full)
+        raise typer.Exit(full.exit_code) from error
     except KeyboardInterrupt as error:
         if rank_and_count()[0] == 0:
             say(str(error) or "interrupted")
@@ -68,6 +80,13 @@ def reporting_errors() -> Iterator[None]:
     except SystemExit:  # the first process has told the others to end
         leave_error_file("ended because the first process did")
         raise
+
+
+def _leave_standard_output() -> None:
+    """Let what is still buffered for it go nowhere: it would fail once more when the interpreter ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _report(error: BadamError) -> None:

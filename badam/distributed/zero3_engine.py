@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from badam._shards import shape_of
 from badam.block_optimizer import BlockOptimizer
 from badam.distributed.zero3 import check_version
 from badam.distributed.zero3_linear import use_for_partitioned
@@ -33,6 +36,53 @@ def check_installed() -> None:
     check_version()
 
 
+@contextmanager
+def partitioned_from_the_start(dtype: torch.dtype, *, initializes: bool, offload_parameters: bool) -> Iterator[None]:
+    """Within, transformers builds models that no process ever holds whole: each parameter is taken apart as it comes.
+
+    Weights that are read are read by the first process, from files that are mapped, and dealt out by it. Random ones
+    are not for this: transformers would gather the whole model to draw them.
+
+    Args:
+        dtype: of the parameters.
+        initializes: whether weights that no file has are drawn, as a new head's are; not if all are read later.
+        offload_parameters: keep this process's parts in host memory.
+
+    Raises:
+        InputError: if DeepSpeed is missing or of a version that is not known.
+    """
+    check_installed()
+    from transformers.initialization import no_init_weights
+    from transformers.integrations import HfDeepSpeedConfig
+
+    _without_shared_memory_operator(torch.get_default_device())
+    stage: dict[str, Any] = {"stage": 3, **({"offload_param": {"device": "cpu"}} if offload_parameters else {})}
+    # transformers looks for the configuration as long as the object lives.
+    config = HfDeepSpeedConfig(
+        {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": stage,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+        }
+    )
+    with nullcontext() if initializes else no_init_weights():
+        yield
+    del config
+
+
+def _without_shared_memory_operator(device: torch.device) -> None:
+    """On the CPU it would be compiled for two minutes, and does what gloo does."""
+    if device.type == "cpu" and not torch.cuda.is_available():
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def entries_of(parameter: Tensor) -> int:
+    """Entries of a parameter, partitioned or not."""
+    return math.prod(shape_of(parameter))
+
+
 def start_zero3(
     model: nn.Module,
     optimizer: BlockOptimizer,
@@ -46,7 +96,8 @@ def start_zero3(
     """DeepSpeed's engine around ``model`` and ``optimizer``, which it drives from then on. Collective.
 
     Args:
-        model: all of its parameters in one floating type, bfloat16 or float32.
+        model: all of its parameters in one floating type, bfloat16 or float32; whole, or built in
+            :func:`partitioned_from_the_start`.
         optimizer: over its parameters.
         batch_size: sequences of a micro-batch in this process.
         accumulate: micro-batches of an optimizer step.
@@ -59,13 +110,11 @@ def start_zero3(
     """
     check_installed()
     import deepspeed
-    import deepspeed.ops
 
     parameter = next(model.parameters())
     prefixes = [prefix for block in optimizer.block_prefix_list for prefix in block] + list(optimizer.active_modules)
-    largest = max(each.numel() for name, each in optimizer.named_parameters_list if belongs(name, prefixes))
-    if parameter.device.type == "cpu":  # it would be compiled for two minutes, and does what gloo does
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    largest = max(entries_of(each) for name, each in optimizer.named_parameters_list if belongs(name, prefixes))
+    _without_shared_memory_operator(parameter.device)
     stage = _partitioning(model, largest)
     if offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu"}
@@ -101,14 +150,14 @@ def _partitioning(model: nn.Module, largest: int) -> dict[str, Any]:
         "stage3_max_reuse_distance": 0,
         # Norms and biases stay gathered: a message for each would take longer than they are worth.
         "stage3_param_persistence_threshold": max(
-            (each.numel() for each in model.parameters() if each.ndim < 2), default=0
+            (entries_of(each) for each in model.parameters() if len(shape_of(each)) < 2), default=0
         ),
     }
 
 
 def _largest_layer(model: nn.Module) -> int:
     """Entries of the largest of the repeated layers; of the whole model if it has none."""
-    named = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
+    named = [(name, entries_of(parameter)) for name, parameter in model.named_parameters()]
     paths = layer_paths(name for name, _ in named)
     sizes = (sum(numel for name, numel in named if belongs(name, (path,))) for path in paths)
     return max(sizes, default=sum(numel for _, numel in named))

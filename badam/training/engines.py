@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
@@ -36,8 +38,10 @@ class Engine:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    def build(self, weights: str | None = None, loading: Mapping[str, Any] | None = None) -> PreTrainedModel:
-        """The plan's model, see :func:`badam.training.assemble.build_model`."""
+    def build(
+        self, weights: str | None = None, loading: Mapping[str, Any] | None = None, *, resumes: bool = False
+    ) -> PreTrainedModel:
+        """The plan's model, see :func:`badam.training.assemble.build_model`; ``resumes`` if it is read later."""
         from badam.training.assemble import build_model
 
         return build_model(self.plan.model, self.plan.training, weights=weights, loading=loading)
@@ -110,9 +114,10 @@ class Sharded(Copies):
         super().__init__(plan)
         self._model: Any = None
 
-    def build(self, weights: str | None = None, loading: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    def build(
+        self, weights: str | None = None, loading: Mapping[str, Any] | None = None, *, resumes: bool = False
+    ) -> PreTrainedModel:
         """Each process builds the part that it keeps."""
-        import torch
 
         from badam.distributed.fsdp2 import mesh_of
         from badam.training.assemble import build_model
@@ -162,6 +167,23 @@ class ZeroThree(Engine):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         self._deepspeed: Any = None
+
+    def build(
+        self, weights: str | None = None, loading: Mapping[str, Any] | None = None, *, resumes: bool = False
+    ) -> PreTrainedModel:
+        """No process holds the whole model, but of random weights, which have to be those of one process."""
+
+        from badam.distributed.zero3_engine import partitioned_from_the_start
+
+        building: Any = nullcontext()
+        if weights is not None or resumes:
+            building = partitioned_from_the_start(
+                getattr(torch, self.plan.training.dtype),
+                initializes=weights is not None,
+                offload_parameters=self.plan.target.offload == "all",
+            )
+        with building:
+            return super().build(weights, loading)
 
     def place(self, model: PreTrainedModel) -> None:
         from badam.distributed.zero3_engine import check_installed

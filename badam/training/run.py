@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
+from badam._shards import shape_of
 from badam.block_optimizer import BlockOptimizer
 from badam.errors import InputError
 from badam.plan import Plan, record_digest, save_record
@@ -133,7 +135,7 @@ def _run(
         recorder.start()
         stack.callback(_save_profile, recorder, plan, options, console)  # also of a run that memory has ended
         stack.callback(recorder.stop)
-        model = _model(plan, options, weights, engine)
+        model = _model(plan, options, weights, engine, resumes=has_all)
         engine.place(model)
         tell = functools.partial(_tell, console)
         with in_directory(options.data_directory):
@@ -254,11 +256,11 @@ def _device(plan: Plan) -> torch.device:
     return torch.device("cpu")
 
 
-def _model(plan: Plan, options: RunOptions, weights: str | None, engine: Engine) -> PreTrainedModel:
+def _model(plan: Plan, options: RunOptions, weights: str | None, engine: Engine, *, resumes: bool) -> PreTrainedModel:
     set_seed(options.seed)
     loading = method_of(plan.method).loading_options(plan) if weights else None
     try:
-        model = engine.build(weights, loading)
+        model = engine.build(weights, loading, resumes=resumes)
     except (OSError, ValueError, RuntimeError) as error:
         if weights is None or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -311,10 +313,10 @@ def _total_steps(trainer: PlanLoop, options: RunOptions, checkpoint: Path | None
 
 def _bytes_to_write(plan: Plan, model: PreTrainedModel, options: RunOptions) -> int:
     """The model at the end, and one checkpoint, whose weights are most of it."""
-    saved = model.get_memory_footprint()
+    saved: int = sum(math.prod(shape_of(each)) * each.itemsize for each in (*model.parameters(), *model.buffers()))
     if method_of(plan.method).keeps_base:
         saved = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return int(saved) * (2 if options.checkpoint_steps or options.keep_best else 1)
+    return saved * (2 if options.checkpoint_steps or options.keep_best else 1)
 
 
 def _planned_bytes(plan: Plan) -> int | None:

@@ -55,6 +55,7 @@ class ModelRecord(CatalogueRecord):
     weights: Literal["hub", "none"]  # where pretrained weights are; "none": the model only ever starts at random
     parameters: PositiveInt  # entries of all distinct parameters; tied ones count once
     config: dict[str, Any]  # AutoConfig.for_model(**config) builds the configuration
+    confirmed_by: str | None = None  # a library's own copy of the facts, which a test compares with them
     note: str | None = None
 
     def names(self) -> tuple[str, ...]:

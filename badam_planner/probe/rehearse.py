@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -103,6 +103,33 @@ def _linear_of(target: Target) -> AbstractContextManager[None]:
     return linear_for_parameters() if target.engine == "zero3" else nullcontext()
 
 
+@contextmanager
+def _masks_of(spec: ModelSpec) -> Iterator[None]:
+    """A mask that a model makes itself, as BioGPT and the decoder of BART do, hides no padding.
+
+    transformers looks into such a mask and leaves it out, which it cannot do under tracing. A batch has a mask of its
+    own for encoders and for classification only (badam.training.tasks).
+    """
+    from transformers import masking_utils
+
+    causal, bidirectional = "_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"
+    own = {"causal-lm": (causal, bidirectional), "sequence-to-sequence": (causal,), "speech-to-text": (causal,)}
+    with ExitStack() as stack:
+        for name in own.get(spec.task, ()):
+            decide = _with_nothing_hidden(getattr(masking_utils, name))
+            stack.enter_context(patch.object(masking_utils, name, decide))
+        yield
+
+
+def _with_nothing_hidden(decide: Callable[..., bool]) -> Callable[..., bool]:
+    """``decide`` for a mask that hides nothing."""
+
+    def decided(_padding_mask: Tensor | None, *args: Any, **kwargs: Any) -> bool:
+        return decide(None, *args, **kwargs)
+
+    return decided
+
+
 def fake_model(spec: ModelSpec, training: Training) -> PreTrainedModel:
     """The plan's model without weights; call inside :func:`fake_world`."""
     return build_model(spec, training)
@@ -140,6 +167,7 @@ def rehearse(
         stack.enter_context(refusing_what_needs_values(plan.model))
         mode = stack.enter_context(fake_world())
         stack.enter_context(_attention_of(plan.target))
+        stack.enter_context(_masks_of(plan.model))
         stack.enter_context(_linear_of(plan.target))
         stack.enter_context(_without_garbage_collection())
         model = build_without(lambda: fake_model(plan.model, plan.training), layers, classes, without)

@@ -221,3 +221,20 @@ def test_the_command_loads_no_torch(plan_file: Path, measured_file: Path) -> Non
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--json"], []])
+def test_a_full_disk_behind_the_standard_output_is_a_sentence(
+    plan_file: Path, measured_file: Path, arguments: list[str]
+) -> None:
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "badam_cli.report", plan_file, measured_file, *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: The standard output could not be written: No space left on device.")
+    assert "Traceback" not in ended.stderr

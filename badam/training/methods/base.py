@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from badam._shards import shape_of
 from badam.errors import InputError
 from badam.extras import require
 from badam.plan import Method, Plan
@@ -173,7 +174,7 @@ def adamw_options(plan: Plan) -> dict[str, Any]:
 def parameter_groups(model: nn.Module, weight_decay: float, *, trained_only: bool = False) -> list[dict[str, Any]]:
     """Two groups, with and without weight decay: vectors (norms, biases) are not decayed."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad or not trained_only]
-    decayed = [parameter for parameter in parameters if parameter.ndim > 1]
-    exempt = [parameter for parameter in parameters if parameter.ndim <= 1]
+    decayed = [parameter for parameter in parameters if len(shape_of(parameter)) > 1]
+    exempt = [parameter for parameter in parameters if len(shape_of(parameter)) <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -80,3 +80,19 @@ def test_a_trainer_under_zero3_switches_blocks_through_the_callback(tmp_path: Pa
     for steps, visits, driven, losses in on_ranks(2, jobs.zero3_in_a_trainer, directory=str(tmp_path)):
         assert (steps, visits, driven) == (LAYERS * SWITCH_EVERY, LAYERS, True)
         assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_a_process_never_holds_the_whole_model_that_it_reads_or_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")  # what is let go of leaves the process, and can be seen
+    directory = str(tmp_path / "model")
+    for grew, model_bytes in on_ranks(2, jobs.peak_of_building, directory=directory, how="whole"):
+        assert grew > model_bytes
+    for grew, model_bytes in on_ranks(2, jobs.peak_of_building, directory=directory, how="resumed"):
+        assert grew < 0.75 * model_bytes
+    # The first process maps the files, and their pages count where they are resident.
+    (grew_first, model_bytes), (grew, _) = on_ranks(2, jobs.peak_of_building, directory=directory, how="read")
+    assert grew < 0.75 * model_bytes
+    assert grew_first < 1.75 * model_bytes

@@ -235,3 +235,36 @@ def zero3_in_a_trainer(directory: str) -> tuple[int, int, bool, list[float]]:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return optimizer.global_step, optimizer.visit, optimizer.ds_optimizer is not None, losses
+
+
+def peak_of_building(directory: str, how: str) -> tuple[int, int]:
+    """Bytes that this process's resident memory grew by at most while it built a model, and the model's own.
+
+    Args:
+        directory: with the model's configuration and weights; written by the first process where there is none.
+        how: ``whole``, as random weights are built, ``read`` from ``directory``, or ``resumed``, to be filled later.
+    """
+    import resource
+
+    import psutil
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from badam.distributed.zero3_engine import entries_of, partitioned_from_the_start
+
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "vocab_size": 16000}
+    config = LlamaConfig(**sizes, num_attention_heads=8, use_cache=False)
+    partitioned = partitioned_from_the_start(torch.float32, initializes=how == "read", offload_parameters=False)
+    deepspeed_engine()  # what importing and starting DeepSpeed takes is no part of the model
+    before = psutil.Process().memory_info().rss
+    if how == "whole":
+        model = AutoModelForCausalLM.from_config(config)
+        if dist.get_rank() == 0:
+            model.save_pretrained(directory)
+    else:
+        with partitioned:
+            if how == "read":
+                model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+            else:
+                model = AutoModelForCausalLM.from_config(config)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak - before, 4 * sum(entries_of(parameter) for parameter in model.parameters())

@@ -52,6 +52,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
         "all": {"plan": target_of("all"), "save_steps": SAVED_AT},
         "resumed": {"plan": target_of("all"), **from_all},
         "resumed on the cards": {"plan": target_of("none"), **from_all},
+        "from files": {"plan": target_of("none"), "init": str(directory / "none" / "model")},
+        "from files, offloaded": {"plan": target_of("all"), "init": str(directory / "none" / "model")},
         "none, bf16": {"plan": in_bf16("none")},
         "all, bf16": {"plan": in_bf16("all")},
         "full disk": {"plan": target_of("none"), "save_steps": 1, "full": "first"},
@@ -78,6 +80,15 @@ def test_a_run_with_all_offloaded_goes_on_in_the_middle_of_a_visit(resumed: str,
     directory, _ = runs
     assert losses(directory / resumed) == losses(directory / "all")[SAVED_AT:]
     torch.testing.assert_close(weights(directory / resumed), weights(directory / "all"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("run", ["from files", "from files, offloaded"])
+def test_weights_that_are_read_are_those_of_one_process(run: str, runs: Runs, tmp_path: Path) -> None:
+    directory, _ = runs
+    init = str(directory / "none" / "model")
+    run_tiny(plan_on("single", 1), tmp_path, padding="plan", max_steps=STEPS, lr_scheduler="constant", init=init)
+    torch.testing.assert_close(losses(directory / run), losses(tmp_path / "run"), rtol=1e-5, atol=0)
+    torch.testing.assert_close(weights(directory / run), weights(tmp_path / "run"), rtol=0, atol=1e-5)
 
 
 def test_stochastic_rounding_is_the_same_where_the_copies_lie_on_the_host(runs: Runs) -> None:

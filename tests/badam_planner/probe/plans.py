@@ -50,6 +50,12 @@ T5: dict[str, Any] = {
     "d_ff": 48, "num_heads": 4, "dropout_rate": 0.0, "is_encoder_decoder": True, "decoder_start_token_id": 0,
 }  # fmt: skip
 FLAN_T5: dict[str, Any] = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+BART: dict[str, Any] = {
+    "model_type": "bart", "architectures": ["BartForConditionalGeneration"], "vocab_size": 768, "d_model": 32,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64, "dropout": 0.0, "is_encoder_decoder": True, "decoder_start_token_id": 0,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
 WHISPER: dict[str, Any] = {
     "model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "vocab_size": 768, "d_model": 32,
     "num_mel_bins": 8, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
@@ -64,6 +70,7 @@ VIT: dict[str, Any] = {
 
 DEPTH_FIELDS = {
     "gpt2": ("n_layer",), "t5": ("num_layers", "num_decoder_layers"), "whisper": ("encoder_layers", "decoder_layers"),
+    "bart": ("encoder_layers", "decoder_layers"),
 }  # fmt: skip
 CPU = Target(gpu="cpu", total_bytes=2**40, usable_bytes=2**40)
 

@@ -43,6 +43,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "falcon": {"vocab_size": 768, "hidden_size": 32, "num_attention_heads": 4},
     "bloom": {"vocab_size": 768, "hidden_size": 32, "n_head": 4},
+    "biogpt": {
+        **SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "layerdrop": 0.0,
+        "max_position_embeddings": 64,
+    },
     "mixtral": {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4},
     "qwen3_moe": {**GROUPED, **EXPERTS, "num_experts": 4},
     "gpt_oss": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},

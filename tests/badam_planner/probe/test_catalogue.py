@@ -206,3 +206,18 @@ def test_the_module_tree_has_the_published_number_of_parameters(identifier: str)
         model = build_model(spec, Training(batch_size=1, seq_len=1, attention=choose_attention(spec)))
     assert sum(parameter.numel() for parameter in model.parameters()) == record.parameters
     assert [type(model).__name__] == record.config["architectures"]
+
+
+SHAPELESS = {"rms_norm_eps", "max_position_embeddings", "router_aux_loss_coef", "rope_parameters", "sliding_window"}
+"""Facts of single checkpoints that a class's defaults need not have, and that change no weight's shape."""
+
+
+@pytest.mark.parametrize("record", [each for each in catalogue.models() if each.confirmed_by], ids=lambda each: each.id)
+def test_facts_that_a_library_confirms_are_its_defaults(record: catalogue.ModelRecord) -> None:
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(record.config["model_type"])
+    assert str(record.confirmed_by).partition(" ")[0] == type(default).__name__
+    known = default.to_dict()
+    differing = {key for key, value in record.config.items() if key in known and known[key] != value}
+    assert differing - {"architectures"} <= SHAPELESS

@@ -22,20 +22,21 @@ from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.rehearse import fake_world
 from badam_planner.probe.sizes import map_sizes
 from tests.badam_planner.probe.measuring import measure
-from tests.badam_planner.probe.plans import FLAN_T5, LLAMA, T5, VIT, WHISPER, plan_of, spec_of
+from tests.badam_planner.probe.plans import BART, FLAN_T5, LLAMA, T5, VIT, WHISPER, plan_of, spec_of
 from tests.badam_planner.probe.test_evaluate import everything_in
 
 SIZES: dict[str, dict[str, Any]] = {
     "t5": {"seq_len": 24, "decoder_len": 10},
     "flan-t5": {"seq_len": 24, "decoder_len": 10},
+    "bart": {"seq_len": 24, "decoder_len": 10},
     "whisper": {"seq_len": None},
     # In bf16 oneDNN's kernels take scratch of their own for these odd sizes; torch's for fp32 take none.
     "vit": {"seq_len": None, "batch_size": 8, "dtype": "float32"},
 }
-CONFIGS = {"t5": T5, "flan-t5": FLAN_T5, "whisper": WHISPER, "vit": VIT}
+CONFIGS = {"t5": T5, "flan-t5": FLAN_T5, "bart": BART, "whisper": WHISPER, "vit": VIT}
 SCALAR_BYTES = 8
 """Not predicted: host memory for each Python number that multiplies a tensor inside autograd's reach."""
-MOST_SCALARS = {"t5": 1, "flan-t5": 24, "whisper": 16, "vit": 0}
+MOST_SCALARS = {"t5": 1, "flan-t5": 24, "bart": 0, "whisper": 16, "vit": 0}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "recomputed"])
