@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
+
+from badam.errors import InputError
 
 ModelFactory = Callable[..., nn.Module]
 BatchFactory = Callable[..., Tensor]
 
 VOCABULARY = 64
+RUN_BY_EVERY_CHANGE = Version("5.23")  # of transformers, see constraints.txt
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None]:
+    """Skip what an older transformers has written in a way that cannot be rehearsed; that this is said has its test."""
+    from transformers import __version__
+
+    try:
+        yield
+    except InputError as error:
+        if Version(__version__) >= RUN_BY_EVERY_CHANGE or "cannot be planned with transformers" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -188,7 +188,7 @@ class Scratch:
 class Parts:
     """Initializes parameters whole, a layer at a time, and keeps this process's part of each.
 
-    ``kept`` has the parts of parameters without data, by parameter. Parameters that are cut already get theirs.
+    ``kept`` has the parts by parameter. Parameters that are cut already get theirs.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -214,12 +214,12 @@ class Parts:
             whole_model(model)
             self._close()
 
-        def initialize_one(model: PreTrainedModel, module: nn.Module, is_custom_code: bool = False) -> None:
+        def initialize_one(model: PreTrainedModel, module: nn.Module, *rest: Any) -> None:
             layer = self._layer_of.get(module)
             if not getattr(module, _READY, False):
                 self._fill(module)
             self.at_work = True
-            one_module(model, module, is_custom_code)
+            one_module(model, module, *rest)
             self.at_work = False
             if module is layer:  # the last of its modules
                 self._close(layer)
@@ -242,8 +242,8 @@ class Parts:
     def _fill(self, module: nn.Module) -> None:
         """Give a module's own parameters room for all their entries."""
         for name, parameter in list(module.named_parameters(recurse=False)):
-            is_cut = isinstance(parameter, DTensor)
-            if not getattr(parameter, _READY, False) if is_cut else (parameter.is_meta and parameter not in self.kept):
+            is_loaded = isinstance(parameter, DTensor) and getattr(parameter, _READY, False)
+            if parameter not in self.kept and not is_loaded and (parameter.is_meta or isinstance(parameter, DTensor)):
                 room = self._scratch.empty if module in self._layer_of else torch.empty
                 whole = nn.Parameter(room(tuple(parameter.shape), dtype=parameter.dtype), parameter.requires_grad)
                 module._parameters[name] = whole
@@ -260,11 +260,9 @@ class Parts:
             module._parameters[name] = parameter
             if whole._version == 0:
                 raise NotInParts
+            self.kept[parameter] = self._part(whole).clone()
             if isinstance(parameter, DTensor):
-                local_part(parameter).copy_(self._part(whole))
-            else:
-                self.kept[parameter] = self._part(whole).clone()
-            setattr(parameter, _READY, True)
+                local_part(parameter).copy_(self.kept[parameter])
         self._open = left
         self._scratch.reuse()
 

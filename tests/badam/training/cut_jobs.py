@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import LlamaModel, LlamaPreTrainedModel, set_seed
 
 from badam.distributed import shard_blocks
 from badam.distributed.fsdp2 import mesh_of
@@ -107,3 +107,19 @@ def most_held(spec: str, training: str, weights: str | None, shard_size: int, wh
     part = sum(parameter.to_local().nbytes for parameter in model.parameters())
     layer = sum(2 * parameter.numel() for parameter in model.model.layers[0].parameters())
     return {"peak": peak, "part": part, "layer": layer}
+
+
+def meddling(spec: str, training: str, shard_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model whose root initializes a layer again, built in parts and alone."""
+    usual = LlamaPreTrainedModel._init_weights
+
+    def again(model: Any, module: Any) -> None:
+        usual(model, module)
+        if isinstance(module, LlamaModel):
+            torch.nn.init.normal_(module.layers[0].mlp.up_proj.weight)
+
+    LlamaPreTrainedModel._init_weights = again
+    try:
+        return built(spec, training, None, shard_size), alone(spec, training, None)
+    finally:
+        LlamaPreTrainedModel._init_weights = usual

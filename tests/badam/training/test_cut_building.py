@@ -104,6 +104,14 @@ def test_two_tensors_for_what_the_model_shares_are_refused(results: Results) -> 
         assert "have two tensors for model.embed_tokens.weight and lm_head.weight" in one["two for one"]["refused"]
 
 
+def test_where_a_layer_is_initialized_from_outside_the_model_is_built_whole() -> None:
+    settings = settings_of(FEW["llama"])
+    del settings["weights"]
+    for found, expected in on_ranks(2, cut_jobs.meddling, **settings, shard_size=2):
+        assert found["built whole"]
+        torch.testing.assert_close(found["weights"], expected["weights"], rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_other_architectures_and_copies_are_built_in_parts_too(tmp_path: Path) -> None:
     models = random_and_saved(MORE, tmp_path)

@@ -302,7 +302,9 @@ def test_work_is_that_of_one_step() -> None:
     tokens, hidden, kv, inter, vocabulary = 16, 32, 16, 48, 768
     per_token = 5 * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inter) + hidden * vocabulary
     attention = 5 * 2 * 2 * 2 * 4 * 8 * 8 * 8  # layers, products, operations, sequences, heads, length squared, head
-    assert work[Phase.FORWARD].flops + work[Phase.LOSS].flops == 2 * tokens * per_token + attention
+    angles = 2 * 8 * 4  # of the rotary embedding, length and half a head: a product in transformers before 5.23
+    counted = work[Phase.FORWARD].flops + work[Phase.LOSS].flops - 2 * tokens * per_token - attention
+    assert counted in (0, angles)
     twice = Evaluator(tree).efforts(plan_of(LLAMA, 5, batch_size=2, seq_len=8, grad_accum=2)[0], 0)
     assert twice[Phase.FORWARD].flops == 2 * work[Phase.FORWARD].flops
     assert twice[Phase.STEP].other_bytes == work[Phase.STEP].other_bytes

@@ -138,7 +138,7 @@ def test_charts_are_drawn_as_they_come_into_sight_and_all_of_them_for_paper(repo
     const drawn = () => places.map((place) => place.querySelector(".main-svg") !== null);
     const states = [drawn()];
     document.querySelector("#loss").scrollIntoView();
-    for (let turn = 0; turn < 100 && !drawn().at(-1); turn++) await pause(50);
+    for (let turn = 0; turn < 300 && !drawn().at(-1); turn++) await pause(50);
     states.push(drawn());
     dispatchEvent(new Event("beforeprint"));
     states.push(drawn());
