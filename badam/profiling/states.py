@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from badam._shards import is_held_by_deepspeed, local_part
+from badam._shards import is_held_by_deepspeed, local_part, shape_of
 from badam.profiling.selection import ComingStep
 from badam.vocabulary import Category
 
@@ -103,7 +104,7 @@ class ModelStates:
         begins, ends = done == 0, done is not None and done + 1 == length
         active = 0
         if begins or ends:  # asked before every step, and most are neither
-            active = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+            active = sum(prod(shape_of(each)) for each in self.model.parameters() if each.requires_grad)
         return ComingStep(self.active_block(), begins, ends, self.states_kept(), active)
 
 
