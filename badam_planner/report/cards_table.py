@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from badam.plan import Plan, Target
-from badam.units import format_bytes
+from badam.units import format_bytes, format_seconds
 from badam_planner.communication import communicators
 from badam_planner.links import transfer_times
 
@@ -18,7 +19,16 @@ def render_transfers(plan: Plan) -> RenderableType:
     assert prediction is not None, "a plan for several cards has a prediction"
     assert prediction.sent_bytes is not None, "and bytes that they send"
     assert prediction.sent_bytes_of_full is not None, "and those of training everything"
-    table = Table(title=f"{_cards_in_words(target)}: sent by each card in a step", title_justify="left")
+    title = f"{_cards_in_words(target)}: sent by each card in a step"
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        header_style="bold",
+    )
     table.add_column("link, nominal rate")
     table.add_column("this plan", justify="right")
     table.add_column("all parameters trained", justify="right")
@@ -33,7 +43,7 @@ def render_transfers(plan: Plan) -> RenderableType:
         transfer_times(target, whole - (part or 0), part or 0) for whole, part in zip(sent, between, strict=True)
     ]
     for (name, seconds), (_, everything) in zip(*columns, strict=True):
-        table.add_row(name, f"{seconds:.3f} s", f"{everything:.3f} s")
+        table.add_row(name, format_seconds(seconds, rough=True), format_seconds(everything, rough=True))
     return Group(table, *_library_in_words(target), *_host_in_words(plan))
 
 
