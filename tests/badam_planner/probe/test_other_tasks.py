@@ -21,7 +21,7 @@ from badam_planner.planning import Request
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.rehearse import fake_world
 from badam_planner.probe.sizes import map_sizes
-from tests.badam_planner.probe.measuring import measure
+from tests.badam_planner.probe.measuring import measure, products_take_known_scratch
 from tests.badam_planner.probe.plans import BART, FLAN_T5, LLAMA, T5, VIT, WHISPER, plan_of, spec_of
 from tests.badam_planner.probe.test_evaluate import everything_in
 
@@ -39,6 +39,7 @@ SCALAR_BYTES = 8
 MOST_SCALARS = {"t5": 1, "flan-t5": 24, "bart": 0, "whisper": 16, "vit": 0}
 
 
+@products_take_known_scratch
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "recomputed"])
 @pytest.mark.parametrize(
     ("name", "strategy"),

@@ -17,7 +17,7 @@ from badam.vocabulary import Category, Phase
 from badam_planner.probe.evaluate import Evaluator
 from badam_planner.probe.rehearse import rehearse
 from badam_planner.timeline import Timeline
-from tests.badam_planner.probe.measuring import measure
+from tests.badam_planner.probe.measuring import measure, products_take_known_scratch
 from tests.badam_planner.probe.plans import BERT, GPT2, LLAMA, QWEN3_MOE, plan_of
 
 pytestmark = pytest.mark.usefixtures("nothing_left_over")
@@ -53,6 +53,7 @@ def test_predicted_peak_equals_the_allocators_for_other_architectures(
     assert predicted == pytest.approx(measured_peak(plan, 0)[0], rel=tolerance, abs=0)
 
 
+@products_take_known_scratch
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_only_scratch_inside_cpu_kernels_is_missing_where_the_peak_is_in_a_layer(checkpointing: bool) -> None:
     plan, tree = plan_of({**BERT, "hidden_size": 96, "intermediate_size": 512}, 3, checkpointing=checkpointing)
