@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from badam.errors import InputError
 from badam.naming import belongs
 from badam.plan import Method, Plan
 from badam.training.methods.base import TrainingMethod
@@ -42,9 +43,15 @@ class LowMemory(TrainingMethod):
 
 def _freeze_outside(model: nn.Module, plan: Plan) -> None:
     """Train the plan's one block alone; it holds everything unless somebody has made it smaller."""
-    (block,) = plan.partition.blocks
+    blocks = plan.partition.blocks
+    if len(blocks) != 1:
+        raise InputError(
+            f"The method {plan.method} updates all of its parameters in every backward, and the plan has {len(blocks)} "
+            "blocks to take turns.",
+            advice=f"Plan again with: badam-plan … --method {plan.method}.",
+        )
     for name, parameter in model.named_parameters():
-        if not belongs(name, block.prefixes):
+        if not belongs(name, blocks[0].prefixes):
             parameter.requires_grad_(False)
 
 

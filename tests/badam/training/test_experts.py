@@ -10,14 +10,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from badam.plan import Plan
+from badam.errors import InputError
+from badam.plan import Method, Plan
 from badam.training.assemble import build_model, prepare_model
 from badam.training.methods import method_of
 from badam.training.methods._pytorch_optimizer import FusedAdaLomo
+from badam_planner.probe.evaluate import Evaluator
 from tests.badam.training.tiny import run_tiny
 from tests.badam_planner.probe.measuring import measure
 from tests.badam_planner.probe.plans import QWEN3_MOE, plan_of
-from tests.badam_planner.probe.test_evaluate import Evaluator
 
 
 @pytest.fixture(autouse=True)
@@ -82,12 +83,18 @@ def test_each_matrix_of_a_stack_has_adalomo_moments_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("method", ["adalomo", "lora"])
-def test_methods_on_experts_are_predicted_to_the_byte(method: str) -> None:
-    plan, tree = plan_of(QWEN3_MOE, 2, method=method, seq_len=24)  # type: ignore[arg-type]
+def test_methods_on_experts_are_predicted_to_the_byte(method: Method) -> None:
+    plan, tree = plan_of(QWEN3_MOE, 2, method=method, strategy="full", seq_len=24)
     predicted = Evaluator(tree).worst_block(plan).worst.peak_allocated_bytes
     adapters = sum(info.is_matrix for info in tree.parameters)
     scalars = 8 * adapters if method == "lora" else 0  # host memory for the numbers that scale adapters
     assert 0 <= measure(plan).peak_bytes - predicted <= scalars
+
+
+def test_a_method_without_turns_refuses_blocks_that_take_them(tmp_path: Path) -> None:
+    plan, _ = plan_of(QWEN3_MOE, 2, method="adalomo", strategy="layer", seq_len=16)
+    with pytest.raises(InputError, match="the plan has 2 blocks"):
+        run_tiny(plan, tmp_path, init="random", max_steps=1)
 
 
 def test_the_routers_loss_is_not_added_behind_the_plans_back(tmp_path: Path) -> None:
