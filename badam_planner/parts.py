@@ -13,6 +13,13 @@ from badam_planner.events import NEVER, Allocation, Recording
 SPREAD = 16
 """Ticks between two ticks of the rehearsal: room for what sharding adds there."""
 
+GATHER_BUFFER, GATHERED_MATRICES, REDUCTION_INPUT = (
+    "gather buffer of",
+    "message of gathered matrices",
+    "input of the reduction",
+)
+"""How labels of buffers begin that messages between cards are received in and sent from."""
+
 STATES = (Category.MASTER, Category.OPTIMIZER_STATE, Category.GRADIENT)
 
 

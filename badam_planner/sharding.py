@@ -17,7 +17,8 @@ from badam.naming import ParameterInfo, belongs, enclosing
 from badam.plan import ENTRY_BYTES, Dtype, Plan
 from badam.vocabulary import Category, Phase
 from badam_planner.events import NEVER, Allocation, Recording
-from badam_planner.parts import SPREAD, buffer, cut, on_one_card, owner_of, spread_out
+from badam_planner.gloo import gloos_copies
+from badam_planner.parts import GATHER_BUFFER, REDUCTION_INPUT, SPREAD, buffer, cut, on_one_card, owner_of, spread_out
 
 ROOT = ""
 """The unit of all parameters that are in no layer: gathered from the start of forward to the end of backward."""
@@ -49,6 +50,7 @@ class Sharding:
         dtype: of the parameters, in which they are gathered.
         trained: names of the active block's parameters.
         replicas: copies of the model; their gradients are averaged.
+        over_gloo: the cards are processes on the CPU, and gloo carries their messages.
     """
 
     units: tuple[Unit, ...]
@@ -56,6 +58,7 @@ class Sharding:
     dtype: Dtype
     trained: frozenset[str]
     replicas: int = 1
+    over_gloo: bool = False
 
     @property
     def shapes(self) -> dict[str, ParameterInfo]:
@@ -80,7 +83,8 @@ def sharding_of(
 ) -> Sharding:
     """How the plan's engine cuts the model while the parameters ``trained`` are active."""
     target, units = plan.target, units_of(parameters, layers, head_module)
-    return Sharding(units, target.shards, plan.training.dtype, trained, target.replicas)
+    on_cpu = target.gpu == "cpu"
+    return Sharding(units, target.shards, plan.training.dtype, trained, target.replicas, over_gloo=on_cpu)
 
 
 def per_card(recording: Recording, plan: Plan, sharding: Sharding) -> Recording:
@@ -120,6 +124,7 @@ def shard(recording: Recording, sharding: Sharding) -> Recording:
     bf16; the next unit's buffer joins them, because gathers run ahead. After the active unit's backward its whole
     gradient in the model's type meets the fp32 buffer of the reduction and its 1/N, which several copies of the model
     add up over the micro-batches and average in the last one, in a buffer that stays to the end of backward.
+    On the CPU gloo copies each message, see :func:`badam_planner.gloo.gloos_copies`.
     Not counted: buffers of the communication library on a card (NCCL: see docs/many-gpus.md), event and stream objects.
     """
     shapes = sharding.shapes
@@ -134,6 +139,8 @@ def shard(recording: Recording, sharding: Sharding) -> Recording:
     allocations += [buffer for buffer in passes.buffers() if buffer.nbytes]
     if gradients:
         allocations += _reduced(gradients, allocations, passes, sharding, shapes)
+    if sharding.over_gloo:
+        allocations += list(gloos_copies(allocations))
     allocations.sort(key=lambda allocation: allocation.born)
     return replace(spread, allocations=allocations)
 
@@ -188,8 +195,8 @@ class Passes:
                 for kind in ("forward", "backward")
             )
             early = [unit for unit in self.sharding.units[:-1] if unit not in forward]  # the embedding has no mark
-            first = {unit: begin + 3 + 3 * index for index, unit in enumerate(early)}
-            yield Pass({self.sharding.units[-1]: begin, **first, **forward}, backward, begin, ends, turns)
+            first = {unit: begin + 10 + 3 * index for index, unit in enumerate(early)}
+            yield Pass({self.sharding.units[-1]: begin + 7, **first, **forward}, backward, begin, ends, turns)
 
     def reduced_at(self, one: Pass, unit: Unit) -> int:
         """When a unit's gradients are reduced: when backward enters the next unit, or at its end.
@@ -235,7 +242,7 @@ class Passes:
             prefetched = tick - 1
 
     def _gathering(self, unit: Unit, born: int, died: int, phase: Phase) -> Allocation:
-        return buffer(f"gather buffer of {unit.path or 'the rest'}", self._bytes(unit), born, died, phase, unit.path)
+        return buffer(f"{GATHER_BUFFER} {unit.path or 'the rest'}", self._bytes(unit), born, died, phase, unit.path)
 
     def _whole(self, unit: Unit, born: int, died: int, phase: Phase) -> Allocation:
         return buffer(f"gathered {unit.path or 'rest'}", self._bytes(unit), born, died, phase, unit.path)
@@ -272,7 +279,7 @@ def _reduced(
                 added.append(replace(member, nbytes=nbytes, born=born, died=at + 2, dtype=sharding.dtype))
             entries = sum(shard_entries(shapes[owner_of(member)], sharding.shards) for member in members)
             whole = 4 * sharding.shards * entries
-            added.append(buffer("input of the reduction", whole, at + 1, one.ends, Phase.BACKWARD, unit.path))
+            added.append(buffer(REDUCTION_INPUT, whole, at + 1, one.ends - 1, Phase.BACKWARD, unit.path))
             kept = max((member.died for member in members), key=lambda tick: math.inf if tick == NEVER else tick)
             parts = _averaged if sharding.replicas > 1 else _summed
             added += parts(Reduction(unit, entries, number, kept), passes, at, sharding.entry_bytes)
@@ -321,7 +328,7 @@ def _averaged(reduction: Reduction, passes: Passes, at: int, entry_bytes: int) -
         until = passes.reduced_at(last, reduction.unit) + 7 if reduction.number == 0 else at + 6
         return [reduction.wide("sum over the batches", at + 3, until)]
     narrow = reduction.narrow(at + 4, entry_bytes)
-    held = [reduction.wide("averaged over the copies", at + 3, last.ends)] if narrow else []
+    held = [reduction.wide("averaged over the copies", at + 3, last.ends - 1)] if narrow else []
     return [*held, *narrow, reduction.gradient(at + 5 if narrow else at + 3)]
 
 

@@ -16,8 +16,9 @@ from badam.naming import ParameterInfo
 from badam.plan import Offload
 from badam.vocabulary import Category, Phase
 from badam_planner.events import NEVER, Allocation, Recording
+from badam_planner.gloo import gloos_copies
 from badam_planner.module_uses import uses_of
-from badam_planner.parts import STATES, buffer, cut, on_one_card, spread_out
+from badam_planner.parts import REDUCTION_INPUT, STATES, buffer, cut, on_one_card, spread_out
 from badam_planner.sharding import (
     ROOT,
     Pass,
@@ -44,6 +45,7 @@ def partition(
     live until the next one is there. The active block has 4 bytes an entry / N of gradients and a bucket, in
     backward also the reordered input of a reduction. Masters, moments and this card's gradients are in host memory if
     ``offload`` is ``optimizer``, and all parts of parameters too if it is ``all``.
+    On the CPU gloo copies each message, see :func:`badam_planner.gloo.gloos_copies`.
     Not counted: buffers of the communication library on a card, event and stream objects, parts that are copied to the
     card to be gathered.
 
@@ -73,6 +75,8 @@ def partition(
     allocations += _buffers(sharding, offload, passes)
     if shares_memory:
         allocations += on_host(sharding, offload)
+    if sharding.over_gloo:
+        allocations += list(gloos_copies(allocations))
     allocations.sort(key=lambda allocation: allocation.born)
     return replace(spread, allocations=[each for each in allocations if each.nbytes])
 
@@ -119,7 +123,7 @@ def _whole(gathers: Gathers, one: Pass, sharding: Sharding) -> Iterator[Allocati
     """Whole matrices and the messages that bring them, as they are there in a micro-batch."""
     for each in gathers.found:
         phase = Phase.FORWARD if each.born < one.turns else Phase.BACKWARD
-        died = one.ends if each.died is None else each.died
+        died = one.ends - 1 if each.died is None else each.died
         yield buffer(each.label, each.entries * sharding.entry_bytes, each.born, died, phase, each.module)
 
 
@@ -136,13 +140,13 @@ def _whole_gradients(
             allocations.remove(twin)
         born = (twin or member).born + one.turns - first.turns
         nbytes = math.prod(member.shape) * sharding.entry_bytes
-        found.append(replace(member, nbytes=nbytes, born=born, died=one.ends, dtype=sharding.dtype))
+        found.append(replace(member, nbytes=nbytes, born=born, died=one.ends - 1, dtype=sharding.dtype))
     for index, following in enumerate(found[1:]):
         found[index] = replace(found[index], died=following.born + 2)
     if found:
         largest = max(gradient.nbytes for gradient in found)
         begins = min(gradient.born for gradient in found)
-        found.append(buffer("input of the reduction", largest, begins + 1, one.ends, Phase.BACKWARD, ROOT))
+        found.append(buffer(REDUCTION_INPUT, largest, begins + 1, one.ends - 1, Phase.BACKWARD, ROOT))
     return found
 
 

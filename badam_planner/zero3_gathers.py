@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from badam.naming import ParameterInfo
 from badam_planner.module_uses import Use
+from badam_planner.parts import GATHERED_MATRICES
 
 _BEFORE = -1
 """The use of a parameter that nothing has looked ahead to yet."""
@@ -150,7 +151,7 @@ class Gathers:
                 self._there[member.name] = (member, entries, message.sent if alone else tick - 1)
         message.awaited.discard(info.name)
         if not message.awaited and not alone:
-            self._note("message of gathered matrices", "", message.members, message.sent, tick)
+            self._note(GATHERED_MATRICES, "", message.members, message.sent, tick)
 
     def _leave(self, use: Use) -> None:
         members = [
@@ -177,7 +178,7 @@ class Gathers:
         for name in list(self._there):
             self._release(name, None)
         for message in {id(message): message for message in self._arriving.values()}.values():
-            self._note("message of gathered matrices", "", message.members, message.sent, None)
+            self._note(GATHERED_MATRICES, "", message.members, message.sent, None)
 
     def _note(self, label: str, module: str, members: Iterable[ParameterInfo], born: int, died: int | None) -> None:
         self.found.append(Gathered(label, module, sum(self._padded(info) for info in members), born, died))

@@ -2,7 +2,8 @@
 
 torch's CPU allocator reports to the profiler, and to nobody else. :class:`AllocatorLog` starts that profiler for
 memory alone: it records no operators and no ranges, so that its cost is that of the allocations (some microseconds
-each). It sees what the thread that started it allocates; backward on the CPU runs in that thread.
+each). It sees what the thread that started it allocates; backward on the CPU runs in that thread, and threads that
+send messages leave it the releases, see :mod:`badam.profiling.gloo_threads`.
 
 Recording no ranges is also what makes it safe to stop and start at any point: the profiler keeps a pointer into its
 session for each open range, and closing a range that was opened in an earlier session writes through it.
@@ -16,7 +17,7 @@ import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from torch._C._profiler import (
 )
 
 from badam.errors import BadamError
+from badam.profiling.gloo_threads import messages_released_here
 
 MARK_BYTES = 8191
 """A mark is an allocation of this size at a known address, released at once: so marks and allocations are in one
@@ -55,6 +57,7 @@ class AllocatorLog:
     def __init__(self) -> None:
         self.running = False
         self._marks: list[tuple[int, int]] = []  # address and number
+        self._messages = ExitStack()
 
     def start(self) -> None:
         """Begin to listen.
@@ -72,6 +75,8 @@ class AllocatorLog:
         # torch's stub leaves out the last parameter, the kinds of ranges to record: one that training does not have.
         no_ranges = {RecordScope.STATIC_RUNTIME_MODEL}
         _enable_profiler(_config(), {ProfilerActivity.CPU}, no_ranges)  # type: ignore[call-arg]
+        if not self.running:
+            self._messages.enter_context(messages_released_here())
         self.running = True
         atexit.register(self.stop)  # a process that ends with the profiler on crashes
 
@@ -93,6 +98,7 @@ class AllocatorLog:
         if not self.running:
             return []
         self.running = False
+        self._messages.close()
         atexit.unregister(self.stop)
         with _no_collection():
             return self._events(_disable_profiler(), unreported)

@@ -13,7 +13,10 @@ import pytest
 
 from badam.errors import InputError
 from badam.plan import Plan, Target
+from badam.vocabulary import Category, Phase
 from badam_planner.communication import with_communication
+from badam_planner.events import NEVER, Recording
+from badam_planner.gloo import COPY
 from badam_planner.links import BETWEEN_NODES, LINKS, transfer_times
 from badam_planner.planning import Request, make_plan
 from badam_planner.probe.cards import MOST_CARDS, CardsEvaluator, shard_sizes, smallest_number
@@ -53,6 +56,14 @@ def planned(processes: int, settings: dict[str, Any], engine: str = "fsdp2") -> 
     return plan, CardsEvaluator(tree)
 
 
+def recorded(plan: Plan, evaluator: CardsEvaluator, block: int) -> Recording:
+    """A block's recording without the copies of gloo, which a process that is alone does not have."""
+    recording = evaluator.recording(plan, block)
+    kept = [each for each in recording.allocations if each.label != COPY]
+    assert len(kept) < len(recording.allocations)
+    return replace(recording, allocations=kept)
+
+
 def found_alone(requests: list[dict[str, Any]], **environment: str) -> list[dict[str, Any]]:
     """What a process found that believes to be one of many, see tests.badam.distributed.alone."""
     result = subprocess.run(
@@ -81,7 +92,7 @@ def measured() -> dict[str, dict[str, Any]]:
 def test_the_peak_of_one_process_is_predicted_within_five_percent(case: str, measured: dict[str, Any]) -> None:
     processes, block, settings = CASES[case]
     plan, evaluator = planned(processes, settings)
-    predicted = Timeline(evaluator.recording(plan, block), evaluator.tree.head_module).peak().nbytes
+    predicted = Timeline(recorded(plan, evaluator, block), evaluator.tree.head_module).peak().nbytes
     assert predicted == pytest.approx(measured[case]["peak"], rel=0.05)
 
 
@@ -249,6 +260,19 @@ def test_what_copies_average_stays_to_the_end_of_backward() -> None:
     assert held["averaged over the copies"].nbytes == held["sum over the batches"].nbytes == 4 * entries
     assert held["sum over the batches"].died > held["averaged over the copies"].born
     assert held["averaged over the copies"].died > held["gradient of model.layers.2"].born
+
+
+@pytest.mark.parametrize(("engine", "shard_size"), [("fsdp2", None), ("fsdp2", 2), ("zero3", None)])
+def test_messages_are_there_in_forward_and_backward_only(engine: str, shard_size: int | None) -> None:
+    plan, evaluator = planned(4, {"shard_size": shard_size, "grad_accum": 2}, engine)
+    recording = evaluator.recording(plan, 0)
+    first = min(tick for tick, phase in recording.phase_starts if phase is Phase.FORWARD)
+    steps = [tick for tick, phase in recording.phase_starts if phase is Phase.STEP]
+    messages = [each for each in recording.allocations if each.category is Category.WORKSPACE and each.died != NEVER]
+    assert steps
+    assert len(messages) > 10
+    assert min(each.born for each in messages) >= first
+    assert [each.label for each in messages for step in steps if each.born < step < each.died] == []
 
 
 def test_every_layout_of_a_plan_deals_out_all_cards() -> None:

@@ -14,7 +14,7 @@ from badam_planner.probe.cards import CardsEvaluator
 from badam_planner.timeline import Timeline
 from badam_planner.zero3 import on_host
 from tests.badam_planner.probe.plans import CPU, plan_of
-from tests.badam_planner.probe.test_cards import WIDER, found_alone
+from tests.badam_planner.probe.test_cards import WIDER, found_alone, recorded
 
 CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {  # processes, layers, active block, what the plan has
     "two processes, lowest block": (2, 5, 0, {}),
@@ -71,7 +71,7 @@ def measured() -> dict[str, dict[str, Any]]:
 def test_deepspeeds_peak_is_predicted_within_two_percent(case: str, measured: dict[str, Any]) -> None:
     processes, layers, block, settings = CASES[case]
     plan, evaluator = planned(processes, settings, layers=layers)
-    predicted = Timeline(evaluator.recording(plan, block), evaluator.tree.head_module).peak().nbytes
+    predicted = Timeline(recorded(plan, evaluator, block), evaluator.tree.head_module).peak().nbytes
     assert predicted == pytest.approx(measured[case]["peak"], rel=0.02)
 
 
@@ -102,7 +102,7 @@ def test_what_deepspeed_keeps_on_the_host_and_what_remains_are_predicted(case: s
     evaluator = CardsEvaluator(evaluator.tree)
     recording = evaluator.recording(card, 2)
     assert not [each for each in recording.allocations if "host memory" in (each.label or "")]
-    together = Timeline(CardsEvaluator(evaluator.tree).recording(plan, 2), evaluator.tree.head_module).peak().nbytes
+    together = Timeline(recorded(plan, CardsEvaluator(evaluator.tree), 2), evaluator.tree.head_module).peak().nbytes
     assert together == pytest.approx(found["peak"], rel=0.02)
     remaining = together - sum(held.nbytes for held in on_host(evaluator._sharding(plan, 2), offload))
     assert remaining == pytest.approx(found["peak"] - on_the_host, rel=0.02)
