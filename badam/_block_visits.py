@@ -113,6 +113,12 @@ class BlockVisits(VisitingOptimizer):
         return [*self.current_block.prefixes, *self.active_modules]
 
     @property
+    def trained_names(self) -> list[str]:
+        """Names of the parameters that are active in one visit or another."""
+        prefixes = [*(prefix for block in self.blocks for prefix in block.prefixes), *self.active_modules]
+        return [name for name, _ in self._model.trainable if belongs(name, prefixes)]
+
+    @property
     def active_parameters(self) -> tuple[ActiveParameter, ...]:
         """The parameters of the active block, with their masters and gradients."""
         return tuple(self._active)

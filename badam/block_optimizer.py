@@ -163,8 +163,9 @@ class BlockOptimizer(ResumableBlocks):
             raise InputError(
                 "The parameters were replaced after this optimizer was built, as accelerate does when it shards a "
                 "model: the blocks would be those of the old ones.",
-                advice="Turn the host's sharding off: train with badam-train and a plan for the engine fsdp2, or, in a "
-                "loop of your own, call badam.distributed.shard_blocks first and build the optimizer after it.",
+                advice="Turn the host's sharding off, and build the optimizer on a model that is sharded before: for a "
+                "Trainer by from_pretrained(distributed_config=DistributedConfig(fsdp_size=...)), for a loop of your "
+                "own by badam.distributed.shard_blocks. Or use badam-train and a plan for the engine fsdp2.",
             )
         if self._host_is_checked:
             return

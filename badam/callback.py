@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from badam._shards import is_sharded
 from badam.checkpointing import enable_for_transformers
 from badam.clipping import hides_gradients, innermost_optimizer
 from badam.errors import InputError
@@ -22,6 +23,8 @@ class BAdamCallback(TrainerCallback):
     * Activation checkpointing becomes block-aware: no graph and no checkpoints below the active block.
     * ``max_grad_norm`` is applied also where the optimizer keeps gradients to itself, and the logged norm is right.
     * Of whole copies in several processes the optimizer averages gradients in the place of ``DistributedDataParallel``.
+    * Of a model that is sharded with FSDP2, by transformers as it was read (``distributed_config``) or otherwise, no
+      layer below the active block is gathered in backward.
     * Under DeepSpeed's ZeRO-3 it connects the two, and checkpoints are read into the block they were saved in.
     * At the end of training the last block is rounded into the model like all others.
 
@@ -58,6 +61,7 @@ class BAdamCallback(TrainerCallback):
             enable_for_transformers(kwargs["model"])
         self._connect_deepspeed(kwargs.get("optimizer"))
         self._average_gradients(innermost_optimizer(kwargs.get("optimizer")))
+        self._follow_sharding(kwargs.get("model"), innermost_optimizer(kwargs.get("optimizer")))
         if not getattr(innermost_optimizer(kwargs.get("optimizer")), "gradient_release", False):
             return
         if args.max_grad_norm and args.max_grad_norm > 0:
@@ -114,6 +118,17 @@ class BAdamCallback(TrainerCallback):
 
         for wrapper in ddp_wrappers_of(optimizer.named_parameters_list[0][1]):
             self._standing_aside = average_instead_of_ddp(wrapper, optimizer)
+
+    def _follow_sharding(self, model: Any, optimizer: Any) -> None:
+        """Let the gathers of a model that FSDP2 has sharded follow the active block."""
+        if not is_sharded(next(model.parameters(), None) if model is not None else None):
+            return
+        from badam.block_optimizer import BlockOptimizer
+        from badam.distributed.fsdp2 import follow_blocks, settle_types
+
+        if isinstance(optimizer, BlockOptimizer):
+            settle_types(model, optimizer.trained_names)
+            self._standing_aside.callback(follow_blocks(model, optimizer))
 
     def _connect_deepspeed(self, optimizer: Any) -> None:
         """Tell the block optimizer which DeepSpeed optimizer drives it."""

@@ -112,8 +112,8 @@ def start_zero3(
     import deepspeed
 
     parameter = next(model.parameters())
-    prefixes = [prefix for block in optimizer.block_prefix_list for prefix in block] + list(optimizer.active_modules)
-    largest = max(entries_of(each) for name, each in optimizer.named_parameters_list if belongs(name, prefixes))
+    trained = set(optimizer.trained_names)
+    largest = max(entries_of(each) for name, each in optimizer.named_parameters_list if name in trained)
     _without_shared_memory_operator(parameter.device)
     stage = _partitioning(model, largest)
     if offload_optimizer:

@@ -142,12 +142,6 @@ class Sharded(Copies):
         type(model).loss_within = _loss_within  # of the class that FSDP2 has made for this model
         register_fsdp_forward_method(model, "loss_within")
 
-    def drive(self, model: PreTrainedModel, optimizer: Optimizer) -> Optimizer:
-        from badam.distributed.fsdp2 import follow_blocks
-
-        follow_blocks(model, _blocks(optimizer))
-        return optimizer
-
     def backward(self, loss: Tensor, method: TrainingMethod, optimizer: Optimizer, *, is_last: bool) -> None:
         """The copies of a model add up their gradients once per step, in its last micro-batch."""
         if self.plan.target.replicas > 1:

@@ -19,6 +19,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from badam import BAdamCallback, BlockOptimizer, clip_grad_norm_old_version
 from badam.errors import BadamError
+from tests.badam.distributed.small_training import whole
+from tests.badam.distributed.step_memory_jobs import SentBytes
 
 LAYERS, EVERY, ACCUMULATE, GLOBAL_BATCH, VOCABULARY = 3, 3, 2, 4, 64
 STEPS = 2 * LAYERS * EVERY
@@ -32,15 +34,24 @@ class Course(NamedTuple):
     losses: list[float]
     norms: list[float]
     visits: list[dict[str, Tensor]]  # the weights after each visit
+    gathers: list[int]  # of FSDP2, in each step
 
 
 class AfterVisits(TrainerCallback):
-    """Keeps the weights as they are when a visit is over."""
+    """Keeps the weights as they are when a visit is over, and counts what is gathered in each step."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Tensor]] = []
+        self.gathers: list[int] = []
+        self._counter = SentBytes()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._counter = SentBytes()
+        self._counter.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._counter.__exit__(None, None, None)
+        self.gathers.append(self._counter.counts.get("_allgather_base_", 0))
         if state.global_step % EVERY == 0:
             self.seen.append(weights(kwargs["model"]))
 
@@ -85,7 +96,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
 
 
 def block_optimizer(model: nn.Module, rate: float, **options: Any) -> BlockOptimizer:
@@ -128,13 +139,15 @@ class FactoryTrainer(Trainer):
 
 def course(directory: Path, trainer: type[Trainer], resume: str | None = None, **changes: Any) -> Course:
     """One run of a host; ``resume`` is the directory of a run whose checkpoint to continue."""
+    sharded = {"distributed_config": changes.pop("distributed_config")} if "distributed_config" in changes else {}
     given = settings(directory, **changes)  # first: under DeepSpeed from_pretrained asks whether to partition
-    model = LlamaForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(directory / "model", dtype=torch.float32, **sharded)
     seen = AfterVisits()
     host = trainer(model=model, args=given, train_dataset=rows(), callbacks=[BAdamCallback, seen])
     host.train(resume_from_checkpoint=None if resume is None else f"{resume}/checkpoint-{STOP}")
     log = [entry for entry in host.state.log_history if "loss" in entry]
-    return Course([entry["loss"] for entry in log], [float(entry["grad_norm"]) for entry in log], seen.seen)
+    losses, norms = ([float(entry[name]) for entry in log] for name in ("loss", "grad_norm"))
+    return Course(losses, norms, seen.seen, seen.gathers)
 
 
 def courses(directory: str, wishes: dict[str, dict[str, Any]]) -> dict[str, Course | str]:
