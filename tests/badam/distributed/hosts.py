@@ -191,6 +191,14 @@ def forget_accelerate() -> None:
         del os.environ[name]
 
 
+class GivenTrainer(Trainer):
+    """Is given its optimizer, as in most people's scripts."""
+
+    def __init__(self, *arguments: Any, model: Any, args: TrainingArguments, **options: Any) -> None:
+        optimizer = block_optimizer(model, args.learning_rate)
+        super().__init__(*arguments, model=model, args=args, optimizers=(optimizer, None), **options)
+
+
 class UnawareTrainer(LateTrainer):
     """Was not given the callback."""
 
@@ -199,7 +207,12 @@ class UnawareTrainer(LateTrainer):
         super().__init__(*arguments, **options)
 
 
-HOSTS: dict[str, type[Trainer]] = {"late": LateTrainer, "factory": FactoryTrainer, "unaware": UnawareTrainer}
+HOSTS: dict[str, type[Trainer]] = {
+    "late": LateTrainer,
+    "given": GivenTrainer,
+    "factory": FactoryTrainer,
+    "unaware": UnawareTrainer,
+}
 ZERO3: dict[str, Any] = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10_000},
     "zero_allow_untested_optimizer": True,
