@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -55,13 +56,15 @@ class BAdamCallback(TrainerCallback):
         """Make checkpointing block-aware and check that the arguments suit the optimizer.
 
         Raises:
-            InputError: if the optimizer releases gradients at once and the arguments ask to clip or accumulate them.
+            InputError: if the optimizer releases gradients at once and the arguments ask to clip or accumulate them, or
+                if accelerate has put DeepSpeed's optimizer for the host in the place of the block optimizer.
         """
         if kwargs.get("model") is not None:
             enable_for_transformers(kwargs["model"])
         self._connect_deepspeed(kwargs.get("optimizer"))
         self._average_gradients(innermost_optimizer(kwargs.get("optimizer")))
         self._follow_sharding(kwargs.get("model"), innermost_optimizer(kwargs.get("optimizer")))
+        _warn_of_a_new_beginning(state, innermost_optimizer(kwargs.get("optimizer")))
         if not getattr(innermost_optimizer(kwargs.get("optimizer")), "gradient_release", False):
             return
         if args.max_grad_norm and args.max_grad_norm > 0:
@@ -134,6 +137,12 @@ class BAdamCallback(TrainerCallback):
         """Tell the block optimizer which DeepSpeed optimizer drives it."""
         engine = getattr(optimizer, "optimizer", None)
         inner: Any = getattr(engine, "optimizer", None)
+        if type(inner).__module__.startswith("deepspeed.ops"):
+            raise InputError(
+                f"With the optimizer offloaded, accelerate has replaced the block optimizer by DeepSpeed's "
+                f"{type(inner).__name__}, which would train the first block alone.",
+                advice='Set "zero_force_ds_cpu_optimizer": false in the configuration of DeepSpeed.',
+            )
         if engine is None or not hasattr(inner, "ds_optimizer"):
             return
         inner.ds_optimizer = engine
@@ -141,3 +150,14 @@ class BAdamCallback(TrainerCallback):
         dynamic = scaler is not None and getattr(engine, "dynamic_loss_scale", False)
         if dynamic and scaler.cur_scale == DEEPSPEED_FIRST_SCALE:
             scaler.cur_scale = 2.0**self.init_loss_scale
+
+
+def _warn_of_a_new_beginning(state: TrainerState, optimizer: Any) -> None:
+    """Say so where a trainer goes on from a checkpoint in which it found no state of the optimizer."""
+    if state.global_step and getattr(optimizer, "global_step", None) == 0:
+        warnings.warn(
+            f"The trainer goes on after step {state.global_step}, but no state of the optimizer was loaded: the visits "
+            "to the blocks begin anew, without masters and moments. Resume with what wrote the checkpoint (one process "
+            "or DeepSpeed), and write it with save_only_model=False.",
+            stacklevel=2,
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from badam.plan import Target
+from badam.plan import Engine, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,15 @@ BETWEEN_NODES = Link("InfiniBand NDR, one port per card", 50e9, "NVIDIA Quantum-
 def seconds(sent_bytes: int, link: Link) -> float:
     """Time to send ``sent_bytes`` from one card over ``link``. Not counted: latency, protocol, contention."""
     return sent_bytes / link.bytes_per_second
+
+
+def step_range(compute_seconds: float, transfer_seconds: float, engine: Engine) -> tuple[float, float]:
+    """Shortest and longest time of a step: transfers overlap with computation altogether, or not at all.
+
+    Whole copies average gradients when backward is through with them, so that nothing overlaps.
+    """
+    together = compute_seconds + transfer_seconds
+    return (together if engine == "ddp" else max(compute_seconds, transfer_seconds)), together
 
 
 def transfer_times(target: Target, within_bytes: int, between_bytes: int) -> list[tuple[str, float]]:

@@ -10,7 +10,7 @@ from rich.text import Text
 from badam.plan import Plan, Target
 from badam.units import format_bytes, format_seconds
 from badam_planner.communication import communicators
-from badam_planner.links import transfer_times
+from badam_planner.links import step_range, transfer_times
 
 
 def render_transfers(plan: Plan) -> RenderableType:
@@ -32,6 +32,9 @@ def render_transfers(plan: Plan) -> RenderableType:
     table.add_column("link, nominal rate")
     table.add_column("this plan", justify="right")
     table.add_column("all parameters trained", justify="right")
+    compute = prediction.step_seconds
+    if compute is not None:
+        table.add_column("a step of this plan", justify="right")
     sent = (prediction.sent_bytes, prediction.sent_bytes_of_full)
     between = (prediction.sent_between_bytes, prediction.sent_between_bytes_of_full)
     if target.engine == "ddp":
@@ -43,8 +46,30 @@ def render_transfers(plan: Plan) -> RenderableType:
         transfer_times(target, whole - (part or 0), part or 0) for whole, part in zip(sent, between, strict=True)
     ]
     for (name, seconds), (_, everything) in zip(*columns, strict=True):
-        table.add_row(name, format_seconds(seconds, rough=True), format_seconds(everything, rough=True))
-    return Group(table, *_library_in_words(target), *_host_in_words(plan))
+        step = [] if compute is None else [_range_in_words(step_range(compute, seconds, target.engine))]
+        table.add_row(name, *(format_seconds(each, rough=True) for each in (seconds, everything)), *step)
+    return Group(table, *_step_in_words(plan), *_library_in_words(target), *_host_in_words(plan))
+
+
+def _range_in_words(seconds: tuple[float, float]) -> str:
+    shortest, longest = (format_seconds(each, rough=True) for each in seconds)
+    return longest if shortest == longest else f"{shortest} to {longest}"
+
+
+def _step_in_words(plan: Plan) -> list[Text]:
+    if plan.prediction is None or plan.prediction.step_seconds is None:
+        return []
+    when = (
+        "after backward, which computes the active block last"
+        if plan.target.engine == "ddp"
+        else "while the card computes, altogether or not at all"
+    )
+    return [
+        Text(
+            f"A step: computation, the mean over blocks, and transfers, those of the block that sends most, {when}. "
+            "Collectives do not reach the nominal rates."
+        )
+    ]
 
 
 def _library_in_words(target: Target) -> list[Text]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,7 +81,9 @@ def test_the_trainer_resumes_within_a_visit_identically(tiny_llama: Any, tmp_pat
     saving = {**options, "save_strategy": "steps", "save_steps": STOP}
     trainer_for(tiny_llama(), tmp_path / "parts", **saving).train()
     second = trainer_for(resumed := tiny_llama(seed=1), tmp_path / "parts", **options)
-    second.train(resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{STOP}"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The trainer goes on")
+        second.train(resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{STOP}"))
     assert curve(second) == expected
     for name, parameter in resumed.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
@@ -229,6 +233,23 @@ def test_deepspeed_is_told_of_and_its_first_loss_scale_lowered_unless_it_was_cho
     callback.on_train_begin(arguments, TrainerState(), None, model=None, optimizer=Wrapper(engine))
     assert engine.optimizer.ds_optimizer is engine
     assert engine.loss_scaler.cur_scale == 2**expected
+
+
+def test_an_optimizer_that_accelerate_has_put_in_our_place_is_refused() -> None:
+    theirs = type("DeepSpeedCPUAdam", (torch.optim.AdamW,), {"__module__": "deepspeed.ops.adam.cpu_adam"})
+    wrapped = SimpleNamespace(optimizer=SimpleNamespace(optimizer=theirs([nn.Parameter(torch.zeros(1))])))
+    with pytest.raises(InputError, match="accelerate has replaced the block optimizer by DeepSpeed's DeepSpeedCPUAdam"):
+        BAdamCallback().on_train_begin(
+            TrainingArguments("unused", use_cpu=True), TrainerState(), None, model=None, optimizer=wrapped
+        )
+
+
+def test_a_checkpoint_without_the_optimizers_state_is_warned_of(tiny_llama: Any, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": STOP, "save_only_model": True}
+    trainer_for(tiny_llama(), tmp_path, max_steps=STOP, **saving).train()
+    resumed = trainer_for(tiny_llama(), tmp_path, max_steps=STOP + 1)
+    with pytest.warns(UserWarning, match=f"goes on after step {STOP}, but no state of the optimizer was loaded"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
 
 
 def test_other_optimizers_are_left_alone() -> None:
