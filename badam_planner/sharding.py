@@ -195,6 +195,7 @@ class Passes:
                 for kind in ("forward", "backward")
             )
             early = [unit for unit in self.sharding.units[:-1] if unit not in forward]  # the embedding has no mark
+            # The root is gathered first, and nothing of a gather reaches back into the phase before.
             first = {unit: begin + 10 + 3 * index for index, unit in enumerate(early)}
             yield Pass({self.sharding.units[-1]: begin + 7, **first, **forward}, backward, begin, ends, turns)
 

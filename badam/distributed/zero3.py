@@ -193,6 +193,14 @@ def check_version() -> None:
         )
 
 
+def without_shared_memory_operator(device: torch.device) -> None:
+    """On the CPU it would be compiled for two minutes, and does what gloo does."""
+    if device.type == "cpu" and not torch.cuda.is_available():
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def _check(engine: Any) -> None:
     if type(engine).__name__ != "DeepSpeedZeroOptimizer_Stage3":
         raise InputError(

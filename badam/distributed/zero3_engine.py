@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from badam._shards import shape_of
 from badam.block_optimizer import BlockOptimizer
-from badam.distributed.zero3 import check_version
+from badam.distributed.zero3 import check_version, without_shared_memory_operator
 from badam.distributed.zero3_linear import use_for_partitioned
 from badam.errors import InputError
 from badam.naming import belongs
@@ -55,7 +55,7 @@ def partitioned_from_the_start(dtype: torch.dtype, *, initializes: bool, offload
     from transformers.initialization import no_init_weights
     from transformers.integrations import HfDeepSpeedConfig
 
-    _without_shared_memory_operator(torch.get_default_device())
+    without_shared_memory_operator(torch.get_default_device())
     stage: dict[str, Any] = {"stage": 3, **({"offload_param": {"device": "cpu"}} if offload_parameters else {})}
     # transformers looks for the configuration as long as the object lives.
     config = HfDeepSpeedConfig(
@@ -68,14 +68,6 @@ def partitioned_from_the_start(dtype: torch.dtype, *, initializes: bool, offload
     with nullcontext() if initializes else no_init_weights():
         yield
     del config
-
-
-def _without_shared_memory_operator(device: torch.device) -> None:
-    """On the CPU it would be compiled for two minutes, and does what gloo does."""
-    if device.type == "cpu" and not torch.cuda.is_available():
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def entries_of(parameter: Tensor) -> int:
@@ -114,7 +106,7 @@ def start_zero3(
     parameter = next(model.parameters())
     trained = set(optimizer.trained_names)
     largest = max(entries_of(each) for name, each in optimizer.named_parameters_list if name in trained)
-    _without_shared_memory_operator(parameter.device)
+    without_shared_memory_operator(parameter.device)
     stage = _partitioning(model, largest)
     if offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu"}
