@@ -15,12 +15,15 @@ def gloos_copies(allocations: Iterable[Allocation]) -> Iterator[Allocation]:
     """A copy of each message, in passing: gloo gathers into a tensor of its own, and sums in one.
 
     Formula: as many bytes as the buffer that is gathered into, or as the input of the reduction, from when that is
-    there until the message has arrived.
+    there until the message has arrived. What a reduction leaves has its memory by then.
     Source: the allocator's reports of one gather and one reduction; steps are compared with them in
     tests/badam_planner/probe/test_over_gloo.py.
     Not counted: what gloo takes from the system without torch's allocator; that ZeRO-3 asks for messages ahead, so
     that a copy may be there at another time.
     """
     for message in allocations:
-        if (message.label or "").startswith((GATHER_BUFFER, GATHERED_MATRICES, REDUCTION_INPUT)):
-            yield replace(message, label=COPY, born=message.born + 1, died=message.born + 2)
+        label = message.label or ""
+        if label.startswith(REDUCTION_INPUT):
+            yield replace(message, label=COPY, born=message.born + 1, died=message.born + 3)
+        elif label.startswith((GATHER_BUFFER, GATHERED_MATRICES)):
+            yield replace(message, label=COPY, died=message.born + 1)

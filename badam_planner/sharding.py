@@ -216,8 +216,8 @@ class Passes:
     def _forward(self, one: Pass) -> Iterator[Allocation]:
         ticks = [*one.forward.values(), one.turns]
         for (unit, tick), after in zip(one.forward.items(), ticks[1:], strict=True):
-            # The buffer goes when the next unit has been gathered, the whole parameters when this unit is through.
-            yield self._gathering(unit, tick - 6, after - 5, Phase.FORWARD)
+            # The buffer goes when the next unit is whole, the whole parameters when this unit is through.
+            yield self._gathering(unit, tick - 6, after - 3, Phase.FORWARD)
             until = one.ends - 10 if unit.path == ROOT else min(after - 7, self._left(one, unit))
             yield self._whole(unit, tick - 4, until, Phase.FORWARD)
 

@@ -90,10 +90,13 @@ class Timeline:
 
     @cached_property
     def changes(self) -> list[tuple[int, int]]:
-        """(tick, index of the allocation that is born then, or ``~index`` of the one that dies), in order of time."""
+        """(tick, index of the allocation that is born then, or ``~index`` of the one that dies), in order of time.
+
+        What dies in a tick is gone before anything is born in it.
+        """
         allocations = self.recording.allocations
-        changes = [(one.born, index) for index, one in enumerate(allocations)]
-        changes += [(one.died, ~index) for index, one in enumerate(allocations) if one.died != NEVER]
+        changes = [(one.died, ~index) for index, one in enumerate(allocations) if one.died != NEVER]
+        changes += [(one.born, index) for index, one in enumerate(allocations)]
         changes.sort(key=itemgetter(0))
         return changes
 

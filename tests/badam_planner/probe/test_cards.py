@@ -34,6 +34,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # processes, active block
     "checkpointed": (2, 2, {"checkpointing": True}),
     "fp32": (2, 0, {"dtype": "float32"}),
     "accumulated": (2, 2, {"grad_accum": 2}),
+    "accumulated, highest block": (2, 4, {"grad_accum": 2, "seq_len": 8}),
+    "four processes, accumulated, highest block": (4, 4, {"grad_accum": 2, "seq_len": 8}),
     "long": (2, 0, {"seq_len": 128}),
     "eight processes": (8, 0, {}),
     "eight processes, long": (8, 2, {"seq_len": 128}),
@@ -94,6 +96,14 @@ def test_the_peak_of_one_process_is_predicted_within_five_percent(case: str, mea
     plan, evaluator = planned(processes, settings)
     predicted = Timeline(recorded(plan, evaluator, block), evaluator.tree.head_module).peak().nbytes
     assert predicted == pytest.approx(measured[case]["peak"], rel=0.05)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_shows_the_peak_of_its_timeline(case: str) -> None:
+    processes, block, settings = CASES[case]
+    plan, evaluator = planned(processes, settings)
+    peak = Timeline(evaluator.recording(plan, block), evaluator.tree.head_module).peak().nbytes
+    assert evaluator.peaks(plan, block).peak_allocated_bytes == peak
 
 
 @pytest.mark.parametrize("case", CASES)
