@@ -62,10 +62,11 @@ class BAdamCallback(TrainerCallback):
         if kwargs.get("model") is not None:
             enable_for_transformers(kwargs["model"])
         self._connect_deepspeed(kwargs.get("optimizer"))
-        self._average_gradients(innermost_optimizer(kwargs.get("optimizer")))
-        self._follow_sharding(kwargs.get("model"), innermost_optimizer(kwargs.get("optimizer")))
-        _warn_of_a_new_beginning(state, innermost_optimizer(kwargs.get("optimizer")))
-        if not getattr(innermost_optimizer(kwargs.get("optimizer")), "gradient_release", False):
+        optimizer = innermost_optimizer(kwargs.get("optimizer"))
+        self._average_gradients(optimizer)
+        self._follow_sharding(kwargs.get("model"), optimizer)
+        _warn_of_a_new_beginning(state, optimizer)
+        if not getattr(optimizer, "gradient_release", False):
             return
         if args.max_grad_norm and args.max_grad_norm > 0:
             raise InputError(

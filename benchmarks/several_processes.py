@@ -89,12 +89,11 @@ def run(*command: str, processes: int = 1) -> str:
     return done.stdout
 
 
-def write_model(directory: Path) -> Path:
+def write_model(directory: Path) -> None:
     """A directory with the configuration of the model."""
     directory.mkdir()
     config = {**find_model(MODEL).config, "num_hidden_layers": BLOCKS}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return directory
 
 
 def planned(layout: Layout, work: Path, path: Path, *, dtype: str, every: int) -> Path:
