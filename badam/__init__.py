@@ -9,18 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from badam.block_optimizer import BlockOptimizer as BlockOptimizer
-    from badam.callback import BAdamCallback as BAdamCallback
-    from badam.clipping import clip_grad_norm_old_version as clip_grad_norm_old_version
-    from badam.ratio_optimizer import BlockOptimizerRatio as BlockOptimizerRatio
+    from badam.integrations.accelerate import clip_grad_norm_old_version as clip_grad_norm_old_version
+    from badam.integrations.transformers import BAdamCallback as BAdamCallback
+    from badam.optim.block import BlockOptimizer as BlockOptimizer
+    from badam.optim.ratio import BlockOptimizerRatio as BlockOptimizerRatio
 
 __all__ = ["BAdamCallback", "BlockOptimizer", "BlockOptimizerRatio", "__version__", "clip_grad_norm_old_version"]
 
 _HOMES = {
-    "BlockOptimizer": "badam.block_optimizer",
-    "BlockOptimizerRatio": "badam.ratio_optimizer",
-    "BAdamCallback": "badam.callback",
-    "clip_grad_norm_old_version": "badam.clipping",
+    "BlockOptimizer": "badam.optim.block",
+    "BlockOptimizerRatio": "badam.optim.ratio",
+    "BAdamCallback": "badam.integrations.transformers",
+    "clip_grad_norm_old_version": "badam.integrations.accelerate",
 }
 
 

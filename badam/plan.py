@@ -134,7 +134,7 @@ class Partition(Record):
 
 
 class Schedule(Record):
-    """Which block is active when; see badam.schedule."""
+    """Which block is active when; see badam.blocks.schedule."""
 
     switch_mode: SwitchMode = "random"
     switch_every: int = 50  # optimizer steps per visit; 0 or less never switches

@@ -31,12 +31,12 @@ from transformers import PreTrainedModel
 from badam import phases
 from badam.plan import ModelSpec, Plan
 from badam.profiling.machine import this_machine
-from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing, prepare_model
+from badam.training.build import build_model, build_optimizer, prepare_checkpointing, prepare_model
 from badam.training.step import forward_loss
 from badam.vocabulary import Phase
-from badam_planner.planning import Request, make_plan
-from badam_planner.probe.model_source import describe_model
-from badam_planner.probe.target import find_target
+from badam_planner.search.planner import Request, make_plan
+from badam_planner.sources.model_source import describe_model
+from badam_planner.sources.target import find_target
 
 WITHIN_BACKWARD = (Phase.BACKWARD, Phase.RECOMPUTE)
 BAR = 0.15

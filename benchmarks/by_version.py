@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from badam import phases
 from badam.vocabulary import Category, Phase
-from badam_planner.probe.tracker import StorageTracker
-from badam_planner.timeline import Timeline
+from badam_planner.recording.timeline import Timeline
+from badam_planner.rehearsal.tracker import StorageTracker
 
 LLAMA_2 = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
 LLAMA_3 = {**LLAMA_2, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}

@@ -61,12 +61,12 @@ def examine(model_type: str) -> Outcome:
 
     from badam.errors import BadamError, in_one_line
     from badam.plan import Target
-    from badam.training.assemble import choose_attention
-    from badam_planner.planning import Request, staged_plan
-    from badam_planner.probe.evaluate import Evaluator
-    from badam_planner.probe.model_source import explaining, specify
-    from badam_planner.probe.model_tree import inspect_model
-    from badam_planner.search import Setting
+    from badam.training.build import choose_attention
+    from badam_planner.rehearsal.evaluator import Evaluator
+    from badam_planner.rehearsal.model_tree import inspect_model
+    from badam_planner.search.planner import Request, staged_plan
+    from badam_planner.search.settings import Setting
+    from badam_planner.sources.model_source import explaining, specify
     from benchmarks.tiny_configs import tiny
 
     torch.set_num_threads(1)
@@ -99,9 +99,9 @@ def _measured_bytes(plan: Any, block: int) -> int:
 
     from badam import phases
     from badam.plan import Schedule
-    from badam.profiling.cpu_memory import CpuMemory
-    from badam.profiling.states import ModelStates
-    from badam.training.assemble import build_model, build_optimizer, prepare_checkpointing, prepare_model
+    from badam.profiling.memory.cpu import CpuMemory
+    from badam.profiling.memory.states import ModelStates
+    from badam.training.build import build_model, build_optimizer, prepare_checkpointing, prepare_model
     from badam.training.methods import method_of
     from badam.training.step import update
     from badam.training.tasks import blank_batch
@@ -177,9 +177,6 @@ def page(outcomes: list[Outcome]) -> str:
 def main() -> None:
     """Examine all models, or those that are named, and write the page if it was all."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    import badam_planner.planning
-    import badam_planner.probe.rehearse  # noqa: F401 - imported here, every fork has them
 
     outcomes = []
     for model_type in sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):

@@ -25,7 +25,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from badam.plan import save_record
-from badam.training.demo_data import user_cache
+from badam.training.data.demo import user_cache
 from benchmarks.learning.contest import (
     ADAM_OF_FEW_UPDATES,
     CONTESTANTS,

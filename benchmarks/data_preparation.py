@@ -30,11 +30,11 @@ import torch
 
 from badam.plan import BlockPlan, ModelSpec, Partition, Plan, Provenance, Target, Training, config_digest
 from badam.profiling.recorder import Recorder
-from badam.training.assemble import build_model
-from badam.training.inputs import load_inputs
+from badam.training.build import build_model
+from badam.training.data.inputs import load_inputs
+from badam.training.data.tokenizer import train_tokenizer
 from badam.training.options import RunOptions
-from badam.training.preparing import prepare_trainer
-from badam.training.tokenizer import train_tokenizer
+from badam.training.setup import prepare_trainer
 from badam.units import format_bytes
 
 RECORDS, WORDS, VOCABULARY = 52_000, 30_000, 32_000

@@ -26,9 +26,9 @@ import torch.distributed as dist
 
 from badam.distributed import shard_blocks
 from badam.distributed.fsdp2 import mesh_of
+from badam.distributed.fsdp2_init import CutBuilder
 from badam.plan import ModelSpec, Training, config_digest
-from badam.training.assemble import build_model
-from badam.training.cut_building import CutBuilder
+from badam.training.build import build_model
 
 MIB = 2**20
 CONFIG: dict[str, Any] = {

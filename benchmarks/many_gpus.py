@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 
-from badam_planner.links import BETWEEN_NODES, LINKS, seconds, transfer_times
-from badam_planner.planning import Request, staged_plan
-from badam_planner.probe.cards import CardsEvaluator
-from badam_planner.probe.model_source import find_config, specify
-from badam_planner.probe.model_tree import inspect_model
-from badam_planner.probe.target import find_target
-from badam_planner.search import Setting
+from badam_planner.multi_gpu.links import BETWEEN_NODES, LINKS, seconds, transfer_times
+from badam_planner.rehearsal.evaluator_cards import CardsEvaluator
+from badam_planner.rehearsal.model_tree import inspect_model
+from badam_planner.search.planner import Request, staged_plan
+from badam_planner.search.settings import Setting
+from badam_planner.sources.model_source import find_config, specify
+from badam_planner.sources.target import find_target
 
 MODELS = ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-70b-hf")
 CARDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from itertools import islice, product
 from pathlib import Path
 
-from badam_planner.search import Cut
+from badam_planner.search.settings import Cut
 
 MODEL, CARD = "meta-llama/Llama-2-7b-hf", "rtx3090"
 BATCHES, LENGTHS = (1, 2, 3, 4, 6, 8), (256, 512, 768, 1024, 1536, 2048)
@@ -72,12 +72,12 @@ def ask_all(workers: int) -> dict[str, float]:
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401 - loaded before the clock starts
 
-    from badam_planner.planning import Request, staged_plan
-    from badam_planner.probe.cards import CardsEvaluator
-    from badam_planner.probe.model_source import describe_model
-    from badam_planner.probe.model_tree import inspect_model
-    from badam_planner.probe.target import find_target
-    from badam_planner.search import Setting
+    from badam_planner.rehearsal.evaluator_cards import CardsEvaluator
+    from badam_planner.rehearsal.model_tree import inspect_model
+    from badam_planner.search.planner import Request, staged_plan
+    from badam_planner.search.settings import Setting
+    from badam_planner.sources.model_source import describe_model
+    from badam_planner.sources.target import find_target
 
     torch.set_num_threads(1)
     gc.disable()  # as the command does

@@ -23,15 +23,15 @@ from rich.console import Console, Group, RenderableType
 
 from badam.plan import load_plan
 from badam.profiling.record import load_measured
-from badam_planner.compare import compare
-from badam_planner.planning import Request, make_plan
-from badam_planner.probe.model_source import describe_model
-from badam_planner.probe.target import find_target
-from badam_planner.report.gather import read_curve, sizes_that_fit
-from badam_planner.report.html import comparison_page, plan_page
-from badam_planner.report.page import Page, render_page
-from badam_planner.report.plan_table import render_candidates, render_peak
-from badam_planner.report.terminal import render_comparison
+from badam_planner.accuracy.compare import compare
+from badam_planner.report.html.gather import read_curve, sizes_that_fit
+from badam_planner.report.html.page import Page, render_page
+from badam_planner.report.html.pages import comparison_page, plan_page
+from badam_planner.report.terminal.comparison import render_comparison
+from badam_planner.report.terminal.plan import render_candidates, render_peak
+from badam_planner.search.planner import Request, make_plan
+from badam_planner.sources.model_source import describe_model
+from badam_planner.sources.target import find_target
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "profiles" / "measured" / "demo"

@@ -12,18 +12,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
-from badam.naming import belongs
+from badam.blocks.names import belongs
 from badam.plan import Attention, BlockPlan, MethodOptions
 from badam.units import GB, format_gib
-from badam_planner.planning import Request, make_plan, staged_plan
-from badam_planner.planning.outcome import candidate_of
-from badam_planner.probe.evaluate import Evaluator
-from badam_planner.probe.model_source import describe_model
-from badam_planner.probe.model_tree import inspect_model
-from badam_planner.probe.target import find_target
-from badam_planner.probe.workers import available_workers
-from badam_planner.result import Candidate
-from badam_planner.search import Setting
+from badam_planner.rehearsal.evaluator import Evaluator
+from badam_planner.rehearsal.model_tree import inspect_model
+from badam_planner.rehearsal.workers import available_workers
+from badam_planner.search.planner import Request, make_plan, staged_plan
+from badam_planner.search.prediction import candidate_of
+from badam_planner.search.result import Candidate
+from badam_planner.search.settings import Setting
+from badam_planner.sources.model_source import describe_model
+from badam_planner.sources.target import find_target
 
 TOLERANCE = 0.05
 PAGE = Path(__file__).parents[1] / "docs" / "published.md"

@@ -30,14 +30,14 @@ from torch import Tensor
 from transformers.trainer_callback import PrinterCallback
 
 from badam.plan import Plan, load_plan
-from badam.profiling.cpu_memory import CpuMemory
 from badam.profiling.machine import provenance, this_machine
-from badam.profiling.memory import StepMemory
+from badam.profiling.memory.cpu import CpuMemory
+from badam.profiling.memory.source import StepMemory
 from badam.profiling.recorder import Profile, Recorder
 from badam.training.arguments import training_arguments
-from badam.training.assemble import build_model
-from badam.training.batches import PlanCollator, enforce_length
-from badam.training.inputs import Inputs, load_inputs
+from badam.training.build import build_model
+from badam.training.data.batches import PlanCollator, enforce_length
+from badam.training.data.inputs import Inputs, load_inputs
 from badam.training.options import RunOptions
 from badam.training.trainer import PlanTrainer
 from badam.vocabulary import Phase

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from badam_planner.probe.catalogue import find_model
+from badam_planner.sources.catalogue import find_model
 from benchmarks.two_sides import END, ROOT
 
 MODEL = "badam/demo-llama-12m"

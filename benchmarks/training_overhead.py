@@ -37,9 +37,9 @@ from badam import phases
 from badam.plan import Plan, load_plan
 from badam.profiling.recorder import Recorder
 from badam.training.arguments import training_arguments
-from badam.training.assemble import build_model, build_optimizer
-from badam.training.batches import PlanCollator, enforce_length
-from badam.training.inputs import load_inputs
+from badam.training.build import build_model, build_optimizer
+from badam.training.data.batches import PlanCollator, enforce_length
+from badam.training.data.inputs import load_inputs
 from badam.training.options import RunOptions
 from badam.training.step import forward_loss
 from badam.training.trainer import PlanTrainer

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from badam_cli._app import say
 
 if TYPE_CHECKING:
-    from badam_planner.result import Answer
+    from badam_planner.search.result import Answer
 
 
 @contextmanager
@@ -52,8 +52,8 @@ def show(answer: Answer, epochs: float) -> None:
     """The table of partitions, and what is in the peak, the time and the transfers of the one shown."""
     from rich.console import Console
 
-    from badam_planner.report.cards_table import render_transfers
-    from badam_planner.report.plan_table import render_candidates, render_largest, render_peak, render_time
+    from badam_planner.report.terminal.multi_gpu import render_transfers
+    from badam_planner.report.terminal.plan import render_candidates, render_largest, render_peak, render_time
 
     console, result = Console(), answer.result
     shown = next((one for one in result.candidates if one.recommended), result.candidates[0])
@@ -70,8 +70,8 @@ def show(answer: Answer, epochs: float) -> None:
 
 
 def _write_html(answer: Answer, html: Path) -> None:
-    from badam_planner.report.gather import rehearse_step, sizes_that_fit
-    from badam_planner.report.html import write_plan_html
+    from badam_planner.report.html.gather import rehearse_step, sizes_that_fit
+    from badam_planner.report.html.pages import write_plan_html
 
     plan = answer.plan
     assert plan is not None  # a refusal has no page

@@ -19,7 +19,7 @@ from badam_cli._plan_output import present, progress_on_stderr
 
 if TYPE_CHECKING:
     from badam.plan import Target
-    from badam_planner.result import Answer
+    from badam_planner.search.result import Answer
 
 Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
 
@@ -194,8 +194,8 @@ def _answer(
     model: str, purpose: dict[str, Any], target: Target, options: dict[str, Any], progress: Callable[[str], None]
 ) -> Answer:
     """The answer given before to the same question, or a new one; only a new one loads torch."""
-    from badam_planner.probe.answers import answer_key, load_answer, save_answer
-    from badam_planner.probe.model_source import find_config, specify
+    from badam_planner.search.answer_cache import answer_key, load_answer, save_answer
+    from badam_planner.sources.model_source import find_config, specify
 
     source = find_config(model)
     key = answer_key({"model": source, **purpose, "target": target.model_dump(mode="json"), **options})
@@ -204,10 +204,10 @@ def _answer(
     if answer is None:
         gc.disable()  # nearly all that is made from here on, modules included, lives to the end, which is seconds away
         from badam.plan import MethodOptions
-        from badam.training.assemble import choose_attention, model_config
+        from badam.training.build import choose_attention, model_config
         from badam.training.tasks import chosen_lengths
-        from badam_planner.planning import Request, make_plan
-        from badam_planner.probe.workers import available_workers
+        from badam_planner.rehearsal.workers import available_workers
+        from badam_planner.search.planner import Request, make_plan
 
         spec = specify(*source, **purpose)
         lengths = chosen_lengths(spec, model_config(spec), options["seq_len"], options["decoder_len"])
@@ -284,9 +284,9 @@ def _check_shard_size(shard_size: str, engine: str, num_gpus: str) -> None:
 def _target(gpu: str, gpu_memory: str | None) -> Target:
     """The target with what runs measured on it have taught, if there were any."""
     from badam.units import parse_bytes
-    from badam_planner.calibration import calibrated
-    from badam_planner.probe.calibration_store import load_calibration
-    from badam_planner.probe.target import find_target
+    from badam_planner.accuracy.calibration import calibrated
+    from badam_planner.sources.calibration_store import load_calibration
+    from badam_planner.sources.target import find_target
 
     target = find_target(gpu, None if gpu_memory is None else parse_bytes(gpu_memory))
     calibration = load_calibration(target.gpu)

@@ -14,7 +14,7 @@ from badam.errors import BadamError, InputError
 from badam_cli._app import Version, quiet_libraries, reporting_errors, say
 
 if TYPE_CHECKING:
-    from badam_planner.comparison import Accuracy
+    from badam_planner.accuracy.comparison import Accuracy
 
 PLAN, MEASURED = "plan.json", "measured.json"
 """What badam-train leaves in the directory of a run."""
@@ -89,7 +89,7 @@ def _compare(paths: list[Path], tolerance: float) -> tuple[Accuracy, list[Path]]
     """Every run beside its plan, and the files of the runs."""
     from badam.plan import load_plan
     from badam.profiling.record import load_measured
-    from badam_planner.compare import compare, plan_of, summarize
+    from badam_planner.accuracy.compare import compare, plan_of, summarize
 
     if _looks_like(paths[0], "measurement"):
         raise InputError(
@@ -110,13 +110,13 @@ def _show(accuracy: Accuracy, *, as_json: bool) -> None:
     """One comparison in full, or several as a table."""
     comparisons = accuracy.comparisons
     if as_json:
-        from badam_planner.report.as_json import accuracy_to_json, comparison_to_json
+        from badam_planner.report.json import accuracy_to_json, comparison_to_json
 
         print(comparison_to_json(comparisons[0]) if len(comparisons) == 1 else accuracy_to_json(accuracy))
     else:
         from rich.console import Console
 
-        from badam_planner.report.terminal import render_accuracy, render_comparison
+        from badam_planner.report.terminal.comparison import render_accuracy, render_comparison
 
         # A terminal that cannot show a character of a model's name shows a question mark instead of a traceback.
         if hasattr(sys.stdout, "reconfigure"):
@@ -125,8 +125,8 @@ def _show(accuracy: Accuracy, *, as_json: bool) -> None:
 
 
 def _write_html(accuracy: Accuracy, measured: Path, html: Path) -> None:
-    from badam_planner.report.gather import read_curve, read_modules, rehearse_step
-    from badam_planner.report.html import write_accuracy_html, write_comparison_html
+    from badam_planner.report.html.gather import read_curve, read_modules, rehearse_step
+    from badam_planner.report.html.pages import write_accuracy_html, write_comparison_html
 
     if len(accuracy.comparisons) > 1:
         write_accuracy_html(accuracy, html)
@@ -148,8 +148,8 @@ def _write_html(accuracy: Accuracy, measured: Path, html: Path) -> None:
 
 def _calibrate(accuracy: Accuracy) -> None:
     """Add the runs to what is known of their device."""
-    from badam_planner.calibration import calibrate
-    from badam_planner.probe.calibration_store import device_key, load_calibration, save_calibration
+    from badam_planner.accuracy.calibration import calibrate
+    from badam_planner.sources.calibration_store import device_key, load_calibration, save_calibration
 
     gpu = device_key(accuracy.comparisons[0].run.machine)
     runs = [(comparison.plan, comparison.run) for comparison in accuracy.comparisons]

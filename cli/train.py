@@ -115,9 +115,9 @@ def train(
         with ending_at_once():
             from rich.console import Console
 
-            from badam.training.checkpoints import new_run_directory
             from badam.training.options import RunOptions
             from badam.training.run import run_plan
+            from badam.training.run_directory import new_run_directory
 
         if output_dir is None and resume:
             raise InputError("--resume needs to know which run to continue.", advice="Name it with --output-dir.")

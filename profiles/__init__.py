@@ -1,1 +1,1 @@
-"""Data only: model, GPU and measurement records. Read them through badam_planner.probe."""
+"""Data only: model, GPU and measurement records. Read them through badam_planner.sources."""

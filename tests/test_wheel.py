@@ -54,7 +54,7 @@ def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(wheel: Pat
 def test_a_catalogue_record_is_read_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
     code = """if True:
         import badam_planner, badam_profiles
-        from badam_planner.probe.catalogue import find_gpu, find_model
+        from badam_planner.sources.catalogue import find_gpu, find_model
         print(badam_planner.__file__, badam_profiles.__file__)
         print(find_model("meta-llama/Llama-2-7b-hf").parameters, find_gpu("RTX 3090").id)
     """

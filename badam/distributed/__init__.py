@@ -11,22 +11,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from badam.distributed.checkpoints import load_checkpoint as load_checkpoint
-    from badam.distributed.checkpoints import save_checkpoint as save_checkpoint
-    from badam.distributed.checkpoints import save_whole_model as save_whole_model
-    from badam.distributed.copies import average_instead_of_ddp as average_instead_of_ddp
+    from badam.distributed.ddp import average_instead_of_ddp as average_instead_of_ddp
+    from badam.distributed.deepspeed.saving import load_zero3_checkpoint as load_zero3_checkpoint
+    from badam.distributed.deepspeed.saving import save_zero3_checkpoint as save_zero3_checkpoint
     from badam.distributed.fsdp2 import shard_blocks as shard_blocks
     from badam.distributed.fsdp2 import sharded_block_optimizer as sharded_block_optimizer
-    from badam.distributed.zero3_checkpoints import load_zero3_checkpoint as load_zero3_checkpoint
-    from badam.distributed.zero3_checkpoints import save_zero3_checkpoint as save_zero3_checkpoint
+    from badam.distributed.saving import load_checkpoint as load_checkpoint
+    from badam.distributed.saving import save_checkpoint as save_checkpoint
+    from badam.distributed.saving import save_whole_model as save_whole_model
 
 _HOMES = {
-    "load_zero3_checkpoint": "badam.distributed.zero3_checkpoints",
-    "save_zero3_checkpoint": "badam.distributed.zero3_checkpoints",
-    "load_checkpoint": "badam.distributed.checkpoints",
-    "save_checkpoint": "badam.distributed.checkpoints",
-    "save_whole_model": "badam.distributed.checkpoints",
-    "average_instead_of_ddp": "badam.distributed.copies",
+    "load_zero3_checkpoint": "badam.distributed.deepspeed.saving",
+    "save_zero3_checkpoint": "badam.distributed.deepspeed.saving",
+    "load_checkpoint": "badam.distributed.saving",
+    "save_checkpoint": "badam.distributed.saving",
+    "save_whole_model": "badam.distributed.saving",
+    "average_instead_of_ddp": "badam.distributed.ddp",
     "shard_blocks": "badam.distributed.fsdp2",
     "sharded_block_optimizer": "badam.distributed.fsdp2",
 }

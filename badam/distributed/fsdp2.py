@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
-from badam.block_optimizer import BlockOptimizer
+from badam.blocks.names import belongs
+from badam.blocks.partition import layer_paths
 from badam.errors import InputError
-from badam.naming import belongs
-from badam.partition import layer_paths
+from badam.optim.block import BlockOptimizer
 
 BaseFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 

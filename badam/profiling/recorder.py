@@ -30,12 +30,12 @@ from badam import phases
 from badam.errors import BadamError
 from badam.plan import Plan, record_digest, save_record
 from badam.profiling.clocks import CudaClock, PhaseClock, WallClock
-from badam.profiling.full_profile import FullProfile
 from badam.profiling.machine import provenance, this_machine
-from badam.profiling.memory import MemorySource, StepMemory
+from badam.profiling.memory.source import MemorySource, StepMemory
+from badam.profiling.memory.states import ModelStates
+from badam.profiling.modules.profile import FullProfile
 from badam.profiling.record import MeasuredRun
 from badam.profiling.selection import StepSelection
-from badam.profiling.states import ModelStates
 from badam.profiling.summary import RunLog, StepRecord, summarize
 from badam.vocabulary import Phase
 
@@ -308,9 +308,9 @@ def _announcing(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torc
 
 def _memory_source(device: torch.device) -> MemorySource:
     if device.type == "cuda":
-        from badam.profiling.cuda_memory import CudaMemory
+        from badam.profiling.memory.cuda import CudaMemory
 
         return CudaMemory()
-    from badam.profiling.cpu_memory import CpuMemory
+    from badam.profiling.memory.cpu import CpuMemory
 
     return CpuMemory()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from badam.errors import BadamError
-from badam.profiling.memory import StepMemory
+from badam.profiling.memory.source import StepMemory
 from badam.profiling.record import BlockMeasurement, Measurement
 from badam.vocabulary import STEP_PHASES, Phase
 

@@ -10,7 +10,7 @@ from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template
 
 from badam.plan import Plan
-from badam.training.data import TrainingData
+from badam.training.data.dataset import TrainingData
 from badam.training.options import RunOptions
 
 if TYPE_CHECKING:

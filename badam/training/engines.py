@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from badam.block_optimizer import BlockOptimizer
 from badam.errors import InputError
+from badam.optim.block import BlockOptimizer
 from badam.plan import Plan
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class Engine:
     def build(
         self, weights: str | None = None, loading: Mapping[str, Any] | None = None, *, resumes: bool = False
     ) -> PreTrainedModel:
-        """The plan's model, see :func:`badam.training.assemble.build_model`; ``resumes`` if it is read later."""
-        from badam.training.assemble import build_model
+        """The plan's model, see :func:`badam.training.build.build_model`; ``resumes`` if it is read later."""
+        from badam.training.build import build_model
 
         return build_model(self.plan.model, self.plan.training, weights=weights, loading=loading)
 
@@ -97,7 +97,7 @@ class Copies(Engine):
         load_checkpoint(directory / SHARDS, model, _blocks(optimizer))
 
     def load_weights(self, directory: Path, model: PreTrainedModel) -> None:
-        from badam.distributed.checkpoints import load_weights
+        from badam.distributed.saving import load_weights
 
         load_weights(directory / SHARDS, model)
 
@@ -120,8 +120,8 @@ class Sharded(Copies):
         """Each process builds the part that it keeps."""
 
         from badam.distributed.fsdp2 import mesh_of
-        from badam.training.assemble import build_model
-        from badam.training.cut_building import CutBuilder
+        from badam.distributed.fsdp2_init import CutBuilder
+        from badam.training.build import build_model
 
         mesh = mesh_of(self.plan.target.shards)
         device = (
@@ -167,7 +167,7 @@ class ZeroThree(Engine):
     ) -> PreTrainedModel:
         """No process holds the whole model, but of random weights, which have to be those of one process."""
 
-        from badam.distributed.zero3_engine import partitioned_from_the_start
+        from badam.distributed.deepspeed.engine import partitioned_from_the_start
 
         building: Any = nullcontext()
         if weights is not None or resumes:
@@ -180,12 +180,12 @@ class ZeroThree(Engine):
             return super().build(weights, loading)
 
     def place(self, model: PreTrainedModel) -> None:
-        from badam.distributed.zero3_engine import check_installed
+        from badam.distributed.deepspeed.engine import check_installed
 
         check_installed()
 
     def drive(self, model: PreTrainedModel, optimizer: Optimizer) -> Optimizer:
-        from badam.distributed.zero3_engine import DrivenByDeepSpeed, as_forward, start_zero3
+        from badam.distributed.deepspeed.engine import DrivenByDeepSpeed, as_forward, start_zero3
 
         training = self.plan.training
         self._deepspeed = start_zero3(
@@ -202,7 +202,7 @@ class ZeroThree(Engine):
 
     def backward(self, loss: Tensor, method: TrainingMethod, optimizer: Optimizer, *, is_last: bool) -> None:
         """DeepSpeed's; the loss is divided by the labels of the whole step already."""
-        from badam.distributed import zero3_engine
+        from badam.distributed.deepspeed import engine as zero3_engine
 
         zero3_engine.backward(self._deepspeed, loss, is_last=is_last)
 
@@ -221,12 +221,12 @@ class ZeroThree(Engine):
         load_zero3_checkpoint(self._deepspeed, _blocks(optimizer), directory / SHARDS)
 
     def load_weights(self, directory: Path, model: PreTrainedModel) -> None:
-        from badam.distributed.zero3_checkpoints import load_portable_weights
+        from badam.distributed.deepspeed.saving import load_portable_weights
 
         load_portable_weights(directory / SHARDS, model)
 
     def whole_weights(self, model: PreTrainedModel) -> dict[str, Any] | None:
-        from badam.distributed.zero3_checkpoints import gathered_weights
+        from badam.distributed.deepspeed.saving import gathered_weights
 
         return gathered_weights(model)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from badam.plan import Plan
-from badam.training.batches import Collator
+from badam.training.data.batches import Collator
 from badam.training.losses import IGNORE_INDEX, chunked_loss, full_loss
 from badam.training.processes import Processes
 

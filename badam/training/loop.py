@@ -14,16 +14,16 @@ from transformers import Trainer
 
 from badam import phases
 from badam.plan import Plan
-from badam.profiling.states import unwrap
-from badam.training.adapting import MicroBatches
-from badam.training.assemble import build_optimizer, prepare_checkpointing
-from badam.training.batches import Collator, EpochSampler, Padding
-from badam.training.checkpoints import is_whole, keep_newest, saving
+from badam.profiling.memory.states import unwrap
+from badam.training.build import build_optimizer, prepare_checkpointing
+from badam.training.data.batches import Collator, EpochSampler, Padding
 from badam.training.engines import Engine, engine_of
 from badam.training.evaluation import evaluate
+from badam.training.memory_limit import MicroBatches
 from badam.training.methods import method_of
 from badam.training.out_of_memory import is_refusal
 from badam.training.processes import Processes, noticing_losses
+from badam.training.run_directory import is_whole, keep_newest, saving
 from badam.vocabulary import Phase
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from uuid import uuid4
 
 from badam.errors import InputError
 from badam.profiling.recorder import Profile
-from badam.training import demo_data
-from badam.training.batches import OnLong, Padding
+from badam.training.data import demo as demo_data
+from badam.training.data.batches import OnLong, Padding
 from badam.training.weights import PRETRAINED
 
 

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from badam.errors import BadamError, InputError, RanksDisagree, in_one_line
 from badam.plan import Plan
-from badam.training.checkpoints import written_whole
 from badam.training.options import RunOptions
+from badam.training.run_directory import written_whole
 
 LAUNCHERS_SETTINGS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
 """How ``accelerate launch`` asks for what the plan decides."""

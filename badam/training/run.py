@@ -16,15 +16,26 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
-from badam._shards import shape_of
-from badam.block_optimizer import BlockOptimizer
+from badam.blocks.coverage import coverage
 from badam.errors import InputError
+from badam.optim.block import BlockOptimizer
 from badam.plan import Plan, record_digest, save_record
 from badam.profiling.record import MeasuredRun, load_measured, of_all_cards
 from badam.profiling.recorder import Recorder
-from badam.training.assemble import prepare_model
-from badam.training.callbacks import RunCallback
-from badam.training.checkpoints import (
+from badam.tensors.dtensor import shape_of
+from badam.training.build import prepare_model
+from badam.training.data.dataset import in_directory
+from badam.training.data.inputs import load_inputs
+from badam.training.engines import Engine, check_kind, engine_of
+from badam.training.interruption import Interruption
+from badam.training.loop import PlanLoop
+from badam.training.methods import method_of
+from badam.training.options import RunOptions
+from badam.training.out_of_memory import explained
+from badam.training.processes import Processes, join_processes, noticing_losses, shared_options, shared_plan
+from badam.training.progress import MetricsFile, ProgressDisplay
+from badam.training.run_callback import RunCallback
+from badam.training.run_directory import (
     MODEL_DIRECTORY,
     check_space,
     is_whole,
@@ -35,18 +46,7 @@ from badam.training.checkpoints import (
     step_of,
     written_whole,
 )
-from badam.training.coverage import coverage
-from badam.training.data import in_directory
-from badam.training.engines import Engine, check_kind, engine_of
-from badam.training.inputs import load_inputs
-from badam.training.interruption import Interruption
-from badam.training.loop import PlanLoop
-from badam.training.methods import method_of
-from badam.training.options import RunOptions
-from badam.training.out_of_memory import explained
-from badam.training.preparing import prepare_trainer
-from badam.training.processes import Processes, join_processes, noticing_losses, shared_options, shared_plan
-from badam.training.progress import MetricsFile, ProgressDisplay
+from badam.training.setup import prepare_trainer
 from badam.training.tasks import TRAINED_HERE
 from badam.training.weights import locate_weights, tokenizer_source
 

@@ -29,4 +29,4 @@ class PlanTrainer(PlanLoop, SFTTrainer):
 
 
 class PlanClassifier(PlanLoop):
-    """Trains a classification on data that is tokenized already (badam.training.classes)."""
+    """Trains a classification on data that is tokenized already (badam.training.data.classes)."""

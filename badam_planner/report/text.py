@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from badam.units import GIB, MIB, format_bytes, format_gib
-from badam_planner.comparison import Pair
+from badam_planner.accuracy.comparison import Pair
 
 NOTHING = "-"
 """Shown where a figure does not exist."""

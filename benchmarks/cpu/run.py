@@ -30,7 +30,7 @@ def import_everything() -> None:
     import torch
 
     torch.set_num_threads(1)  # before the first operation: threads do not survive a fork
-    for module in ("badam.training.run", "badam_planner.planning"):
+    for module in ("badam.training.run", "badam_planner.search.planner"):
         import_module(module)
 
 

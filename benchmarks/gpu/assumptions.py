@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from badam.errors import InputError
 from badam.profiling.machine import provenance, this_machine
 from badam.units import MIB
-from badam_planner.scratch import flash_backward_bytes
+from badam_planner.recording.kernel_scratch import flash_backward_bytes
 from benchmarks.gpu.meter import CudaMeter, Meter
 from benchmarks.gpu.record import Assumptions, Scratch
 
@@ -217,7 +217,7 @@ def _scratch(meter: Meter, operation: Callable[[], tuple[Tensor, ...]]) -> dict[
 
 def _idle_bytes() -> int | None:
     """What is in use before this process touches the card: the driver's share and other processes."""
-    from badam_planner.probe.nvml import detect_gpu
+    from badam_planner.sources.nvml import detect_gpu
 
     try:
         return detect_gpu().used_bytes

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from badam.profiling.record import MeasuredRun, Measurement
 from badam.vocabulary import Phase
-from badam_planner.compare import compare
-from badam_planner.comparison import Comparison, Pair
+from badam_planner.accuracy.compare import compare
+from badam_planner.accuracy.comparison import Comparison, Pair
 from benchmarks.gpu.record import CaseRecord
 
 TOTALS = ("allocated", "reserved", "device")

@@ -12,10 +12,10 @@ import torch
 from badam import phases
 from badam.errors import BadamError, OutOfMemory
 from badam.plan import Plan, Target
-from badam.profiling.states import live_cpu_tensors
+from badam.profiling.memory.states import live_cpu_tensors
 from badam.training.out_of_memory import explained
 from badam.vocabulary import Phase
-from badam_planner.probe.evaluate import Evaluator
+from badam_planner.rehearsal.evaluator import Evaluator
 from benchmarks.gpu.draws import Draw, Outcome
 from benchmarks.gpu.loop import build_on, run_steps
 from benchmarks.gpu.optimizers import case_optimizer

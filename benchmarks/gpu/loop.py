@@ -10,7 +10,7 @@ from torch import Tensor
 from badam import phases, profiling
 from badam.plan import Plan
 from badam.profiling.record import MeasuredRun
-from badam.training.assemble import build_model
+from badam.training.build import build_model
 from badam.training.methods import method_of
 from badam.training.step import update
 from badam.vocabulary import Phase

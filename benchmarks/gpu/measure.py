@@ -19,7 +19,7 @@ from pathlib import Path
 from badam.errors import BadamError, InputError
 from badam.plan import save_record
 from badam.units import format_bytes
-from badam_planner.comparison import Pair
+from badam_planner.accuracy.comparison import Pair
 from badam_planner.report.text import error_in_words
 from benchmarks.gpu.cases import CASES, Case, load_cases, select
 from benchmarks.gpu.pool import Limits, Pool, StartMethod, ahead_of_device

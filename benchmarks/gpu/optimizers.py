@@ -18,7 +18,7 @@ from badam import phases
 from badam.checkpointing import checkpoint_layers
 from badam.errors import InputError
 from badam.plan import Plan
-from badam.training.assemble import build_optimizer, prepare_checkpointing, prepare_model
+from badam.training.build import build_optimizer, prepare_checkpointing, prepare_model
 from badam.vocabulary import Phase
 from benchmarks.gpu.cases import Case
 

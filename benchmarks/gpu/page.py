@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from badam.plan import Provenance, Target
 from badam.units import format_bytes, format_gib, format_seconds
 from badam.vocabulary import Phase
-from badam_planner.allocator import CachingAllocator
-from badam_planner.comparison import Pair
+from badam_planner.accuracy.comparison import Pair
+from badam_planner.recording.caching_allocator import CachingAllocator
 from badam_planner.report.text import bytes_or_nothing, error_percent, percent, signed_percent
 from benchmarks.gpu.draws import BudgetRecord, Outcome, summary
 from benchmarks.gpu.figures import Rivals, Row, rivals, rows, seconds, spreads

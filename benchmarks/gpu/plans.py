@@ -6,13 +6,13 @@ import re
 from collections.abc import Hashable, Sequence
 
 from badam.plan import BlockPlan, MethodOptions, Plan, Target
-from badam.training.assemble import choose_attention
+from badam.training.build import choose_attention
 from badam.training.methods import method_of
-from badam_planner.planning import Request, staged_plan, with_prediction
-from badam_planner.probe.evaluate import Evaluator
-from badam_planner.probe.model_source import describe_model
-from badam_planner.probe.model_tree import ModelTree, inspect_model
-from badam_planner.search import Setting, strategies
+from badam_planner.rehearsal.evaluator import Evaluator
+from badam_planner.rehearsal.model_tree import ModelTree, inspect_model
+from badam_planner.search.planner import Request, staged_plan, with_prediction
+from badam_planner.search.settings import Setting, strategies
+from badam_planner.sources.model_source import describe_model
 from benchmarks.gpu.cases import Case
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from badam.errors import BadamError
 from badam.plan import Plan, Target, save_record
-from badam_planner.probe.catalogue import match_gpu
-from badam_planner.probe.model_tree import inspect_model
+from badam_planner.rehearsal.model_tree import inspect_model
+from badam_planner.sources.catalogue import match_gpu
 from benchmarks.gpu.plans import predicted
 from benchmarks.gpu.record import CaseRecord, records_under
 

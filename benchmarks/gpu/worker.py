@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 PRELOAD = (
-    "badam_planner.planning",
-    "badam_planner.probe.evaluate",
-    "badam_planner.probe.rehearse",
+    "badam_planner.search.planner",
+    "badam_planner.rehearsal.evaluator",
+    "badam_planner.rehearsal.rehearse",
     "badam.profiling.recorder",
     "benchmarks.gpu.assumptions",
     "benchmarks.gpu.loop",
@@ -141,7 +141,7 @@ def run_case(case: Case, job: Job, turn: Turn) -> CaseRecord:
 
 def target_of(device: str) -> Target:
     """The device as the target of a plan: the card in this machine, or its main memory."""
-    from badam_planner.probe.target import find_target
+    from badam_planner.sources.target import find_target
 
     return find_target("auto" if device == "cuda" else "cpu")
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from badam.plan import Method, MethodOptions, Plan, Target
-from badam_planner.planning import Request, staged_plan
-from badam_planner.probe.model_source import specify
-from badam_planner.probe.model_tree import ModelTree, inspect_model
-from badam_planner.search import Cut, Setting
+from badam_planner.rehearsal.model_tree import ModelTree, inspect_model
+from badam_planner.search.planner import Request, staged_plan
+from badam_planner.search.settings import Cut, Setting
+from badam_planner.sources.model_source import specify
 
 VOCABULARY = 4096
 CONFIG: dict[str, Any] = {

@@ -16,9 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from badam.training.demo_data import SKIPPED_DIRECTORIES, docstring_pairs
+from badam.training.data.demo import SKIPPED_DIRECTORIES, docstring_pairs
+from badam.training.data.tokenizer import train_tokenizer
 from badam.training.losses import IGNORE_INDEX
-from badam.training.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,8 +16,8 @@ from transformers import get_scheduler
 from badam import phases
 from badam.plan import Plan
 from badam.profiling.recorder import Recorder
-from badam.training.assemble import build_model, build_optimizer, prepare_model
-from badam.training.batches import PlanCollator
+from badam.training.build import build_model, build_optimizer, prepare_model
+from badam.training.data.batches import PlanCollator
 from badam.training.losses import IGNORE_INDEX, full_loss
 from badam.training.methods import method_of
 from badam.vocabulary import Phase

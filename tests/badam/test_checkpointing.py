@@ -11,7 +11,17 @@ from badam import phases
 from badam.checkpointing import checkpoint_layers
 from badam.errors import InputError
 from badam.vocabulary import Phase
-from tests.badam.layered_net import ALL, LAYERS, TOKENS, Net, activate, assert_bitwise_equal, backward, net, recomputed
+from tests.badam.optim.layered_net import (
+    ALL,
+    LAYERS,
+    TOKENS,
+    Net,
+    activate,
+    assert_bitwise_equal,
+    backward,
+    net,
+    recomputed,
+)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from badam import phases
 from badam.checkpointing import BlockAwareCheckpoint, checkpoint_layers, enable_for_transformers
 from badam.vocabulary import Phase
-from tests.badam.layered_net import LAYERS, TOKENS, activate, assert_bitwise_equal, backward, net, recomputed
+from tests.badam.optim.layered_net import LAYERS, TOKENS, activate, assert_bitwise_equal, backward, net, recomputed
 
 
 def llama(**options: object) -> LlamaForCausalLM:

@@ -19,7 +19,7 @@ from badam.plan import (
 from badam.profiling.record import BlockMeasurement, Machine, MeasuredRun, Measurement
 from badam.units import GIB, MIB
 from badam.vocabulary import Category, Phase
-from badam_planner.result import Candidate, SearchResult
+from badam_planner.search.result import Candidate, SearchResult
 
 PROVENANCE = Provenance(
     versions={"badam": "2.0.0", "torch": "2.13.0"}, command="badam-plan tiny --gpu rtx3090", date="2026-01-02T03:04:05Z"

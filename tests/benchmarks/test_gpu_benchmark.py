@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from badam.plan import record_digest
-from badam_planner.compare import compare
+from badam_planner.accuracy.compare import compare
 from benchmarks.gpu import measure
 from benchmarks.gpu.record import CaseRecord, load_case, record_path
 from tests.benchmarks.tiny import case, write_model

@@ -12,9 +12,9 @@ from badam.checkpointing import CheckpointedForward
 from badam.errors import InputError
 from badam.plan import Plan
 from badam.profiling import record
-from badam.training.assemble import build_model
+from badam.training.build import build_model
 from badam.vocabulary import Category, Phase
-from badam_planner.probe.catalogue import find_model
+from badam_planner.sources.catalogue import find_model
 from benchmarks.gpu.cases import CASES, Case
 from benchmarks.gpu.loop import build_on, optimizer_step, run_steps
 from benchmarks.gpu.optimizers import case_optimizer, load_old_badam

@@ -9,7 +9,7 @@ import pytest
 from badam.plan import Plan, load_plan, save_record
 from badam.profiling.record import load_measured
 from badam.units import GIB, MIB
-from badam_planner.compare import compare
+from badam_planner.accuracy.compare import compare
 from benchmarks.gpu import predict, table
 from benchmarks.gpu.draws import BudgetRecord
 from benchmarks.gpu.figures import rivals, rows, spreads

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from badam.schedule import BlockSchedule
+from badam.blocks.schedule import BlockSchedule
 from badam_cli import demo
 
 

@@ -11,7 +11,7 @@ import pytest
 from badam.plan import load_plan
 from badam_cli import _plan_output
 from badam_cli import plan as command
-from badam_planner.result import Answer, SearchResult
+from badam_planner.search.result import Answer, SearchResult
 from tests.badam_planner import factories
 
 

@@ -16,14 +16,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from badam.plan import MethodOptions, save_record
-from badam.training.checkpoints import checkpoints, is_whole
+from badam.training.run_directory import checkpoints, is_whole
 from badam_cli import plan as plan_command
 from badam_cli import report as report_command
 from badam_cli import train as train_command
 from tests.badam.training.test_classification import entailments
 from tests.badam.training.test_methods import EVERYTHING
 from tests.badam.training.tiny import CONFIG, records, tiny_plan, write_jsonl
-from tests.badam_planner.probe.plans import DEBERTA, ROBERTA
+from tests.badam_planner.rehearsal.plans import DEBERTA, ROBERTA
 
 
 def command(app: Any, *arguments: object) -> Result:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from badam._shards import shape_of
 from badam.errors import InputError
 from badam.extras import require
 from badam.plan import Method, Plan
+from badam.tensors.dtensor import shape_of
 from badam.training.step import forward_loss
 
 if TYPE_CHECKING:

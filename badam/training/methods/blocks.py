@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from badam.block_optimizer import BlockOptimizer
+from badam.optim.block import BlockOptimizer
 from badam.plan import Method, Plan
 from badam.training.methods.base import TrainingMethod, adamw_options, parameter_groups
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from badam.block_optimizer import BlockOptimizer
+from badam.optim.block import BlockOptimizer
 from badam.plan import Method, Plan
 from badam.training.methods.blocks import BlockCoordinate, block_optimizer
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from badam.blocks.names import belongs
+from badam.blocks.partition import layer_paths
 from badam.errors import InputError
-from badam.naming import belongs
-from badam.partition import layer_paths
 from badam.plan import Method, Plan
 from badam.training.methods.base import TrainingMethod, parameter_groups
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from badam.block_optimizer import BlockOptimizer
-from badam.naming import belongs
+from badam.blocks.names import belongs
+from badam.optim.block import BlockOptimizer
 from badam.plan import Method, Plan
 from badam.training.methods.blocks import BlockCoordinate, block_optimizer
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from badam.blocks.names import belongs
 from badam.errors import InputError
-from badam.naming import belongs
 from badam.plan import Method, Plan
 from badam.training.methods.base import TrainingMethod
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from badam.blocks.names import enclosing
 from badam.errors import InputError
-from badam.naming import enclosing
 from badam.plan import Method, Plan
 from badam.training.methods.base import TrainingMethod, adamw_options, parameter_groups
 from badam.training.tasks import CLASSIFICATIONS

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from badam import phases
-from badam.functional import round_stochastically_
 from badam.plan import Method, Plan
+from badam.tensors.functional import round_stochastically_
 from badam.training.methods.base import TrainingMethod, parameter_groups
 from badam.training.step import forward_loss
 from badam.vocabulary import Phase

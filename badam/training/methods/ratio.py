@@ -7,9 +7,9 @@ from typing import ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from badam.naming import belongs
+from badam.blocks.names import belongs
+from badam.optim.ratio import BlockOptimizerRatio
 from badam.plan import Method, Plan
-from badam.ratio_optimizer import BlockOptimizerRatio
 from badam.training.methods.base import TrainingMethod, parameter_groups
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from badam._ranks import ProcessRanks
+from badam.optim.ranks import ProcessRanks
 from badam.plan import Plan
 from tests.badam.distributed.step_memory_jobs import llama_peak, zero3_peak
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from badam import BlockOptimizer, BlockOptimizerRatio, _ranks
+from badam import BlockOptimizer, BlockOptimizerRatio
 from badam.distributed import average_instead_of_ddp, shard_blocks, sharded_block_optimizer
 from badam.distributed.fsdp2 import mesh_of
 from badam.errors import InputError, RanksDisagree
+from badam.optim import ranks as _ranks
 from tests.badam.distributed.small_training import (
     LAYERS,
     OPTIONS,

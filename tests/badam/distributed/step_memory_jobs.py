@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from badam import BlockOptimizer
 from badam.distributed import shard_blocks, sharded_block_optimizer
+from badam.distributed.deepspeed.engine import as_forward, backward, start_zero3
 from badam.distributed.fsdp2 import mesh_of
-from badam.distributed.zero3_engine import as_forward, backward, start_zero3
 from badam.plan import Plan
-from badam.profiling.allocator_log import AllocatorLog
-from badam.profiling.states import ModelStates, distinct_bytes
-from badam.training.assemble import build_model, prepare_checkpointing
+from badam.profiling.memory.cpu_allocator_log import AllocatorLog
+from badam.profiling.memory.states import ModelStates, distinct_bytes
+from badam.training.build import build_model, prepare_checkpointing
 from badam.training.step import forward_loss
 
 

@@ -16,7 +16,7 @@ from badam.errors import BadamError
 from badam.plan import Plan
 from badam.profiling.record import load_measured
 from badam.profiling.recorder import Recorder
-from badam.training.assemble import build_model, build_optimizer
+from badam.training.build import build_model, build_optimizer
 from badam.training.step import forward_loss
 from badam.vocabulary import STEP_PHASES, Category, Phase
 from tests.badam.training.tiny import LAYERS, tiny_plan

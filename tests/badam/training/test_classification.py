@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from badam.errors import DataError, InputError
 from badam.plan import BlockPlan, Partition, Plan
 from badam.training import loop as loop_module
-from badam.training.formats import CLASS_FORMATS, detect
+from badam.training.data.formats import CLASS_FORMATS, detect
 from tests.badam.training.tiny import run_tiny, tiny_plan, write_jsonl
 
 LAYERS = 3

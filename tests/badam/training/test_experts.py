@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from badam.errors import InputError
 from badam.plan import Method, Plan
-from badam.training.assemble import build_model, prepare_model
+from badam.training.build import build_model, prepare_model
 from badam.training.methods import method_of
 from badam.training.methods._pytorch_optimizer import FusedAdaLomo
-from badam_planner.probe.evaluate import Evaluator
+from badam_planner.rehearsal.evaluator import Evaluator
 from tests.badam.training.tiny import run_tiny
-from tests.badam_planner.probe.measuring import measure
-from tests.badam_planner.probe.plans import QWEN3_MOE, plan_of
+from tests.badam_planner.rehearsal.measuring import measure
+from tests.badam_planner.rehearsal.plans import QWEN3_MOE, plan_of
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from badam.plan import Plan, save_record
-from badam.training.checkpoints import newest_whole, step_of
-from tests.badam_planner.probe.plans import LLAMA, plan_of
+from badam.training.run_directory import newest_whole, step_of
+from tests.badam_planner.rehearsal.plans import LLAMA, plan_of
 
 ROOT = Path(__file__).parents[3]
 STEPS = 6  # three visits

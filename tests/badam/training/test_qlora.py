@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from badam.errors import InputError
 from badam.plan import BlockPlan, MethodOptions, Partition, Plan
-from badam.training.assemble import build_model, prepare_model
+from badam.training.build import build_model, prepare_model
 from badam.training.methods import method_of
 from tests.badam.training.tiny import run_tiny, tiny_plan
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from badam.plan import BlockPlan, Partition
-from badam.training.assemble import build_optimizer
+from badam.training.build import build_optimizer
 from badam.training.losses import full_loss
 from badam.training.step import update
 from tests.badam.training.tiny import LAYERS, tiny_plan

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from badam.errors import InputError
-from badam.training.callbacks import RunCallback
-from badam.training.checkpoints import prepare_output, removed_if_unused
 from badam.training.interruption import Interruption, Stopped
 from badam.training.options import RunOptions
 from badam.training.progress import EvaluationView, MetricsFile
+from badam.training.run_callback import RunCallback
+from badam.training.run_directory import prepare_output, removed_if_unused
 from tests.badam.training.tiny import run_tiny, tiny_plan
 
 STEPS = 4

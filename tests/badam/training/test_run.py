@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from badam.errors import DataError, InputError, OutOfMemory
 from badam.plan import load_plan, record_digest
 from badam.profiling.record import load_measured
-from badam.training import batches as batches_module
-from badam.training import checkpoints as checkpoints_module
 from badam.training import loop as loop_module
+from badam.training import run_directory as checkpoints_module
 from badam.training import weights as weights_module
+from badam.training.data import batches as batches_module
 from badam.training.methods import base as base_module
 from badam.vocabulary import Category, Phase
 from tests.badam.training.tiny import CONFIG, LAYERS, records, run_tiny, tiny_plan, write_jsonl

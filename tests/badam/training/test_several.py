@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from badam.plan import Partition, Plan
-from badam.training.checkpoints import is_whole
+from badam.training.run_directory import is_whole
 from tests.badam.distributed.workers import JobFailedError, on_ranks
 from tests.badam.training import several
 from tests.badam.training.tiny import CONFIG, LAYERS, records, run_tiny, tiny_plan, write_jsonl

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from badam.training.checkpoints import is_whole
+from badam.training.run_directory import is_whole
 from tests.badam.distributed.workers import on_ranks
 from tests.badam.training import several
 from tests.badam.training.test_several import losses, plan_on, weights

@@ -10,8 +10,8 @@ import pytest
 from badam.plan import Method
 from badam.training.methods import method_of
 from badam_planner.report.formulas import FORMULAS, formulas_in_words, letters_in_words
-from badam_planner.report.plan_table import render_candidates
-from badam_planner.result import SearchResult
+from badam_planner.report.terminal.plan import render_candidates
+from badam_planner.search.result import SearchResult
 from tests.badam_planner import factories
 from tests.badam_planner.report.rendering import render
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from badam.units import format_bytes
 from badam.vocabulary import Category, Phase
-from badam_planner.compare import compare, predicted_parts
-from badam_planner.comparison import Comparison, Pair
-from badam_planner.report.as_json import comparison_to_json
-from badam_planner.report.choice_charts import device_parts
-from badam_planner.report.memory_charts import parts_chart
-from badam_planner.report.terminal import memory_rows, phase_bars
+from badam_planner.accuracy.compare import compare, predicted_parts
+from badam_planner.accuracy.comparison import Comparison, Pair
+from badam_planner.report.html.choice_charts import device_parts
+from badam_planner.report.html.memory_charts import parts_chart
+from badam_planner.report.json import comparison_to_json
+from badam_planner.report.terminal.comparison import memory_rows, phase_bars
 from tests.badam_planner import factories
 
 SIZES = st.integers(0, 2**40)

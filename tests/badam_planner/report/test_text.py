@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badam.units import GIB, MIB
-from badam_planner.comparison import Pair
+from badam_planner.accuracy.comparison import Pair
 from badam_planner.report.text import clean, error_in_words, error_percent, shorten, signed_bytes, unit_for
 
 

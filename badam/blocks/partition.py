@@ -1,0 +1,182 @@
+"""Parameter names and shapes in, blocks out. Imports no torch.
+
+Layers are found from structure, not from a word: a *layer stack* is a module with numbered children that are modules
+themselves (``model.layers.0``, ``transformer.h.0``, ``encoder.block.0``), and the outermost number decides, so the
+experts inside a layer stay inside it. What precedes the last stack and has a matrix is embedding, what follows it and
+has a matrix is head; shapes tell norms from matrices. Tied weights appear once because the caller's list has them once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import get_args
+
+from badam.blocks.layer_parts import layer_blocks
+from badam.blocks.names import Block, ParameterInfo, Strategy, belongs, rows_of
+from badam.errors import InputError
+
+__all__ = [
+    "STRATEGIES",
+    "Block",
+    "ParameterInfo",
+    "Strategy",
+    "belongs",
+    "layer_paths",
+    "layer_stacks",
+    "partition_parameters",
+    "rows_of",
+    "split_by_rows",
+]
+
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+_POSITIONS = re.compile(r"pos|wpe", re.IGNORECASE)
+_LONE_LAYER_TENSORS = 4  # a numbered module without siblings counts as a layer from this many tensors on
+
+
+def layer_stacks(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """The stacks of layers among parameter ``names``: for each stack the module paths of its layers, in model order.
+
+    Empty if nothing in the model repeats. A model that is one plain chain of numbered leaves (``0.weight``,
+    ``2.weight``) counts as one stack of these leaves.
+    """
+    stacks: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        parts = name.split(".")
+        for position, part in enumerate(parts[:-1]):
+            if part.isdigit():
+                stack, layer = ".".join(parts[:position]), ".".join(parts[: position + 1])
+                stacks.setdefault(stack, {}).setdefault(layer, []).append(".".join(parts[position + 1 :]))
+                break
+    layered = [layers for layers in stacks.values() if _holds_modules(layers)]
+    chosen = [layers for layers in layered if len(layers) > 1 or _largest(layers) >= _LONE_LAYER_TENSORS]
+    chosen = chosen or layered or [layers for layers in stacks.values() if len(layers) > 1]
+    return tuple(tuple(layers) for layers in chosen)
+
+
+def layer_paths(names: Iterable[str]) -> tuple[str, ...]:
+    """The module paths of all layers of all stacks, in model order."""
+    return tuple(path for stack in layer_stacks(names) for path in stack)
+
+
+def partition_parameters(
+    parameters: Sequence[ParameterInfo],
+    strategy: Strategy,
+    *,
+    include_embedding: bool = False,
+    include_lm_head: bool = False,
+) -> tuple[Block, ...]:
+    """Cut a model into blocks, in model order: embedding (if asked for), layers, head (if asked for).
+
+    Args:
+        parameters: the distinct parameters in model order, as ``named_parameters()`` gives them; tied ones once.
+        strategy: ``layer`` makes each layer a block; ``attn-mlp`` cuts each layer into its token mixing and its
+            feed-forward part, each with the norms that feed it; ``matrix`` makes each weight matrix a block, together
+            with its bias and with the layer's small tensors near it.
+        include_embedding: also make a block of the embedding matrices.
+        include_lm_head: also make a block of the output projection. With tied weights that is the token embedding:
+            the first block, whichever of the two options asks for it.
+
+    Raises:
+        InputError: if no layers are found, or an included part does not exist.
+    """
+    if strategy not in STRATEGIES:
+        raise InputError(f"Unknown partition {strategy!r}.", advice=f"Choose one of {', '.join(STRATEGIES)}.")
+    paths = layer_paths(parameter.name for parameter in parameters)
+    if not paths:
+        raise InputError(
+            f"No repeated layers among {len(parameters)} parameters, so there is nothing to cut into blocks.",
+            advice="Pass the blocks yourself as block_prefix_list.",
+        )
+    blocks = []
+    for path in paths:
+        inside = [parameter for parameter in parameters if belongs(parameter.name, (path,))]
+        blocks.extend(layer_blocks(path, inside, strategy))
+    embedding, head = _outside(parameters, paths)
+    if include_embedding and not embedding:
+        raise InputError("No embedding matrix precedes the layers.", advice="Leave include_embedding off.")
+    if include_lm_head and not (head or embedding):
+        raise InputError("No output matrix follows the layers.", advice="Leave include_lm_head off.")
+    if include_lm_head and not head and not include_embedding:
+        embedding = [_token_embedding(embedding)]
+        include_embedding = True
+    if include_embedding:
+        blocks.insert(0, _outside_block("embedding", embedding, parameters))
+    if include_lm_head and head:
+        blocks.append(_outside_block("lm_head", head, parameters))
+    return tuple(blocks)
+
+
+def split_by_rows(block: Block, parameters: Sequence[ParameterInfo], limit: int) -> tuple[Block, ...]:
+    """Cut a block of more than ``limit`` entries into blocks of equal ranges of rows of its matrices.
+
+    Each piece holds the same share of the rows of every matrix; tensors with one row or one dimension go with the
+    first piece. A block within ``limit`` is returned as it is.
+    """
+    inside = [parameter for parameter in parameters if belongs(parameter.name, block.prefixes)]
+    rows = min((parameter.shape[0] for parameter in inside if parameter.is_matrix), default=1)
+    pieces = min(math.ceil(block.parameters / limit), rows)
+    if pieces <= 1 or any(rows_of(p.name, block.prefixes) for p in inside):
+        return (block,)
+    blocks = []
+    for piece in range(pieces):
+        prefixes, entries = [], 0
+        for parameter in inside:
+            if parameter.is_matrix:
+                first, end = (parameter.shape[0] * edge // pieces for edge in (piece, piece + 1))
+                prefixes.append(f"{parameter.name}[{first}:{end}]")
+                entries += (end - first) * math.prod(parameter.shape[1:])
+            elif piece == 0:
+                prefixes.append(parameter.name)
+                entries += parameter.numel
+        blocks.append(Block(f"{block.name}[{piece + 1}/{pieces}]", tuple(prefixes), entries))
+    return tuple(blocks)
+
+
+def _holds_modules(layers: dict[str, list[str]]) -> bool:
+    return any("." in inner for inners in layers.values() for inner in inners)
+
+
+def _largest(layers: dict[str, list[str]]) -> int:
+    return max(len(inners) for inners in layers.values())
+
+
+def _outside(
+    parameters: Sequence[ParameterInfo], paths: Sequence[str]
+) -> tuple[list[ParameterInfo], list[ParameterInfo]]:
+    """Parameters of embedding and of head: in modules with a matrix, before and after the last layer."""
+    layered = [belongs(parameter.name, paths) for parameter in parameters]
+    last = max(index for index, inside in enumerate(layered) if inside)
+    mixing = {_owner(parameter.name) for parameter in parameters if parameter.is_matrix}
+    matrices = [
+        (index, parameter)
+        for index, parameter in enumerate(parameters)
+        if not layered[index] and _owner(parameter.name) in mixing
+    ]
+    return [p for index, p in matrices if index < last], [p for index, p in matrices if index > last]
+
+
+def _token_embedding(embedding: list[ParameterInfo]) -> ParameterInfo:
+    """The matrix that a tied head shares: the largest one that holds no positions."""
+    tokens = [parameter for parameter in embedding if not _POSITIONS.search(parameter.name)]
+    return max(tokens or embedding, key=lambda parameter: parameter.numel)
+
+
+def _outside_block(name: str, inside: list[ParameterInfo], parameters: Sequence[ParameterInfo]) -> Block:
+    """A block of whole modules where nothing else lies under them, of single parameters elsewhere."""
+    chosen = {parameter.name for parameter in inside}
+    prefixes = []
+    for parameter in inside:
+        owner = _owner(parameter.name)
+        alone = owner and all(other.name in chosen for other in parameters if belongs(other.name, (owner,)))
+        prefixes.append(owner if alone else parameter.name)
+    distinct = list(dict.fromkeys(prefixes))
+    outermost = [path for path in distinct if not belongs(path, [other for other in distinct if other != path])]
+    return Block(name, tuple(outermost), sum(parameter.numel for parameter in inside))
+
+
+def _owner(name: str) -> str:
+    """The module path of a parameter; empty for one that hangs on the root."""
+    return name.rpartition(".")[0]

@@ -1,0 +1,1 @@
+"""What other libraries' loops need to know of block-coordinate training: callbacks and clipping."""

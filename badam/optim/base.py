@@ -1,0 +1,81 @@
+"""What the block optimizer and the ratio optimizer share: both wrap a base optimizer and train in visits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+from torch.optim import Optimizer
+
+from badam.optim.messages import Messages
+
+
+class VisitingOptimizer(Optimizer):
+    """An optimizer that trains one part of a model for K steps, a *visit*, and then moves on to another part.
+
+    Args:
+        groups: parameter groups, shared with ``base`` if there is one.
+        defaults: options of groups that do not set their own.
+        base: the optimizer whose update rule runs in a visit; None if the subclass has a rule of its own.
+        messages: where to announce visits.
+    """
+
+    # Class attributes, because subclasses read them before torch's constructor has run.
+    global_step: int = 0
+    visit: int = 0
+    steps_in_visit: int = 0
+    non_finite_steps: int = 0
+    _is_built: bool = False
+
+    def __init__(
+        self, groups: list[dict[str, Any]], defaults: dict[str, Any], *, base: Optimizer | None, messages: Messages
+    ) -> None:
+        self._wrapped = base
+        self._messages = messages
+        self._switch_hooks: list[Callable[[Any], None]] = []
+        super().__init__(groups, defaults)
+        self._is_built = True
+        self._share_with_base()
+
+    @property
+    def base_optimizer(self) -> Optimizer | None:
+        """The optimizer that runs within a visit, if it is not this one's own rule."""
+        return self._wrapped
+
+    @property
+    def verbose(self) -> int:
+        """0 prints nothing, 1 announces visits and skipped steps, 2 also lists what is trained."""
+        return self._messages.verbose
+
+    def register_switch_hook(self, hook: Callable[[Self], None]) -> Callable[[], None]:
+        """Call ``hook(self)`` now and after every switch; returns a function that removes the hook."""
+        self._switch_hooks.append(hook)
+        hook(self)
+        return lambda: self._switch_hooks.remove(hook)
+
+    def train(self) -> None:
+        """Passed on to a base optimizer that has this method, as schedule-free ones do."""
+        getattr(self._wrapped, "train", lambda: None)()
+
+    def eval(self) -> None:
+        """Passed on to a base optimizer that has this method, as schedule-free ones do."""
+        getattr(self._wrapped, "eval", lambda: None)()
+
+    def _share_with_base(self) -> None:
+        """Use the base optimizer's groups, state and defaults; again whenever it has replaced them by loading."""
+        if self._wrapped is not None:
+            self.param_groups = self._wrapped.param_groups
+            self.state = self._wrapped.state
+            self.defaults = self._wrapped.defaults
+
+    def _call_switch_hooks(self) -> None:
+        for hook in list(self._switch_hooks):
+            hook(self)
+
+
+def rounding_seed_of(seed: int, visit: int) -> int:
+    """The seed of stochastic rounding at the end of ``visit``.
+
+    It differs from visit to visit and depends on saved numbers only, so that a resumed run rounds alike.
+    """
+    return (seed * 0x9E3779B97F4A7C15 + visit * 0xD1B54A32D192ED03 + 1) % 2**63

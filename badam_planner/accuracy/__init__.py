@@ -1,0 +1,1 @@
+"""Predicted against measured, and what later predictions learn from it. Pure."""

@@ -1,0 +1,1 @@
+"""From a few rehearsed layers and sizes to the whole model, exactly. Pure."""

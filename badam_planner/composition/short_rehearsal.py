@@ -1,0 +1,137 @@
+"""A short rehearsal that answers for any depth. Pure, no torch.
+
+The outline of a rehearsal, its full depth and the order of its events are needed again and again and found
+once: many blocks have one rehearsal, and many sizes one pattern (badam_planner.composition.sizes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from badam.plan import Dtype, Rates, Target
+from badam.vocabulary import Phase
+from badam_planner.composition.compose import Run, compose, composed_work
+from badam_planner.composition.peaks import BlockPeaks, Outline
+from badam_planner.composition.renaming import renamed, renamed_work
+from badam_planner.composition.sizes import filled_in
+from badam_planner.composition.step_time import Effort, Pace
+from badam_planner.recording.forecast import Forecast, Forecaster
+from badam_planner.recording.recording import Flops, Recording, settled
+
+
+@dataclass(slots=True)
+class Rehearsed:
+    """A rehearsal with four cycles of each run of equal layers, or a family's pattern of such."""
+
+    recording: Recording
+    names: Sequence[str]  # its layers in order, see names_of
+    runs: Sequence[tuple[tuple[str, ...], ...]]  # the four cycles of each run, by these names
+    is_pattern: bool = False
+    outlines: dict[Hashable, Outline] = field(default_factory=dict)
+    paces: dict[Hashable, Pace] = field(default_factory=dict)
+    forecasters: dict[Hashable, Forecaster] = field(default_factory=dict)
+    works: dict[Hashable, Flops] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, recording: Recording, layers: Sequence[str], runs: Sequence[Run], *, is_pattern: bool = False
+    ) -> Rehearsed:
+        """A recording, or the pattern of a family of them, of a model whose ``layers`` form ``runs``."""
+        return cls(recording, names_of(layers, runs), [run.stand_ins() for run in runs], is_pattern)
+
+    def outline(self, target: Target) -> Outline:
+        """Its outline for a device."""
+        key = (target.gpu == "cpu", target.workspace_bytes)
+        if key not in self.outlines:
+            self.outlines[key] = Outline(self.recording, self.runs, target)
+        return self.outlines[key]
+
+    def pace(self, rates: Rates | None, dtype: Dtype) -> Pace:
+        """Its pace at given rates."""
+        key = (rates and rates.model_dump_json(), dtype)
+        if key not in self.paces:
+            self.paces[key] = Pace(self.recording, self.runs, rates, dtype)
+        return self.paces[key]
+
+    def composed(self, layers: Sequence[str], runs: Sequence[Run]) -> Recording:
+        """It with all ``layers`` of the model, which form ``runs``.
+
+        Raises:
+            NotPeriodic: if a run cannot be composed.
+        """
+        recording = renamed(self.recording, self._new_names(layers, runs))
+        for run in runs:
+            recording = compose(recording, run)
+        return recording if self.is_pattern else settled(recording)
+
+    def forecaster(self, layers: Sequence[str], runs: Sequence[Run], target: Target, head_module: str) -> Forecaster:
+        """A forecaster of what :meth:`composed` gives."""
+        key = (tuple(runs), target.gpu == "cpu", target.workspace_bytes, head_module)
+        if key not in self.forecasters:
+            self.forecasters[key] = Forecaster(self.composed(layers, runs), target, head_module=head_module)
+        return self.forecasters[key]
+
+    def flops(self, layers: Sequence[str], runs: Sequence[Run]) -> Flops:
+        """Operations of what :meth:`composed` gives."""
+        key = tuple(runs)
+        if key not in self.works:
+            flops = renamed_work(self.recording.flops, self._new_names(layers, runs))
+            for run in runs:
+                flops = composed_work(flops, run)
+            self.works[key] = flops
+        return self.works[key]
+
+    def _new_names(self, layers: Sequence[str], runs: Sequence[Run]) -> dict[str, str]:
+        return dict(zip(self.names, names_of(layers, runs), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a rehearsal says of one block of one plan: its layers, its runs' lengths and its size are known."""
+
+    rehearsed: Rehearsed
+    layers: Sequence[str]
+    runs: Sequence[Run]
+    numbers: Sequence[int] | None = None
+    """What bytes and operations of a family's pattern are places in; None if they are themselves."""
+
+    @property
+    def _totals(self) -> list[int]:
+        return [len(run.cycles) for run in self.runs]
+
+    def recording(self) -> Recording:
+        """All events at full depth; NotPeriodic is raised if it cannot be composed."""
+        recording = self.rehearsed.composed(self.layers, self.runs)
+        return recording if self.numbers is None else filled_in(recording, self.numbers)
+
+    def peaks(self, target: Target) -> BlockPeaks:
+        """The peaks at full depth; NotPeriodic is raised if they cannot be told."""
+        return self.rehearsed.outline(target).peaks(self._totals, self.numbers)
+
+    def forecast(self, target: Target, head_module: str) -> Forecast:
+        """The forecast at full depth; NotPeriodic is raised if it cannot be composed."""
+        forecaster = self.rehearsed.forecaster(self.layers, self.runs, target, head_module)
+        return forecaster.forecast(target, self.numbers)
+
+    def flops(self) -> Flops:
+        """Operations at full depth."""
+        flops = self.rehearsed.flops(self.layers, self.runs)
+        return flops if self.numbers is None else {place: self.numbers[row] for place, row in flops.items()}
+
+    def efforts(self, rates: Rates | None, dtype: Dtype) -> dict[Phase, Effort]:
+        """Work and time by phase at full depth; a family's pattern has no traffic."""
+        return self.rehearsed.pace(rates, dtype).efforts(self._totals)
+
+
+def names_of(layers: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The layers of a rehearsal in order, runs as the four cycles that they are composed from."""
+    first = {run.cycles[0][0]: run for run in runs}
+    inside = {layer for run in runs for cycle in run.cycles for layer in cycle}
+    names: list[str] = []
+    for layer in layers:
+        if layer in first:
+            names += [each for cycle in first[layer].stand_ins() for each in cycle]
+        elif layer not in inside:
+            names.append(layer)
+    return names

@@ -1,0 +1,1 @@
+"""From the rehearsal of one GPU's step to that of one of N ranks. Pure."""

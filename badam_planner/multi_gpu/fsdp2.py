@@ -1,0 +1,358 @@
+"""From the rehearsal of a step on one card to that of one of N cards, sharded or with whole copies. Pure, no torch.
+
+The activations of a card's own micro-batch are those of the rehearsal. What changes is where the states lie and what
+has to be fetched: under FSDP2 each card keeps one N-th of every parameter, master, moment and gradient, and around
+each layer's passage come buffers of the gathered layer. With several copies of the model, each cut over N cards (HSDP),
+the copies average what each card has of the gradients. :func:`shard` puts these into the recording where FSDP2 makes
+them, so that peaks, categories and the allocator's rounding follow as for one card. docs/many-gpus.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from badam.blocks.names import ParameterInfo, belongs, enclosing
+from badam.plan import ENTRY_BYTES, Dtype, Plan
+from badam.vocabulary import Category, Phase
+from badam_planner.multi_gpu.gloo import gloos_copies
+from badam_planner.multi_gpu.per_rank import (
+    GATHER_BUFFER,
+    REDUCTION_INPUT,
+    SPREAD,
+    buffer,
+    cut,
+    on_one_card,
+    owner_of,
+    spread_out,
+)
+from badam_planner.recording.recording import NEVER, Allocation, Recording
+
+ROOT = ""
+"""The unit of all parameters that are in no layer: gathered from the start of forward to the end of backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Parameters that are gathered together."""
+
+    path: str  # of the module; ROOT for what is left
+    parameters: tuple[ParameterInfo, ...]
+
+    def shard_entries(self, shards: int) -> int:
+        """Entries that one card keeps, with the padding of tensors whose rows do not divide."""
+        return sum(shard_entries(info, shards) for info in self.parameters)
+
+    def gathered_entries(self, shards: int) -> int:
+        """Entries of the unit when it is whole, with padding."""
+        return shards * self.shard_entries(shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How a model is cut over cards.
+
+    Args:
+        units: in order of execution, the root last.
+        shards: N, the cards that one copy is cut over.
+        dtype: of the parameters, in which they are gathered.
+        trained: names of the active block's parameters.
+        replicas: copies of the model; their gradients are averaged.
+        over_gloo: the cards are processes on the CPU, and gloo carries their messages.
+    """
+
+    units: tuple[Unit, ...]
+    shards: int
+    dtype: Dtype
+    trained: frozenset[str]
+    replicas: int = 1
+    over_gloo: bool = False
+
+    @property
+    def shapes(self) -> dict[str, ParameterInfo]:
+        """The model's parameters by name."""
+        return {info.name: info for unit in self.units for info in unit.parameters}
+
+    def unit_of(self, name: str) -> Unit:
+        """The unit that a parameter or module belongs to."""
+        for unit in self.units:
+            if unit.path != ROOT and belongs(name, (unit.path,)):
+                return unit
+        return self.units[-1]
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one gathered entry."""
+        return ENTRY_BYTES[self.dtype]
+
+
+def sharding_of(
+    plan: Plan, parameters: Sequence[ParameterInfo], layers: Sequence[str], head_module: str, trained: frozenset[str]
+) -> Sharding:
+    """How the plan's engine cuts the model while the parameters ``trained`` are active."""
+    target, units = plan.target, units_of(parameters, layers, head_module)
+    on_cpu = target.gpu == "cpu"
+    return Sharding(units, target.shards, plan.training.dtype, trained, target.replicas, over_gloo=on_cpu)
+
+
+def per_card(recording: Recording, plan: Plan, sharding: Sharding) -> Recording:
+    """The recording of one of the plan's cards, from that of one card alone."""
+    if plan.target.engine == "fsdp2":
+        return shard(recording, sharding)
+    return replicate(recording) if plan.target.engine == "ddp" else recording
+
+
+def shard_entries(info: ParameterInfo, shards: int) -> int:
+    """Entries of one card's part of a parameter: its rows are distributed, the last card's are padded."""
+    rows, *rest = info.shape or (1,)
+    return math.ceil(rows / shards) * math.prod(rest)
+
+
+def units_of(parameters: Sequence[ParameterInfo], layers: Sequence[str], head_module: str) -> tuple[Unit, ...]:
+    """The units that badam.distributed.fsdp2 makes: an embedding of its own, every layer, the root with the rest.
+
+    An embedding that the head shares belongs to the root.
+    """
+    names = [info.name for info in parameters]
+    first_layered = next((index for index, name in enumerate(names) if belongs(name, layers)), len(names))
+    tied = not head_module or f"{head_module}.weight" not in names
+    embedding = [] if tied else [info for info in parameters[:first_layered] if info.is_matrix][:1]
+    own = [info.name for info in embedding]
+    units = [Unit(info.name.rpartition(".")[0], (info,)) for info in embedding]
+    units += [Unit(path, tuple(info for info in parameters if belongs(info.name, (path,)))) for path in layers]
+    rest = tuple(info for info in parameters if not belongs(info.name, layers) and info.name not in own)
+    return (*units, Unit(ROOT, rest))
+
+
+def shard(recording: Recording, sharding: Sharding) -> Recording:
+    """The recording of one of ``sharding.shards`` cards under FSDP2.
+
+    Formula: parameters, masters, moments, gradients and temporaries of step and switch hold ceil(rows / N) rows.
+    Around a unit's forward and backward are its gather buffer and its whole parameters, 2 bytes an entry each for
+    bf16; the next unit's buffer joins them, because gathers run ahead. After the active unit's backward its whole
+    gradient in the model's type meets the fp32 buffer of the reduction and its 1/N, which several copies of the model
+    add up over the micro-batches and average in the last one, in a buffer that stays to the end of backward.
+    On the CPU gloo copies each message, see :func:`badam_planner.multi_gpu.gloo.gloos_copies`.
+    Not counted: buffers of the communication library on a card (NCCL: see docs/many-gpus.md), event and stream objects.
+    """
+    shapes = sharding.shapes
+    spread = spread_out(recording)
+    passes = Passes(spread, sharding)
+
+    def rows(allocation: Allocation, info: ParameterInfo) -> Allocation:
+        count, *rest = info.shape or (1,)
+        return cut(allocation, info, (math.ceil(count / sharding.shards), *rest))
+
+    gradients, allocations = on_one_card(spread, shapes, sharding.shards, rows)
+    allocations += [buffer for buffer in passes.buffers() if buffer.nbytes]
+    if gradients:
+        allocations += _reduced(gradients, allocations, passes, sharding, shapes)
+    if sharding.over_gloo:
+        allocations += list(gloos_copies(allocations))
+    allocations.sort(key=lambda allocation: allocation.born)
+    return replace(spread, allocations=allocations)
+
+
+def replicate(recording: Recording) -> Recording:
+    """The recording of a card with a whole copy: the active block's fp32 gradients are averaged in one message.
+
+    Formula: 4 bytes per active entry more, while they are averaged at the start of the step.
+    """
+    spread = spread_out(recording)
+    step = _last_step(spread)
+    entries = sum(
+        math.prod(allocation.shape)
+        for allocation in spread.allocations
+        if allocation.category is Category.GRADIENT and allocation.born < step <= allocation.died
+    )
+    message = buffer("gradients in one message", 4 * entries, step + 1, step + 2, Phase.STEP, "float32")
+    return replace(spread, allocations=sorted([*spread.allocations, message], key=lambda each: each.born))
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One micro-batch: ticks at which units begin, in order."""
+
+    forward: dict[Unit, int]
+    backward: dict[Unit, int]
+    begins: int
+    ends: int  # of backward
+    turns: int  # backward begins
+
+
+class Passes:
+    """The micro-batches of a recording, with the gathers that FSDP2 makes in them."""
+
+    def __init__(self, recording: Recording, sharding: Sharding) -> None:
+        self.recording = recording
+        self.sharding = sharding
+        self.every = list(self._read())
+        self._last_born = self._find_last_born()
+
+    def _read(self) -> Iterator[Pass]:
+        starts = [*self.recording.phase_starts, (self.recording.end, Phase.SETUP)]
+        begins = [tick for tick, phase in starts if phase is Phase.FORWARD]
+        for index, begin in enumerate(begins):
+            following = begins[index + 1] if index + 1 < len(begins) else self.recording.end
+            inside = [(tick, phase) for tick, phase in starts if begin <= tick < following]
+            turns = next(tick for tick, phase in inside if phase is Phase.BACKWARD)
+            ends = next((tick for tick, phase in inside if phase in (Phase.STEP, Phase.SETUP)), following)
+            marks = [mark for mark in self.recording.layer_marks if begin <= mark.tick < ends]
+            forward, backward = (
+                {self.sharding.unit_of(mark.layer): mark.tick for mark in marks if mark.kind == kind}
+                for kind in ("forward", "backward")
+            )
+            early = [unit for unit in self.sharding.units[:-1] if unit not in forward]  # the embedding has no mark
+            # The root is gathered first, and nothing of a gather reaches back into the phase before.
+            first = {unit: begin + 10 + 3 * index for index, unit in enumerate(early)}
+            yield Pass({self.sharding.units[-1]: begin + 7, **first, **forward}, backward, begin, ends, turns)
+
+    def reduced_at(self, one: Pass, unit: Unit) -> int:
+        """When a unit's gradients are reduced: when backward enters the next unit, or at its end.
+
+        The last unit of backward has no input that a gradient flows to, so FSDP2 comes to it in the end.
+        """
+        later = [tick for tick in one.backward.values() if tick > one.backward.get(unit, one.ends)]
+        return min(later, default=one.ends) - 9
+
+    def buffers(self) -> Iterator[Allocation]:
+        """Gather buffers and whole parameters of every unit in every micro-batch."""
+        for one in self.every:
+            yield from self._forward(one)
+            yield from self._backward(one)
+
+    def _forward(self, one: Pass) -> Iterator[Allocation]:
+        ticks = [*one.forward.values(), one.turns]
+        for (unit, tick), after in zip(one.forward.items(), ticks[1:], strict=True):
+            # The buffer goes when the next unit is whole, the whole parameters when this unit is through.
+            yield self._gathering(unit, tick - 6, after - 3, Phase.FORWARD)
+            until = one.ends - 10 if unit.path == ROOT else min(after - 7, self._left(one, unit))
+            yield self._whole(unit, tick - 4, until, Phase.FORWARD)
+
+    def _left(self, one: Pass, unit: Unit) -> int:
+        """When forward has left a unit: after the last tensor that was made in it."""
+        return self._last_born.get((one.begins, unit.path), one.turns) + 2
+
+    def _find_last_born(self) -> dict[tuple[int, str], int]:
+        """By micro-batch and unit, when its last tensor was made."""
+        units = {unit.path for unit in self.sharding.units}
+        found: dict[tuple[int, str], int] = {}
+        for one in self.every:
+            for allocation in self.recording.allocations:
+                if allocation.phase is Phase.FORWARD and one.begins <= allocation.born < one.turns:
+                    found[one.begins, enclosing(allocation.module, units)] = allocation.born
+        return found
+
+    def _backward(self, one: Pass) -> Iterator[Allocation]:
+        prefetched = one.turns + 1  # the root's backward begins first, and asks for the last unit
+        for unit, tick in one.backward.items():
+            yield self._gathering(unit, prefetched, tick - 2, Phase.BACKWARD)
+            yield self._whole(unit, tick - 3, self.reduced_at(one, unit), Phase.BACKWARD)
+            prefetched = tick - 1
+
+    def _gathering(self, unit: Unit, born: int, died: int, phase: Phase) -> Allocation:
+        return buffer(f"{GATHER_BUFFER} {unit.path or 'the rest'}", self._bytes(unit), born, died, phase, unit.path)
+
+    def _whole(self, unit: Unit, born: int, died: int, phase: Phase) -> Allocation:
+        return buffer(f"gathered {unit.path or 'rest'}", self._bytes(unit), born, died, phase, unit.path)
+
+    def _bytes(self, unit: Unit) -> int:
+        return unit.gathered_entries(self.sharding.shards) * self.sharding.entry_bytes
+
+
+def _reduced(
+    gradients: Sequence[Allocation],
+    allocations: list[Allocation],
+    passes: Passes,
+    sharding: Sharding,
+    shapes: dict[str, ParameterInfo],
+) -> list[Allocation]:
+    """Whole gradients until the reduction, its buffers, and the fp32 part that stays; changes ``allocations``.
+
+    Autograd's own gradient, which one card adds into an fp32 one at once, lives until its unit is reduced.
+    """
+    added: list[Allocation] = []
+    by_unit: dict[Unit, list[Allocation]] = {}
+    for gradient in gradients:
+        by_unit.setdefault(sharding.unit_of(owner_of(gradient)), []).append(gradient)
+    for number, one in enumerate(passes.every):
+        for unit, members in by_unit.items():
+            at = passes.reduced_at(one, unit)
+            shift = one.backward.get(unit, one.turns) - passes.every[0].backward.get(unit, passes.every[0].turns)
+            for member in members:
+                twin = twin_of(member, allocations, sharding) if number == 0 else None
+                if twin is not None:
+                    allocations.remove(twin)
+                nbytes = math.prod(member.shape) * sharding.entry_bytes
+                born = (twin or member).born + shift
+                added.append(replace(member, nbytes=nbytes, born=born, died=at + 2, dtype=sharding.dtype))
+            entries = sum(shard_entries(shapes[owner_of(member)], sharding.shards) for member in members)
+            whole = 4 * sharding.shards * entries
+            added.append(buffer(REDUCTION_INPUT, whole, at + 1, one.ends - 1, Phase.BACKWARD, unit.path))
+            kept = max((member.died for member in members), key=lambda tick: math.inf if tick == NEVER else tick)
+            parts = _averaged if sharding.replicas > 1 else _summed
+            added += parts(Reduction(unit, entries, number, kept), passes, at, sharding.entry_bytes)
+    return added
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """The gradients of one unit in one micro-batch, which the cards of one copy add up."""
+
+    unit: Unit
+    entries: int  # of this card's part
+    number: int  # of the micro-batch
+    kept: int  # when the fp32 gradient of the step goes
+
+    def wide(self, label: str, born: int, died: int) -> Allocation:
+        """A part in fp32."""
+        return buffer(label, 4 * self.entries, born, died, Phase.BACKWARD, self.unit.path)
+
+    def narrow(self, born: int, entry_bytes: int) -> list[Allocation]:
+        """A part in the model's type, in passing, if that is not fp32."""
+        size, label = entry_bytes * self.entries, "reduced, in the model's type"
+        return [buffer(label, size, born, born + 2, Phase.BACKWARD, self.unit.path)] if entry_bytes < 4 else []
+
+    def gradient(self, born: int) -> Allocation:
+        """What the optimizer steps with."""
+        return replace(self.wide(f"gradient of {self.unit.path}", born, self.kept), category=Category.GRADIENT)
+
+
+def _summed(reduction: Reduction, passes: Passes, at: int, entry_bytes: int) -> list[Allocation]:
+    """This card's part of a sum over the cards of the only copy, which the optimizer takes at once."""
+    parts = reduction.narrow(at + 4, entry_bytes)
+    if reduction.number == 0:
+        return [*parts, reduction.gradient(at + 3)]
+    return [*parts, reduction.wide("gradient of the batch", at + 3, at + 6)] if parts else []
+
+
+def _averaged(reduction: Reduction, passes: Passes, at: int, entry_bytes: int) -> list[Allocation]:
+    """This card's part of a sum over one copy, which waits for the last micro-batch and goes through all copies.
+
+    FSDP2 holds what it averages until the end of backward, beside the gradient in the model's type that it makes of it
+    and the fp32 one that the optimizer keeps.
+    """
+    last = passes.every[-1]
+    if reduction.number < len(passes.every) - 1:
+        until = passes.reduced_at(last, reduction.unit) + 7 if reduction.number == 0 else at + 6
+        return [reduction.wide("sum over the batches", at + 3, until)]
+    narrow = reduction.narrow(at + 4, entry_bytes)
+    held = [reduction.wide("averaged over the copies", at + 3, last.ends - 1)] if narrow else []
+    return [*held, *narrow, reduction.gradient(at + 5 if narrow else at + 3)]
+
+
+def twin_of(gradient: Allocation, allocations: Sequence[Allocation], sharding: Sharding) -> Allocation | None:
+    """The gradient in the model's type that a wider one was copied from, and which died right after."""
+    if gradient.dtype == sharding.dtype:
+        return None
+    for allocation in allocations:
+        close = gradient.born < allocation.died <= gradient.born + 4 * SPREAD
+        if close and allocation.dtype == sharding.dtype and math.prod(allocation.shape) == math.prod(gradient.shape):
+            return allocation
+    return None
+
+
+def _last_step(recording: Recording) -> int:
+    forward = max(tick for tick, phase in recording.phase_starts if phase is Phase.FORWARD)
+    return next(tick for tick, phase in recording.phase_starts if phase is Phase.STEP and tick > forward)

@@ -1,0 +1,217 @@
+"""From the rehearsal of a step on one card to that of one of N cards under DeepSpeed's ZeRO-3. Pure, no torch.
+
+DeepSpeed gathers matrix by matrix, up to a layer ahead, as badam.distributed.deepspeed.engine asks it to; norms and
+biases stay gathered. Which are there when, zero3_gathers says. What it holds for the active block beside masters
+and moments are fp32 gradients of this card's part and buffers of the size of the largest matrix. docs/many-gpus.md has
+the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from badam.blocks.names import ParameterInfo
+from badam.plan import Offload
+from badam.vocabulary import Category, Phase
+from badam_planner.multi_gpu.fsdp2 import (
+    ROOT,
+    Pass,
+    Passes,
+    Sharding,
+    twin_of,
+)
+from badam_planner.multi_gpu.gloo import gloos_copies
+from badam_planner.multi_gpu.module_uses import uses_of
+from badam_planner.multi_gpu.per_rank import REDUCTION_INPUT, STATES, buffer, cut, on_one_card, spread_out
+from badam_planner.multi_gpu.traffic import Traffic, traffic, traffic_of_everything
+from badam_planner.multi_gpu.zero3_gathers import Gathers, Rules
+from badam_planner.recording.recording import NEVER, Allocation, Recording
+
+
+def partition(
+    recording: Recording,
+    sharding: Sharding,
+    head_module: str,
+    offload: Offload = "none",
+    *,
+    shares_memory: bool = False,
+) -> Recording:
+    """The recording of one of ``sharding.shards`` cards under ZeRO-3.
+
+    Formula: matrices, masters, moments and temporaries of the step hold ceil(entries / N), vectors these and all of
+    their entries. Matrices are whole, and come in messages, when zero3_gathers says so. Whole gradients
+    live until the next one is there. The active block has 4 bytes an entry / N of gradients and a bucket, in
+    backward also the reordered input of a reduction. Masters, moments and this card's gradients are in host memory if
+    ``offload`` is ``optimizer``, and all parts of parameters too if it is ``all``.
+    On the CPU gloo copies each message, see :func:`badam_planner.multi_gpu.gloo.gloos_copies`.
+    Not counted: buffers of the communication library on a card, event and stream objects, parts that are copied to the
+    card to be gathered.
+
+    Args:
+        recording: of one card alone.
+        sharding: of the plan.
+        head_module: path of the output projection, which may share the embedding's matrix; "" if there is none.
+        offload: what lies in host memory.
+        shares_memory: whether the card is the host itself, so that what is offloaded stays; see :func:`on_host`.
+    """
+    spread = spread_out(recording)
+    kept = _kept(sharding)
+
+    def part(allocation: Allocation, info: ParameterInfo) -> Allocation | None:
+        if allocation.category is Category.PARAMETER and info.name in kept:
+            return allocation
+        if offload != "none" and (allocation.category in STATES or offload == "all"):
+            return None
+        return cut(allocation, info, (_part(info, sharding),))
+
+    # The optimizer steps where its states are.
+    gradients, allocations = on_one_card(spread, sharding.shapes, sharding.shards, part, steps_here=offload == "none")
+    passes = Passes(spread, sharding)
+    for one in passes.every:
+        allocations += _whole(_gathered(passes, one, sharding, head_module), one, sharding)
+        allocations += _whole_gradients(gradients, allocations, one, passes, sharding)
+    allocations += _buffers(sharding, offload, passes)
+    if shares_memory:
+        allocations += on_host(sharding, offload)
+    if sharding.over_gloo:
+        allocations += list(gloos_copies(allocations))
+    allocations.sort(key=lambda allocation: allocation.born)
+    return replace(spread, allocations=[each for each in allocations if each.nbytes])
+
+
+def zero3_traffic(
+    recording: Recording, sharding: Sharding, head_module: str, micro_batches: int
+) -> tuple[Traffic, Traffic]:
+    """What the cards send in a step, and what they would if everything were trained; reduced in the model's type."""
+    entry = sharding.entry_bytes
+    passes = Passes(spread_out(recording), sharding)
+    messages = [members for one in passes.every for members in _gathered(passes, one, sharding, head_module).messages]
+    reduced = traffic(recording, sharding, entry)
+    own = replace(
+        reduced,
+        gathers=len(messages),
+        gathered_bytes=sum(info.numel for members in messages for info in members) * entry,
+    )
+    return own, traffic_of_everything(sharding, micro_batches, entry)
+
+
+def _kept(sharding: Sharding) -> frozenset[str]:
+    """Names of the parameters that stay gathered: those up to the size of the largest vector."""
+    every = sharding.shapes.values()
+    most = max((info.numel for info in every if not info.is_matrix), default=0)
+    return frozenset(info.name for info in every if info.numel <= most)
+
+
+def _gathered(passes: Passes, one: Pass, sharding: Sharding, head_module: str) -> Gathers:
+    """What is gathered in one micro-batch."""
+    every = tuple(sharding.shapes.values())
+    roots = {name.partition(".")[0] for name in (*sharding.shapes, head_module)}
+    parameters: dict[str, tuple[ParameterInfo, ...]] = {}
+    for info in every:
+        owner = info.name.rpartition(".")[0]
+        parameters[owner] = (*parameters.get(owner, ()), info)
+    if head_module and head_module not in parameters:  # it shares the matrix of the embedding
+        parameters[head_module] = tuple(info for info in sharding.units[-1].parameters if info.is_matrix)[:1]
+    layer = _largest_layer(sharding)
+    rules = Rules(parameters, sharding.trained, _kept(sharding), sharding.shards, layer, layer)
+    return Gathers(uses_of(passes.recording, one.begins, one.turns, one.ends, roots), rules)
+
+
+def _whole(gathers: Gathers, one: Pass, sharding: Sharding) -> Iterator[Allocation]:
+    """Whole matrices and the messages that bring them, as they are there in a micro-batch."""
+    for each in gathers.found:
+        phase = Phase.FORWARD if each.born < one.turns else Phase.BACKWARD
+        died = one.ends - 1 if each.died is None else each.died
+        yield buffer(each.label, each.entries * sharding.entry_bytes, each.born, died, phase, each.module)
+
+
+def _whole_gradients(
+    gradients: Sequence[Allocation], allocations: list[Allocation], one: Pass, passes: Passes, sharding: Sharding
+) -> list[Allocation]:
+    """Autograd's gradients, each until the next one is there; takes the rehearsal's out of ``allocations``."""
+    first = passes.every[0]
+    members = sorted(gradients, key=lambda gradient: gradient.born)
+    found: list[Allocation] = []
+    for member in members:
+        twin = twin_of(member, allocations, sharding) if one is first else None
+        if twin is not None:
+            allocations.remove(twin)
+        born = (twin or member).born + one.turns - first.turns
+        nbytes = math.prod(member.shape) * sharding.entry_bytes
+        found.append(replace(member, nbytes=nbytes, born=born, died=one.ends - 1, dtype=sharding.dtype))
+    for index, following in enumerate(found[1:]):
+        found[index] = replace(found[index], died=following.born + 2)
+    if found:
+        largest = max(gradient.nbytes for gradient in found)
+        begins = min(gradient.born for gradient in found)
+        found.append(buffer(REDUCTION_INPUT, largest, begins + 1, one.ends - 1, Phase.BACKWARD, ROOT))
+    return found
+
+
+def on_host(sharding: Sharding, offload: Offload) -> list[Allocation]:
+    """What a process has in host memory while a block is active.
+
+    Formula: with A entries of the block and M of the model, each in N parts, 20A/N: masters 4, moments 8, gradients 4
+    as they are collected and 4 as the step takes them. With ``all`` also the parts of all parameters, 2M/N in bf16.
+    Not counted: what is built before DeepSpeed takes the model apart, checkpoints, the process itself; torch's pinned
+    memory, in which the step's gradients and the block's parts lie on a card, comes in powers of two.
+    """
+    if offload == "none":
+        return []
+    parts = _parts(sharding)
+    held = [
+        ("masters", 4 * parts, Category.MASTER),
+        ("moments", 8 * parts, Category.OPTIMIZER_STATE),
+        ("gradients as collected", 4 * parts, Category.GRADIENT),
+        ("gradients of the step", 4 * parts, Category.GRADIENT),
+    ]
+    if offload == "all":
+        every = sum(_part(info, sharding) for info in sharding.shapes.values())
+        held.append(("parts of parameters", every * sharding.entry_bytes, Category.PARAMETER))
+    return [
+        replace(buffer(f"{what} in host memory", nbytes, 0, NEVER, Phase.SETUP, ROOT), category=category)
+        for what, nbytes, category in held
+    ]
+
+
+def _buffers(sharding: Sharding, offload: Offload, passes: Passes) -> Iterator[Allocation]:
+    """What DeepSpeed keeps for the active block on the card."""
+    largest = max((info.numel for info in _trained(sharding)), default=0)
+    yield buffer("bucket of gradients", largest * sharding.entry_bytes, 0, NEVER, Phase.SETUP, ROOT)
+    parts = 4 * _parts(sharding)
+    if offload == "none":
+        gradients = buffer("gradients of this card's part", parts, 0, NEVER, Phase.SETUP, ROOT)
+        yield replace(gradients, category=Category.GRADIENT)
+        if sharding.entry_bytes == 4:  # DeepSpeed copies fp32 parameters too
+            master = buffer("masters of this card's part", parts, 0, NEVER, Phase.SETUP, ROOT)
+            yield replace(master, category=Category.MASTER)
+        return
+    on_its_way = -(-4 * largest // sharding.shards)
+    for one in passes.every:
+        passing = buffer("gradient on its way to the host", on_its_way, one.turns + 1, one.ends, Phase.BACKWARD, ROOT)
+        yield replace(passing, card_only=True)
+
+
+def _trained(sharding: Sharding) -> list[ParameterInfo]:
+    return [info for info in sharding.shapes.values() if info.name in sharding.trained]
+
+
+def _parts(sharding: Sharding) -> int:
+    """Entries of the active block that one card has."""
+    return sum(_part(info, sharding) for info in _trained(sharding))
+
+
+def _part(info: ParameterInfo, sharding: Sharding) -> int:
+    return -(-info.numel // sharding.shards)
+
+
+def _largest_layer(sharding: Sharding) -> int:
+    """Entries of the largest layer, or of the whole model if it has none, which DeepSpeed is told."""
+    sizes = [
+        sum(info.numel for info in unit.parameters)
+        for unit in sharding.units
+        if unit.path != ROOT and len(unit.parameters) > 1
+    ]
+    return max(sizes, default=sum(info.numel for info in sharding.shapes.values()))

@@ -1,0 +1,1 @@
+"""Allocations over time and what an allocator makes of them. Pure."""

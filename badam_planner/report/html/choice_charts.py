@@ -1,0 +1,240 @@
+"""Charts that help to choose: the methods on this card, and which batch sizes and lengths fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from badam.units import format_bytes
+from badam.vocabulary import Category
+from badam_planner.report.formulas import formula_of
+from badam_planner.report.html.chart import (
+    Chart,
+    Scale,
+    TableData,
+    category_style,
+    escaped,
+    filled,
+    limit_line,
+    scale_for,
+    within_sight,
+)
+from badam_planner.report.html.overview_charts import standing_of
+from badam_planner.report.text import clean
+from badam_planner.search.result import Candidate, SearchResult, SizeCell, SizeMap
+
+LEVELS = (
+    ("fits", "#b7dfd2"),
+    ("fits with checkpointing", "#8fc1e3"),
+    ("does not fit", "#f2b79f"),
+)
+"""How a size is drawn. Light in both themes, with dark words on them that say the same."""
+
+DARK_INK = "#1b1f24"
+
+
+def methods_chart(result: SearchResult) -> Chart | None:
+    """The device peak of each compared method, stacked by what it is made of; None where only one was planned.
+
+    Of a method with several partitions the recommended one stands for it, or the first that fits.
+    """
+    chosen = [_of_method(result, method) for method in dict.fromkeys(one.method for one in result.candidates)]
+    if len(chosen) + len(result.left_out) < 2:
+        return None
+    chosen.sort(key=lambda one: one.peak_device_bytes)
+    largest = chosen[-1].peak_device_bytes
+    scale = scale_for(largest)
+    parts = [device_parts(one) for one in chosen]
+    names = [
+        f"{'' if one.fits else '✗ '}{escaped(one.method)} {one.peak_device_bytes / scale.factor:.1f}" for one in chosen
+    ]
+    traces = [
+        _part_bars(category, names, [part.get(category, 0) for part in parts], scale)
+        for category in Category
+        if any(part.get(category) for part in parts)
+    ]
+    fitting = [one for one in chosen if one.fits]
+    least = f"; {clean(fitting[0].method)} needs least" if fitting else ""
+    left_out = "".join(f" Left out: {clean(method)}. {clean(reason)}" for method, reason in result.left_out)
+    limit = limit_line(result.usable_bytes, scale, vertical=True)
+    del limit["label"]  # it would lie on the bars
+    shown_limit = within_sight(result.usable_bytes, largest)
+    # A method that needs several cards would squeeze the others: its bar is cut at the edge, its name says the size.
+    edge = min(largest, max(2 * result.usable_bytes, 3 * chosen[0].peak_device_bytes // 2))
+    edge = max(edge, result.usable_bytes if shown_limit else 0)
+    layout = {
+        "barmode": "stack",
+        "xaxis": {
+            "title": {
+                "text": f"peak on the device ({scale.unit})<br>dashed: limit {format_bytes(result.usable_bytes)}"
+            },
+            "range": [0, scale(edge) * 1.02],
+        },
+        "yaxis": {"autorange": "reversed", "ticklabelposition": "outside", "type": "category"},
+        "shapes": [limit] if shown_limit else [],
+    }
+    table = TableData(
+        (
+            "method",
+            "blocks by",
+            "checkpointing",
+            "loss",
+            "model states",
+            "device peak",
+            "headroom",
+            "backward",
+            "verdict",
+        ),
+        tuple(
+            (
+                clean(one.method),
+                one.strategy,
+                one.checkpointing,
+                one.loss,
+                f"{format_bytes(one.formula_bytes)} = {formula_of(one.method)}",
+                format_bytes(one.peak_device_bytes),
+                format_bytes(one.headroom_bytes),
+                f"{one.backward_relative:.0%}",
+                standing_of(one),
+            )
+            for one in chosen
+        )
+        + tuple((clean(method), *("-",) * 7, f"left out: {clean(reason)}") for method, reason in result.left_out),
+    )
+    summary = (
+        f"{len(fitting)} of {len(chosen)} methods fit into {format_bytes(result.usable_bytes)} at batch "
+        f"{result.batch}, each with its fastest setting that fits{least}.{left_out}"
+    )
+    return Chart(
+        "methods", "Methods compared on this card", summary, tuple(traces), layout, table, 140 + 34 * len(chosen)
+    )
+
+
+def sizes_chart(sizes: SizeMap) -> Chart:
+    """Which batch sizes and lengths fit, the plan's own marked."""
+    batches = sorted({cell.batch_size for cell in sizes.cells})
+    lengths = sorted({cell.seq_len for cell in sizes.cells})
+    by_size = {(cell.batch_size, cell.seq_len): cell for cell in sizes.cells}
+    scale = scale_for(sizes.usable_bytes)
+    grid = [[by_size[batch, length] for length in lengths] for batch in batches]
+    steps = [((index + end) / len(LEVELS), colour) for index, (_, colour) in enumerate(LEVELS) for end in (0, 1)]
+    heatmap: dict[str, Any] = {
+        "type": "heatmap",
+        "x": list(map(str, lengths)),
+        "y": list(map(str, batches)),
+        "z": [[_level(cell) for cell in row] for row in grid],
+        "zmin": -0.5,
+        "zmax": len(LEVELS) - 0.5,
+        "colorscale": steps,
+        "showscale": False,
+        "xgap": 3,
+        "ygap": 3,
+        "text": [[_words(cell, scale) for cell in row] for row in grid],
+        "texttemplate": "%{text}",
+        "textfont": {"color": DARK_INK, "size": 12},
+        "hovertext": [[_sentence(cell) for cell in row] for row in grid],
+        "hovertemplate": "%{hovertext}<extra></extra>",
+    }
+    # A heatmap has no legend; these draw nothing and name the colours.
+    legend = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": name,
+            "x": [None],
+            "y": [None],
+            "marker": {"symbol": "square", "size": 14, "color": colour},
+            "hoverinfo": "skip",
+        }
+        for name, colour in LEVELS
+    ]
+    here = lengths.index(sizes.seq_len), batches.index(sizes.batch_size)
+    layout = {
+        "xaxis": {"title": {"text": "tokens per sequence"}, "type": "category", "showgrid": False},
+        "yaxis": {"title": {"text": "sequences per batch"}, "type": "category", "showgrid": False},
+        "showlegend": True,
+        "shapes": [
+            {
+                "type": "rect",
+                "x0": here[0] - 0.46, "x1": here[0] + 0.46, "y0": here[1] - 0.42, "y1": here[1] + 0.42,
+                "line": {"width": 3, "color": DARK_INK},
+            }
+        ],
+    }  # fmt: skip
+    fitting = [cell for cell in sizes.cells if cell.fits]
+    most = max(fitting, key=lambda cell: cell.batch_size * cell.seq_len, default=None)
+    largest = f" Most tokens at once: {most.batch_size} x {most.seq_len}." if most else ""
+    summary = (
+        f"{len(fitting)} of {len(sizes.cells)} sizes fit into {format_bytes(sizes.usable_bytes)}, each with the "
+        f"fastest setting of checkpointing and loss that does.{largest} The plan's own, {sizes.batch_size} x "
+        f"{sizes.seq_len}, is framed."
+    )
+    table = TableData(
+        ("batch", "tokens", "checkpointing", "loss", "device peak"),
+        tuple(
+            (
+                str(cell.batch_size),
+                str(cell.seq_len),
+                cell.checkpointing or "-",
+                cell.loss or "-",
+                "does not fit" if cell.peak_device_bytes is None else format_bytes(cell.peak_device_bytes),
+            )
+            for cell in sizes.cells
+        ),
+    )
+    return Chart(
+        "sizes", "What fits: batch by length", summary, (heatmap, *legend), layout, table, 140 + 46 * len(batches)
+    )
+
+
+def device_parts(candidate: Candidate) -> dict[Category, int]:
+    """What the device peak is made of: the parts of the allocated peak, what else is reserved, and the context.
+
+    Sums to ``peak_device_bytes``.
+    """
+    parts = dict(candidate.by_category)
+    unused = candidate.peak_reserved_bytes - sum(candidate.by_category.values())
+    context = candidate.peak_device_bytes - candidate.peak_reserved_bytes
+    for category, size in ((Category.CACHE, unused), (Category.CONTEXT, context)):
+        if size:
+            parts[category] = parts.get(category, 0) + size
+    return parts
+
+
+def _of_method(result: SearchResult, method: str) -> Candidate:
+    own = [one for one in result.candidates if one.method == method]
+    return next((one for one in own if one.recommended), next((one for one in own if one.fits), own[0]))
+
+
+def _part_bars(category: Category, names: list[str], sizes: list[int], scale: Scale) -> dict[str, Any]:
+    colour, pattern = category_style(category)
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": category.value,
+        "y": names,
+        "x": [scale(size) for size in sizes],
+        "text": [format_bytes(size) for size in sizes],
+        "textposition": "none",
+        "hovertemplate": f"%{{y}}<br>%{{text}} {category.value}<extra></extra>",
+        "marker": filled(colour, pattern),
+    }
+
+
+def _level(cell: SizeCell) -> int:
+    if not cell.fits:
+        return 2
+    return 0 if cell.checkpointing == "none" else 1
+
+
+def _words(cell: SizeCell, scale: Scale) -> str:
+    return "✗" if cell.peak_device_bytes is None else f"{scale(cell.peak_device_bytes):.1f}"
+
+
+def _sentence(cell: SizeCell) -> str:
+    size = f"{cell.batch_size} x {cell.seq_len} tokens"
+    if cell.peak_device_bytes is None:
+        return f"{size}<br>does not fit with any setting"
+    return (
+        f"{size}<br>{format_bytes(cell.peak_device_bytes)} on the device<br>"
+        f"checkpointing {cell.checkpointing}, {cell.loss} loss"
+    )

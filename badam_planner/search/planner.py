@@ -1,0 +1,151 @@
+"""From a request to a ranked list of candidates and a plan: the order of events of badam-plan.
+
+Reads the card and the model (``probe``), lets ``search`` decide what to try and what wins, and asks ``probe.evaluate``
+what each candidate needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from badam.errors import BadamError
+from badam.plan import Plan
+from badam.training.methods import METHODS, method_of
+from badam_planner.multi_gpu.nccl import with_communication
+from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
+from badam_planner.rehearsal.evaluator_cards import (
+    MOST_CARDS,
+    CardsEvaluator,
+    shard_sizes,
+    smallest_number,
+    with_traffic,
+)
+from badam_planner.rehearsal.model_tree import inspect_model
+from badam_planner.search.prediction import candidate_of, with_prediction
+from badam_planner.search.refusal import refusal
+from badam_planner.search.request import Request, staged_plan
+from badam_planner.search.result import Answer, SearchResult
+from badam_planner.search.settings import Cut, recommended_index, strategies
+from badam_planner.search.trial import (
+    Progress,
+    first_that_fits,
+    fits_at_its_leanest,
+    headroom,
+    in_words,
+    settings_of,
+)
+from badam_planner.sources.model_source import explaining
+
+__all__ = ["Progress", "Request", "make_plan", "staged_plan", "with_prediction"]
+
+
+def make_plan(request: Request, progress: Progress = lambda _text: None, *, workers: int = 1) -> Answer:
+    """Try every partition that the request leaves open and plan the one to recommend.
+
+    Args:
+        request: what the user asked for.
+        progress: is told what is being done.
+        workers: processes to rehearse on; more than one are forks of this one.
+
+    The refusal, if nothing fits, says by how much, what is largest, and which options would fit.
+
+    Raises:
+        InputError: if the model cannot be cut or rehearsed as the request asks.
+    """
+    with explaining(request.spec.id):
+        return _made(request, progress, workers)
+
+
+def _made(request: Request, progress: Progress, workers: int) -> Answer:
+    progress(f"building the module tree of {request.spec.id}")
+    evaluator = CardsEvaluator(inspect_model(request.spec, request.attention), exact=request.exact, workers=workers)
+    request = _with_enough_cards(request, evaluator, progress)
+    asked_for = strategies(request.method, request.partition)
+    _rehearse_ahead(request, asked_for, evaluator, progress)
+    tried = [first_that_fits(request, strategy, evaluator, progress) for strategy in asked_for]
+    fits = [headroom(request, forecast) >= 0 for _, forecast in tried]
+    best = recommended_index(fits)
+    compared, left_out = _other_methods(request, evaluator, progress) if request.compare_methods else ([], [])
+    candidates = tuple(
+        candidate_of(request, plan, forecast, recommended=index == best and fits[best])
+        for index, (plan, forecast) in enumerate([*tried, *compared])
+    )
+    result = SearchResult(
+        model_id=request.spec.id,
+        gpu_name=request.target.gpu,
+        usable_bytes=request.target.usable_bytes,
+        batch_size=request.batch_size,
+        seq_len=request.seq_len,
+        candidates=candidates,
+        left_out=tuple(left_out),
+        task=request.spec.task,
+        decoder_len=request.decoder_len,
+    )
+    if not fits[best]:
+        return Answer(result, None, refusal(request, tried, evaluator, progress))
+    plan, forecast = tried[best]
+    progress("forecasting every block of the recommended partition")
+    planned = with_prediction(plan, evaluator.every_block(plan, forecast), request.samples)
+    return Answer(result, with_traffic(planned, evaluator), None)
+
+
+def _rehearse_ahead(request: Request, asked_for: Sequence[Cut], evaluator: CardsEvaluator, progress: Progress) -> None:
+    """What the search is going to ask for if the fastest setting fits, on all workers at a time."""
+    fastest = settings_of(request, evaluator.tree)[0]
+    progress(f"rehearsing {', '.join(asked_for)} blocks, {in_words(fastest)}")
+    plans = [staged_plan(request, strategy, fastest, evaluator.tree) for strategy in asked_for]
+    plans = [plan for plan in plans if method_of(plan.method).by_block]
+    largest = [(plan, evaluator.decisive(plan)[0]) for plan in plans]
+    in_the_middle = [(plan, len(plan.partition.blocks) // 2) for plan in plans[:1]]  # these answer for most others
+    evaluator.prepare([*largest, *in_the_middle])
+    limit = request.target.usable_bytes - request.target.outside_bytes
+    promising = [plan for plan, index in largest if evaluator.peaks(plan, index).peak_allocated_bytes <= limit]
+    decisive = [(plan, index) for plan in promising for index in evaluator.decisive(plan)]
+    recommended = [(plan, index) for plan in promising[:1] for index in range(len(plan.partition.blocks))]
+    evaluator.prepare([*decisive, *recommended])
+
+
+def _with_enough_cards(request: Request, evaluator: CardsEvaluator, progress: Progress) -> Request:
+    """The request for the fewest cards, or the fewest of one copy, on which it fits, if it leaves their number open."""
+
+    def on(**cards: object) -> Request:
+        return replace(request, target=with_communication(request.target.model_copy(update=cards)))
+
+    def fits(asked: Request) -> bool:
+        progress(f"trying {asked.target.shards} cards")
+        kinds = reversed(strategies(request.method, request.partition))
+        return any(fits_at_its_leanest(asked, strategy, evaluator) for strategy in kinds)
+
+    def of_number(cards: int) -> Request:
+        """One card alone needs nothing that joins cards, and is trained on without."""
+        return on(num_gpus=cards) if cards > 1 else on(num_gpus=1, engine="single", offload="none")
+
+    if request.find_num_gpus:
+        return of_number(smallest_number(lambda cards: fits(of_number(cards))) or MOST_CARDS)
+    if request.find_shard_size:
+        *fewer, _ = shard_sizes(request.target.num_gpus, request.target.gpus_per_node)
+        return next(filter(fits, (on(shard_size=size) for size in fewer)), on(shard_size=None))
+    return on()
+
+
+def _other_methods(
+    request: Request, evaluator: Evaluator, progress: Progress
+) -> tuple[list[tuple[Plan, PlanForecast]], list[tuple[str, str]]]:
+    """Of every other method the first partition that fits, or its last; and those that cannot be planned, with why."""
+    found, left_out = [], []
+    for method in METHODS:
+        if method == request.method:
+            continue
+        other = replace(request, method=method)
+        try:
+            with explaining(f"{request.spec.id} under {method}"):
+                for strategy in strategies(method, "auto"):
+                    progress(f"comparing with {method}")
+                    candidate = first_that_fits(other, strategy, evaluator, progress)
+                    if headroom(other, candidate[1]) >= 0:
+                        break
+            found.append(candidate)
+        except BadamError as error:  # the others can still be compared
+            left_out.append((str(method), error.message))
+    return found, left_out

@@ -1,0 +1,1 @@
+"""What the planner learns from disk, Hub, driver and host: models, GPUs, calibrations. Loads no torch."""

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from badam_planner.sources import host
+from badam_planner.sources.host import host_memory
+
+GIB = 2**30
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with 64 GiB of which 48 are available, and a control group without a limit."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       67108864 kB\nMemFree:        1 kB\nMemAvailable:   50331648 kB\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(host, "MEMINFO", meminfo)
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    return tmp_path
+
+
+def test_a_machine_offers_what_is_available_not_what_is_free(machine: Path) -> None:
+    memory = host_memory()
+    assert (memory.total_bytes, memory.available_bytes) == (64 * GIB, 48 * GIB)
+
+
+def test_a_container_offers_its_limit_less_what_it_holds_beside_cached_files(machine: Path) -> None:
+    (machine / "memory.max").write_text(f"{16 * GIB}\n")
+    (machine / "memory.current").write_text(f"{10 * GIB}\n")
+    (machine / "memory.stat").write_text(f"anon {4 * GIB}\ninactive_file {5 * GIB}\n")
+    memory = host_memory()
+    assert (memory.total_bytes, memory.available_bytes) == (16 * GIB, 11 * GIB)
+
+
+def test_a_container_never_offers_more_than_its_machine(machine: Path) -> None:
+    (machine / "memory.max").write_text(f"{60 * GIB}\n")
+    assert host_memory().available_bytes == 48 * GIB
+    (machine / "memory.max").write_text(f"{100 * GIB}\n")
+    assert host_memory().total_bytes == 64 * GIB
+
+
+def test_a_machine_without_proc_offers_all_its_memory(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "MEMINFO", machine / "nothing")
+    memory = host_memory()
+    assert memory.total_bytes == memory.available_bytes > 0
+
+
+def test_the_host_as_a_target_has_no_context_and_no_workspace(machine: Path) -> None:
+    target = host_memory().target()
+    assert (target.gpu, target.total_bytes, target.usable_bytes) == ("cpu", 64 * GIB, 48 * GIB)
+    assert (target.context_bytes, target.workspace_bytes) == (0, 0)
