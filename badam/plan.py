@@ -101,7 +101,7 @@ class Target(Record):
         return self.num_gpus // self.shards
 
     @model_validator(mode="after")
-    def _shards_divide_the_cards(self) -> Target:
+    def _shards_divide_the_gpus(self) -> Target:
         if self.shard_size is not None and self.engine != "fsdp2":
             raise ValueError(f"a shard_size needs the engine fsdp2, not {self.engine}")
         if self.shard_size == 1:

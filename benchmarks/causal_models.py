@@ -65,7 +65,7 @@ def examine(model_type: str) -> Outcome:
     from badam_planner.rehearsal.evaluator import Evaluator
     from badam_planner.rehearsal.model_tree import inspect_model
     from badam_planner.search.planner import Request, staged_plan
-    from badam_planner.search.settings import Setting
+    from badam_planner.search.settings import MemorySetting
     from badam_planner.sources.model_source import explaining, specify
     from benchmarks.tiny_configs import tiny
 
@@ -80,7 +80,7 @@ def examine(model_type: str) -> Outcome:
             evaluator = Evaluator(inspect_model(spec, attention))
             target = Target(gpu="cpu", total_bytes=2**40, usable_bytes=2**40)
             request = Request(spec=spec, target=target, batch_size=BATCH, seq_len=LENGTH, attention=attention)
-            plan = staged_plan(request, "layer", Setting("none", "full"), evaluator.tree)
+            plan = staged_plan(request, "layer", MemorySetting("none", "full"), evaluator.tree)
             found = evaluator.worst_block(plan)
     except BadamError as error:
         return Outcome(model_type, "refused", error.message)

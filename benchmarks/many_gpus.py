@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 
 from badam_planner.multi_gpu.links import BETWEEN_NODES, LINKS, seconds, transfer_times
-from badam_planner.rehearsal.evaluator_cards import CardsEvaluator
+from badam_planner.rehearsal.evaluator_cards import GpusEvaluator
 from badam_planner.rehearsal.model_tree import inspect_model
 from badam_planner.search.planner import Request, staged_plan
-from badam_planner.search.settings import Setting
+from badam_planner.search.settings import MemorySetting
 from badam_planner.sources.model_source import find_config, specify
 from badam_planner.sources.target import find_target
 
 MODELS = ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-70b-hf")
-CARDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GIB = 2**30
 
 
@@ -26,15 +26,15 @@ def table(model: str, gpu: str, batch_size: int, seq_len: int) -> str:
     """A Markdown table for one model: a row for each number of cards."""
     spec = specify(*find_config(model))
     request = Request(spec=spec, target=find_target(gpu, None), batch_size=batch_size, seq_len=seq_len)
-    evaluator = CardsEvaluator(inspect_model(spec, "sdpa"))
-    plan = staged_plan(request, "layer", Setting("all", "chunked"), evaluator.tree)
+    evaluator = GpusEvaluator(inspect_model(spec, "sdpa"))
+    plan = staged_plan(request, "layer", MemorySetting("all", "chunked"), evaluator.tree)
     nvlink, pcie = LINKS[1], LINKS[3]
     head = (
         "| GPUs | states 2M+16M/D | allocated peak | sent per step | of full training | "
         f"{nvlink.name} | {pcie.name} | {BETWEEN_NODES.name} |\n|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     lines = [f"{model}, blocks by layer, {batch_size} × {seq_len} tokens per GPU, checkpointing, chunked loss:\n", head]
-    for cards in CARDS:
+    for cards in GPUS:
         target = plan.target.model_copy(update={"engine": "fsdp2", "num_gpus": cards})
         here = plan.model_copy(update={"target": target})
         peak = max(evaluator.peaks(here, block).peak_allocated_bytes for block in (0, len(plan.partition.blocks) // 2))
@@ -53,8 +53,8 @@ def copies_table(model: str, gpu: str, batch_size: int, seq_len: int) -> str:
     """A Markdown table: one copy over all cards beside copies that are cut over the cards of one machine each."""
     spec = specify(*find_config(model))
     request = Request(spec=spec, target=find_target(gpu, None), batch_size=batch_size, seq_len=seq_len)
-    evaluator = CardsEvaluator(inspect_model(spec, "sdpa"))
-    plan = staged_plan(request, "layer", Setting("all", "chunked"), evaluator.tree)
+    evaluator = GpusEvaluator(inspect_model(spec, "sdpa"))
+    plan = staged_plan(request, "layer", MemorySetting("all", "chunked"), evaluator.tree)
     per_node, nvlink = plan.target.gpus_per_node, 1
     title = (
         f"{model} as above: one copy over all GPUs, or one copy in each machine of {per_node}, with "
@@ -62,7 +62,7 @@ def copies_table(model: str, gpu: str, batch_size: int, seq_len: int) -> str:
     )
     head = "| GPUs | peak, one copy | sent | time | peak, copies | sent within | sent between | time |"
     lines = [title, head, f"|{'---:|' * 8}"]
-    for cards in (each for each in CARDS if each >= per_node):
+    for cards in (each for each in GPUS if each >= per_node):
         row = [str(cards)]
         for size in (None, per_node):
             target = plan.target.model_copy(update={"engine": "fsdp2", "num_gpus": cards, "shard_size": size})

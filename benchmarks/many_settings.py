@@ -22,11 +22,11 @@ from importlib.metadata import version
 from itertools import islice, product
 from pathlib import Path
 
-from badam_planner.search.settings import Cut
+from badam_planner.search.settings import Strategy
 
-MODEL, CARD = "meta-llama/Llama-2-7b-hf", "rtx3090"
+MODEL, GPU = "meta-llama/Llama-2-7b-hf", "rtx3090"
 BATCHES, LENGTHS = (1, 2, 3, 4, 6, 8), (256, 512, 768, 1024, 1536, 2048)
-PARTITIONS: tuple[Cut, ...] = ("layer", "attn-mlp", "matrix")
+PARTITIONS: tuple[Strategy, ...] = ("layer", "attn-mlp", "matrix")
 SETTINGS = 100
 WORKERS = (1, 2)
 
@@ -72,22 +72,22 @@ def ask_all(workers: int) -> dict[str, float]:
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401 - loaded before the clock starts
 
-    from badam_planner.rehearsal.evaluator_cards import CardsEvaluator
+    from badam_planner.rehearsal.evaluator_cards import GpusEvaluator
     from badam_planner.rehearsal.model_tree import inspect_model
     from badam_planner.search.planner import Request, staged_plan
-    from badam_planner.search.settings import Setting
+    from badam_planner.search.settings import MemorySetting
     from badam_planner.sources.model_source import describe_model
     from badam_planner.sources.target import find_target
 
     torch.set_num_threads(1)
     gc.disable()  # as the command does
-    spec, target = describe_model(MODEL), find_target(CARD)
+    spec, target = describe_model(MODEL), find_target(GPU)
     begin, processors = time.perf_counter(), _processor_seconds()
-    evaluator = CardsEvaluator(inspect_model(spec, "sdpa"), workers=workers)
+    evaluator = GpusEvaluator(inspect_model(spec, "sdpa"), workers=workers)
     evaluator.expect_sizes(BATCHES, LENGTHS)
     for batch, length, partition in islice(product(BATCHES, LENGTHS, PARTITIONS), SETTINGS):
         request = Request(spec=spec, target=target, batch_size=batch, seq_len=length)
-        evaluator.worst_block(staged_plan(request, partition, Setting("all", "full"), evaluator.tree))
+        evaluator.worst_block(staged_plan(request, partition, MemorySetting("all", "full"), evaluator.tree))
     return {"seconds": time.perf_counter() - begin, "processor_seconds": _processor_seconds() - processors}
 
 

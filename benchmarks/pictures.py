@@ -97,10 +97,10 @@ def main() -> None:
     if options.run:
         run_again()
     PICTURES.mkdir(parents=True, exist_ok=True)
-    model, card = "meta-llama/Llama-2-7b-hf", "rtx3090"
+    model, gpu = "meta-llama/Llama-2-7b-hf", "rtx3090"
     request = Request(
-        spec=describe_model(model), target=find_target(card), batch_size=2, seq_len=512, compare_methods=True,
-        command=f"badam-plan {model} --gpu {card} --batch-size 2 --seq-len 512 --compare-methods",
+        spec=describe_model(model), target=find_target(gpu), batch_size=2, seq_len=512, compare_methods=True,
+        command=f"badam-plan {model} --gpu {gpu} --batch-size 2 --seq-len 512 --compare-methods",
     )  # fmt: skip
     answer = make_plan(request)
     assert answer.plan is not None, "it fits"

@@ -29,16 +29,16 @@ with FakeTensorMode():
 """
 PYTHON = sys.executable
 PLAN = [PYTHON, "-m", "badam_cli.plan"]
-CARD = ["--gpu", "rtx3090"]
+GPU = ["--gpu", "rtx3090"]
 
 COMMANDS: dict[str, list[str]] = {
     "import torch, transformers": [PYTHON, "-c", "import torch, transformers"],
     "import, and build Llama-2-7B without data": [PYTHON, "-c", BUILD],
     "import typer, rich": [PYTHON, "-c", "import typer, rich"],
     "badam-plan --help": [*PLAN, "--help"],
-    "badam-plan Llama-2-7B, empty cache": [*PLAN, "meta-llama/Llama-2-7b-hf", *CARD],
-    "badam-plan Llama-2-7B, again": [*PLAN, "meta-llama/Llama-2-7b-hf", *CARD],
-    "badam-plan Llama-3.1-405B, empty cache": [*PLAN, "meta-llama/Llama-3.1-405B", *CARD, "--gpu-memory", "2TiB"],
+    "badam-plan Llama-2-7B, empty cache": [*PLAN, "meta-llama/Llama-2-7b-hf", *GPU],
+    "badam-plan Llama-2-7B, again": [*PLAN, "meta-llama/Llama-2-7b-hf", *GPU],
+    "badam-plan Llama-3.1-405B, empty cache": [*PLAN, "meta-llama/Llama-3.1-405B", *GPU, "--gpu-memory", "2TiB"],
 }
 RATIOS = [
     ("badam-plan Llama-2-7B, empty cache", "import torch, transformers"),

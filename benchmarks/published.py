@@ -21,7 +21,7 @@ from badam_planner.rehearsal.workers import available_workers
 from badam_planner.search.planner import Request, make_plan, staged_plan
 from badam_planner.search.prediction import candidate_of
 from badam_planner.search.result import Candidate
-from badam_planner.search.settings import Setting
+from badam_planner.search.settings import MemorySetting
 from badam_planner.sources.model_source import describe_model
 from badam_planner.sources.target import find_target
 
@@ -83,7 +83,7 @@ def predict(run: dict[str, Any], attention: Attention) -> Candidate:
 def _predict_part(request: Request, run: dict[str, Any]) -> Candidate:
     """A run of a method without blocks that trained only the modules under ``run["trained"]``."""
     evaluator = Evaluator(inspect_model(request.spec, request.attention))
-    plan = staged_plan(request, "full", Setting(run["checkpointing"], run["loss"]), evaluator.tree)
+    plan = staged_plan(request, "full", MemorySetting(run["checkpointing"], run["loss"]), evaluator.tree)
     infos = [info for info in evaluator.tree.parameters if belongs(info.name, run["trained"])]
     block = BlockPlan(
         name="part",
@@ -116,8 +116,8 @@ def row(run: dict[str, Any], attention: Attention, found: Candidate) -> str:
 
 def _named(run: dict[str, Any]) -> str:
     rank = run.get("options", {}).get("rank")
-    levers = "" if run["checkpointing"] == "all" else ", no checkpointing"
-    return f"{run['model']} {run['batch_size']}×{run['seq_len']}{f', rank {rank}' if rank else ''}{levers}"
+    choices = "" if run["checkpointing"] == "all" else ", no checkpointing"
+    return f"{run['model']} {run['batch_size']}×{run['seq_len']}{f', rank {rank}' if rank else ''}{choices}"
 
 
 def main() -> None:

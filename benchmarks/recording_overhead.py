@@ -52,7 +52,7 @@ WARM_UP_STEPS = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class MemorySetting:
     """One length of run, and what is compared over it."""
 
     name: str
@@ -62,9 +62,9 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("two visits of 50 steps", 50, 100),
-    Setting("the demo, 160 steps", 4, 160),
-    Setting("the demo cut to one block epoch", 4, 40, (None, "normal", "full")),
+    MemorySetting("two visits of 50 steps", 50, 100),
+    MemorySetting("the demo, 160 steps", 4, 160),
+    MemorySetting("the demo cut to one block epoch", 4, 40, (None, "normal", "full")),
 )
 
 
@@ -112,7 +112,7 @@ class TimedMemory(CpuMemory):
         self.seconds += time.process_time() - begun
 
 
-def within_recorder(setting: Setting, plan: Plan, inputs: Inputs, directory: Path) -> float:
+def within_recorder(setting: MemorySetting, plan: Plan, inputs: Inputs, directory: Path) -> float:
     """The share of a run's processor time that measuring memory takes."""
     memory = TimedMemory()
     recorder = Recorder(CPU, every_step=False, memory=memory)
@@ -121,7 +121,7 @@ def within_recorder(setting: Setting, plan: Plan, inputs: Inputs, directory: Pat
     return memory.seconds / (sum(seconds) - memory.seconds)
 
 
-def with_visits(plan: Plan, setting: Setting) -> Plan:
+def with_visits(plan: Plan, setting: MemorySetting) -> Plan:
     """The plan with visits of that length."""
     schedule = plan.schedule.model_copy(update={"switch_every": setting.switch_every})
     return plan.model_copy(update={"schedule": schedule})
@@ -147,7 +147,7 @@ def trainer_of(plan: Plan, options: RunOptions, inputs: Inputs, recorder: Record
     return trainer
 
 
-def overhead(setting: Setting, plan: Plan, inputs: Inputs, rounds: int, directory: Path) -> Overhead:
+def overhead(setting: MemorySetting, plan: Plan, inputs: Inputs, rounds: int, directory: Path) -> Overhead:
     """Measure one setting."""
     options = RunOptions(output_dir=directory, max_steps=setting.steps)
     found: dict[Profile | None, list[list[float]]] = {way: [] for way in setting.ways}

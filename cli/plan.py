@@ -152,7 +152,7 @@ def plan(
     """
     with reporting_errors():
         quiet_libraries()
-        cards = _cards(engine, num_gpus, shard_size, gpus_per_node, offload)
+        cards = _gpus(engine, num_gpus, shard_size, gpus_per_node, offload)
         options = {
             "method": method,
             "compare_methods": compare_methods,
@@ -225,7 +225,7 @@ def _answer(
     return answer
 
 
-def _cards(engine: str, num_gpus: str, shard_size: str | None, gpus_per_node: int, offload: str) -> dict[str, Any]:
+def _gpus(engine: str, num_gpus: str, shard_size: str | None, gpus_per_node: int, offload: str) -> dict[str, Any]:
     """The fields of the target that say how many cards there are and what joins them."""
     from badam.errors import InputError
 

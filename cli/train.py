@@ -151,9 +151,9 @@ def train(
         )
         command = shlex.join(["badam-train", *sys.argv[1:]])
         result = run_plan(loaded, options, Console(stderr=True), command=command)
-    if result.stopped_by is not None and not result.speaks:
+    if result.stopped_by is not None and not result.is_main_process:
         raise typer.Exit(128 + result.stopped_by)
-    if not result.speaks:
+    if not result.is_main_process:
         return
     from badam.units import format_bytes
 
@@ -164,7 +164,7 @@ def train(
         measurement = result.measured.measurement
         say(f"loss {measurement.first_loss:.3f} -> {measurement.last_loss:.3f} in {measurement.steps} steps")
         if cards := result.measured.cards:
-            fullest = max(cards, key=lambda card: card.peak_allocated_bytes)
+            fullest = max(cards, key=lambda gpu: gpu.peak_allocated_bytes)
             peak = format_bytes(fullest.peak_allocated_bytes)
             say(f"fullest of {len(cards)} cards: {fullest.rank}, with a peak of {peak}")
     if result.best is not None:

@@ -53,7 +53,7 @@ class Measurement(Record):
     tokens_per_second: float = Field(ge=0)
 
 
-class CardMeasurement(Record):
+class GpuMeasurement(Record):
     """What one of several cards needed."""
 
     rank: NonNegativeInt
@@ -74,17 +74,17 @@ class MeasuredRun(Record):
     measurement: Measurement
     machine: Machine
     provenance: Provenance
-    cards: tuple[CardMeasurement, ...] = ()  # of several: all of them, while measurement is that of the worst
+    cards: tuple[GpuMeasurement, ...] = ()  # of several: all of them, while measurement is that of the worst
 
 
-def of_all_cards(runs: Sequence[MeasuredRun]) -> MeasuredRun:
+def of_all_gpus(runs: Sequence[MeasuredRun]) -> MeasuredRun:
     """One record of what each of several cards measured, by rank: that of the highest peak, and a line for each."""
     if len(runs) == 1:
         return runs[0]
     worst = max(runs, key=lambda run: run.measurement.peak_allocated_bytes)
-    names = [name for name in CardMeasurement.model_fields if name != "rank"]
+    names = [name for name in GpuMeasurement.model_fields if name != "rank"]
     cards = tuple(
-        CardMeasurement(rank=rank, **{name: getattr(run.measurement, name) for name in names})
+        GpuMeasurement(rank=rank, **{name: getattr(run.measurement, name) for name in names})
         for rank, run in enumerate(runs)
     )
     return worst.model_copy(update={"cards": cards})

@@ -22,7 +22,7 @@ from badam.training.evaluation import evaluate
 from badam.training.memory_limit import MicroBatches
 from badam.training.methods import method_of
 from badam.training.out_of_memory import is_refusal
-from badam.training.processes import Processes, noticing_losses
+from badam.training.processes import Processes, explain_lost_processes
 from badam.training.run_directory import is_whole, keep_newest, saving
 from badam.vocabulary import Phase
 
@@ -287,7 +287,7 @@ class PlanLoop(Trainer):
         self.state.best_model_checkpoint = str(best)
         if self.engine.keeps_shards:
             self.engine.load_weights(best, self.model)
-        elif self.method.keeps_base:
+        elif self.method.saves_adapters_only:
             self.method.load(self.model, best)
         else:
             super()._load_best_model()
@@ -305,7 +305,7 @@ class PlanLoop(Trainer):
         output = Path(self.args.output_dir)
         with (
             saving(f"checkpoint of step {self.state.global_step}"),
-            noticing_losses(self.processes),
+            explain_lost_processes(self.processes),
             self.processes.writing(output / name) as partial,
         ):
             self._save_into = partial
@@ -357,7 +357,7 @@ class PlanLoop(Trainer):
         """
         if self.engine.keeps_shards:
             return
-        if self.method.keeps_base:
+        if self.method.saves_adapters_only:
             self.method.load(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

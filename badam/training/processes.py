@@ -210,7 +210,7 @@ def shared_options(options: RunOptions, console: Console, processes: Processes) 
 
 
 @contextmanager
-def noticing_losses(processes: Processes) -> Iterator[None]:
+def explain_lost_processes(processes: Processes) -> Iterator[None]:
     """Turn what a library says when another process is gone into a sentence.
 
     Raises:

@@ -20,7 +20,7 @@ from badam.blocks.coverage import coverage
 from badam.errors import InputError
 from badam.optim.block import BlockOptimizer
 from badam.plan import Plan, record_digest, save_record
-from badam.profiling.record import MeasuredRun, load_measured, of_all_cards
+from badam.profiling.record import MeasuredRun, load_measured, of_all_gpus
 from badam.profiling.recorder import Recorder
 from badam.tensors.dtensor import shape_of
 from badam.training.build import prepare_model
@@ -32,7 +32,7 @@ from badam.training.loop import PlanLoop
 from badam.training.methods import method_of
 from badam.training.options import RunOptions
 from badam.training.out_of_memory import explained
-from badam.training.processes import Processes, join_processes, noticing_losses, shared_options, shared_plan
+from badam.training.processes import Processes, explain_lost_processes, join_processes, shared_options, shared_plan
 from badam.training.progress import MetricsFile, ProgressDisplay
 from badam.training.run_callback import RunCallback
 from badam.training.run_directory import (
@@ -66,7 +66,7 @@ class RunResult:
     model_path: Path | None  # None if the run was stopped before its end
     stopped_by: signal.Signals | None
     step: int
-    speaks: bool = True  # whether this process is the one of several that tells the user
+    is_main_process: bool = True  # whether this process is the one of several that tells the user
     best: BestEvaluation | None = None  # where the model's weights are those of the best evaluation
 
 
@@ -95,7 +95,7 @@ def run_plan(plan: Plan, options: RunOptions, console: Console, *, command: str 
     options.check()
     _check_runnable(plan, options, device)
     processes = join_processes(plan, options, device)
-    with ExitStack() as stack, noticing_losses(processes):
+    with ExitStack() as stack, explain_lost_processes(processes):
         interruption = stack.enter_context(Interruption())
         options, console = shared_options(options, console, processes)
         if processes.is_first:
@@ -122,7 +122,7 @@ def _run(
     device, engine = _device(plan), engine_of(plan)
     processes.first(lambda: prepare_output(options.output_dir, resume=options.resume))
     checkpoint = processes.first(lambda: _checkpoint_to_resume(options, engine))
-    has_all = checkpoint is not None and not method_of(plan.method).keeps_base
+    has_all = checkpoint is not None and not method_of(plan.method).saves_adapters_only
     weights = None if has_all else locate_weights(plan.model, options.init)
     tokenizer_from = str(checkpoint) if checkpoint else tokenizer_source(plan.model, weights)
     inputs = load_inputs(plan, options, tokenizer_from)
@@ -192,7 +192,7 @@ def _save_measured(trainer: PlanLoop, recorder: Recorder, command: str | None, p
     processes = trainer.processes
     if trainer.steps_made == 0:
         return load_measured(path) if path.exists() else None
-    measured = of_all_cards(processes.gathered(_measured(trainer, recorder, command)))
+    measured = of_all_gpus(processes.gathered(_measured(trainer, recorder, command)))
     processes.first(lambda: save_record(measured, path))
     return measured
 
@@ -314,7 +314,7 @@ def _total_steps(trainer: PlanLoop, options: RunOptions, checkpoint: Path | None
 def _bytes_to_write(plan: Plan, model: PreTrainedModel, options: RunOptions) -> int:
     """The model at the end, and one checkpoint, whose weights are most of it."""
     saved: int = sum(math.prod(shape_of(each)) * each.itemsize for each in (*model.parameters(), *model.buffers()))
-    if method_of(plan.method).keeps_base:
+    if method_of(plan.method).saves_adapters_only:
         saved = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     return saved * (2 if options.checkpoint_steps or options.keep_best else 1)
 

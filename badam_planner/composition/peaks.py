@@ -54,7 +54,7 @@ class _Stretch:
         return 1 if self.run is None else times_of_cycle(self.cycle, totals[self.run])
 
 
-class Outline:
+class DepthPeaks:
     """A recording with four cycles of each run, ready to be asked for the peaks with any number of them."""
 
     def __init__(self, recording: Recording, runs: Sequence[Sequence[tuple[str, ...]]], target: Target) -> None:
@@ -69,9 +69,9 @@ class Outline:
             NotPeriodic: if a run cannot be composed.
         """
         self._recording = recording
-        self._on_card = target.gpu != "cpu"
-        self._granularity = ROUNDING if self._on_card else 1
-        self._workspace_bytes = target.workspace_bytes if self._on_card else 0
+        self._on_gpu = target.gpu != "cpu"
+        self._granularity = ROUNDING if self._on_gpu else 1
+        self._workspace_bytes = target.workspace_bytes if self._on_gpu else 0
         self._first_phase = recording.phase_starts[0][1]
         self._stretches = _stretches(recording, runs)
         self._growing = [(index, one.shares) for index, one in enumerate(recording.allocations) if one.shares]
@@ -112,7 +112,7 @@ class Outline:
             return times_of_cycle(place[1], totals[place[0]])
 
         exact = [
-            (one.nbytes if numbers is None else numbers[one.nbytes]) if self._on_card or not one.card_only else 0
+            (one.nbytes if numbers is None else numbers[one.nbytes]) if self._on_gpu or not one.gpu_only else 0
             for one in self._recording.allocations
         ]
         for index, shares in self._growing:

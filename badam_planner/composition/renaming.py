@@ -43,7 +43,7 @@ class Renamer:
         owner = self(one.owner) if one.owner else ""
         shares = tuple((self(layer), nbytes) for layer, nbytes in one.shares) if one.shares else ()
         return Allocation(
-            one.nbytes, born, died, one.phase, where, one.operation, one.shape, one.dtype, kind, label, one.card_only,
+            one.nbytes, born, died, one.phase, where, one.operation, one.shape, one.dtype, kind, label, one.gpu_only,
             owner, shares, one.grown,
         )  # fmt: skip
 

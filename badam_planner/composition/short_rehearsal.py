@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from badam.plan import Dtype, Rates, Target
 from badam.vocabulary import Phase
 from badam_planner.composition.compose import Run, compose, composed_work
-from badam_planner.composition.peaks import BlockPeaks, Outline
+from badam_planner.composition.peaks import BlockPeaks, DepthPeaks
 from badam_planner.composition.renaming import renamed, renamed_work
 from badam_planner.composition.sizes import filled_in
-from badam_planner.composition.step_time import Effort, Pace
+from badam_planner.composition.step_time import StepTimes, Work
 from badam_planner.recording.forecast import Forecast, Forecaster
 from badam_planner.recording.recording import Flops, Recording, settled
 
@@ -28,8 +28,8 @@ class Rehearsed:
     names: Sequence[str]  # its layers in order, see names_of
     runs: Sequence[tuple[tuple[str, ...], ...]]  # the four cycles of each run, by these names
     is_pattern: bool = False
-    outlines: dict[Hashable, Outline] = field(default_factory=dict)
-    paces: dict[Hashable, Pace] = field(default_factory=dict)
+    depth_peaks_of: dict[Hashable, DepthPeaks] = field(default_factory=dict)
+    paces: dict[Hashable, StepTimes] = field(default_factory=dict)
     forecasters: dict[Hashable, Forecaster] = field(default_factory=dict)
     works: dict[Hashable, Flops] = field(default_factory=dict)
 
@@ -40,18 +40,18 @@ class Rehearsed:
         """A recording, or the pattern of a family of them, of a model whose ``layers`` form ``runs``."""
         return cls(recording, names_of(layers, runs), [run.stand_ins() for run in runs], is_pattern)
 
-    def outline(self, target: Target) -> Outline:
+    def depth_peaks(self, target: Target) -> DepthPeaks:
         """Its outline for a device."""
         key = (target.gpu == "cpu", target.workspace_bytes)
-        if key not in self.outlines:
-            self.outlines[key] = Outline(self.recording, self.runs, target)
-        return self.outlines[key]
+        if key not in self.depth_peaks_of:
+            self.depth_peaks_of[key] = DepthPeaks(self.recording, self.runs, target)
+        return self.depth_peaks_of[key]
 
-    def pace(self, rates: Rates | None, dtype: Dtype) -> Pace:
+    def step_times(self, rates: Rates | None, dtype: Dtype) -> StepTimes:
         """Its pace at given rates."""
         key = (rates and rates.model_dump_json(), dtype)
         if key not in self.paces:
-            self.paces[key] = Pace(self.recording, self.runs, rates, dtype)
+            self.paces[key] = StepTimes(self.recording, self.runs, rates, dtype)
         return self.paces[key]
 
     def composed(self, layers: Sequence[str], runs: Sequence[Run]) -> Recording:
@@ -107,7 +107,7 @@ class Rehearsal:
 
     def peaks(self, target: Target) -> BlockPeaks:
         """The peaks at full depth; NotPeriodic is raised if they cannot be told."""
-        return self.rehearsed.outline(target).peaks(self._totals, self.numbers)
+        return self.rehearsed.depth_peaks(target).peaks(self._totals, self.numbers)
 
     def forecast(self, target: Target, head_module: str) -> Forecast:
         """The forecast at full depth; NotPeriodic is raised if it cannot be composed."""
@@ -119,9 +119,9 @@ class Rehearsal:
         flops = self.rehearsed.flops(self.layers, self.runs)
         return flops if self.numbers is None else {place: self.numbers[row] for place, row in flops.items()}
 
-    def efforts(self, rates: Rates | None, dtype: Dtype) -> dict[Phase, Effort]:
+    def work_by_phase(self, rates: Rates | None, dtype: Dtype) -> dict[Phase, Work]:
         """Work and time by phase at full depth; a family's pattern has no traffic."""
-        return self.rehearsed.pace(rates, dtype).efforts(self._totals)
+        return self.rehearsed.step_times(rates, dtype).work_by_phase(self._totals)
 
 
 def names_of(layers: Sequence[str], runs: Sequence[Run]) -> list[str]:

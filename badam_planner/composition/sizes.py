@@ -91,7 +91,7 @@ class _Growth:
         return int(number)
 
 
-class Family:
+class SizeFamily:
     """Recordings of one rehearsal for every size in a range."""
 
     def __init__(self, sizes: SizeRange, recordings: Mapping[Size, Recording]) -> None:
@@ -137,7 +137,7 @@ def with_numbers(recording: Recording, numbers: Sequence[int]) -> Recording:
     allocations = [
         Allocation(
             nbytes, one.born, one.died, one.phase, one.module, one.operation, (), one.dtype, one.category,
-            one.label, one.card_only, one.owner, one.shares, one.grown,
+            one.label, one.gpu_only, one.owner, one.shares, one.grown,
         )
         for nbytes, one in zip(numbers, recording.allocations, strict=False)
     ]  # fmt: skip
@@ -148,7 +148,7 @@ def with_numbers(recording: Recording, numbers: Sequence[int]) -> Recording:
 def _likeness(recording: Recording) -> tuple[object, ...]:
     """All that must be the same at every size."""
     events = [
-        (one.born, one.died, one.phase, one.module, one.operation, one.dtype, one.category, one.label, one.card_only,
+        (one.born, one.died, one.phase, one.module, one.operation, one.dtype, one.category, one.label, one.gpu_only,
          one.owner, one.shares)
         for one in recording.allocations
     ]  # fmt: skip

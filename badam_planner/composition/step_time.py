@@ -27,7 +27,7 @@ def seconds_of(flops: int, traffic: MemoryTraffic, rates: Rates, dtype: Dtype) -
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class Work:
     """Work, and the time that it takes; 0 seconds where no rates are known."""
 
     flops: float = 0
@@ -36,9 +36,9 @@ class Effort:
     operators: float = 0
     seconds: float = 0.0
 
-    def plus(self, other: Effort, times: float = 1) -> Effort:
+    def plus(self, other: Work, times: float = 1) -> Work:
         """This and ``times`` the other."""
-        return Effort(
+        return Work(
             self.flops + times * other.flops,
             self.product_bytes + times * other.product_bytes,
             self.other_bytes + times * other.other_bytes,
@@ -47,7 +47,7 @@ class Effort:
         )
 
 
-class Pace:
+class StepTimes:
     """How much each phase of an optimizer step takes, for any number of cycles of a rehearsal's runs."""
 
     def __init__(
@@ -67,30 +67,30 @@ class Pace:
             for place, cycle in enumerate(cycles)
             for layer in cycle
         }
-        self._shares: dict[tuple[Phase, tuple[int, int] | None], Effort] = {}
+        self._shares: dict[tuple[Phase, tuple[int, int] | None], Work] = {}
         for phase, module in recording.flops.keys() | recording.traffic.keys():
             flops = recording.flops.get((phase, module), 0)
             moved = recording.traffic.get((phase, module), MemoryTraffic())
             seconds = 0.0 if rates is None else seconds_of(flops, moved, rates, dtype)
-            effort = Effort(flops, moved.product_bytes, moved.other_bytes, moved.operators, seconds)
+            work = Work(flops, moved.product_bytes, moved.other_bytes, moved.operators, seconds)
             share = (phase, cycle_of.get(enclosing(module, cycle_of)))
-            self._shares[share] = self._shares.get(share, Effort()).plus(effort)
+            self._shares[share] = self._shares.get(share, Work()).plus(work)
 
-    def efforts(self, totals: Sequence[int]) -> dict[Phase, Effort]:
+    def work_by_phase(self, totals: Sequence[int]) -> dict[Phase, Work]:
         """By phase, with ``totals[i]`` cycles of run ``i``."""
-        efforts: dict[Phase, Effort] = {}
+        work_by_phase: dict[Phase, Work] = {}
         for (phase, place), share in self._shares.items():
             times = 1 if place is None else times_of_cycle(place[1], totals[place[0]])
-            efforts[phase] = efforts.get(phase, Effort()).plus(share, times)
-        return efforts
+            work_by_phase[phase] = work_by_phase.get(phase, Work()).plus(share, times)
+        return work_by_phase
 
 
-def mean_efforts(blocks: Sequence[Mapping[Phase, Effort]]) -> dict[Phase, Effort]:
+def mean_work(blocks: Sequence[Mapping[Phase, Work]]) -> dict[Phase, Work]:
     """By phase the mean over the blocks, each of which is active for as many steps as the others."""
-    means: dict[Phase, Effort] = {}
-    for efforts in blocks:
-        for phase, effort in efforts.items():
-            means[phase] = means.get(phase, Effort()).plus(effort, 1 / len(blocks))
+    means: dict[Phase, Work] = {}
+    for work_by_phase in blocks:
+        for phase, work in work_by_phase.items():
+            means[phase] = means.get(phase, Work()).plus(work, 1 / len(blocks))
     return means
 
 

@@ -23,7 +23,7 @@ from badam_planner.multi_gpu.per_rank import (
     SPREAD,
     buffer,
     cut,
-    on_one_card,
+    on_one_gpu,
     owner_of,
     spread_out,
 )
@@ -96,7 +96,7 @@ def sharding_of(
     return Sharding(units, target.shards, plan.training.dtype, trained, target.replicas, over_gloo=on_cpu)
 
 
-def per_card(recording: Recording, plan: Plan, sharding: Sharding) -> Recording:
+def per_gpu(recording: Recording, plan: Plan, sharding: Sharding) -> Recording:
     """The recording of one of the plan's cards, from that of one card alone."""
     if plan.target.engine == "fsdp2":
         return shard(recording, sharding)
@@ -144,7 +144,7 @@ def shard(recording: Recording, sharding: Sharding) -> Recording:
         count, *rest = info.shape or (1,)
         return cut(allocation, info, (math.ceil(count / sharding.shards), *rest))
 
-    gradients, allocations = on_one_card(spread, shapes, sharding.shards, rows)
+    gradients, allocations = on_one_gpu(spread, shapes, sharding.shards, rows)
     allocations += [buffer for buffer in passes.buffers() if buffer.nbytes]
     if gradients:
         allocations += _reduced(gradients, allocations, passes, sharding, shapes)

@@ -37,7 +37,7 @@ def spread_out(recording: Recording) -> Recording:
     )
 
 
-def on_one_card(
+def on_one_gpu(
     recording: Recording,
     shapes: Mapping[str, ParameterInfo],
     shards: int,

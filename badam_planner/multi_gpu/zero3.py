@@ -24,7 +24,7 @@ from badam_planner.multi_gpu.fsdp2 import (
 )
 from badam_planner.multi_gpu.gloo import gloos_copies
 from badam_planner.multi_gpu.module_uses import uses_of
-from badam_planner.multi_gpu.per_rank import REDUCTION_INPUT, STATES, buffer, cut, on_one_card, spread_out
+from badam_planner.multi_gpu.per_rank import REDUCTION_INPUT, STATES, buffer, cut, on_one_gpu, spread_out
 from badam_planner.multi_gpu.traffic import Traffic, traffic, traffic_of_everything
 from badam_planner.multi_gpu.zero3_gathers import Gathers, Rules
 from badam_planner.recording.recording import NEVER, Allocation, Recording
@@ -67,7 +67,7 @@ def partition(
         return cut(allocation, info, (_part(info, sharding),))
 
     # The optimizer steps where its states are.
-    gradients, allocations = on_one_card(spread, sharding.shapes, sharding.shards, part, steps_here=offload == "none")
+    gradients, allocations = on_one_gpu(spread, sharding.shapes, sharding.shards, part, steps_here=offload == "none")
     passes = Passes(spread, sharding)
     for one in passes.every:
         allocations += _whole(_gathered(passes, one, sharding, head_module), one, sharding)
@@ -191,7 +191,7 @@ def _buffers(sharding: Sharding, offload: Offload, passes: Passes) -> Iterator[A
     on_its_way = -(-4 * largest // sharding.shards)
     for one in passes.every:
         passing = buffer("gradient on its way to the host", on_its_way, one.turns + 1, one.ends, Phase.BACKWARD, ROOT)
-        yield replace(passing, card_only=True)
+        yield replace(passing, gpu_only=True)
 
 
 def _trained(sharding: Sharding) -> list[ParameterInfo]:

@@ -50,12 +50,12 @@ class Forecaster:
             target: a card, whose workspace counts, or the CPU.
             head_module: path of the output projection.
         """
-        self._on_card = target.gpu != "cpu"
-        self._workspace_bytes = target.workspace_bytes if self._on_card else 0
-        if self._on_card:
+        self._on_gpu = target.gpu != "cpu"
+        self._workspace_bytes = target.workspace_bytes if self._on_gpu else 0
+        if self._on_gpu:
             recording = with_workspace(recording, self._workspace_bytes)
         self._tensors = Timeline(
-            recording, head_module, granularity=ROUNDING if self._on_card else 1, on_card=self._on_card
+            recording, head_module, granularity=ROUNDING if self._on_gpu else 1, on_gpu=self._on_gpu
         )
 
     def forecast(self, target: Target, numbers: Sequence[int] | None = None, *, largest: int = 10) -> Forecast:
@@ -67,7 +67,7 @@ class Forecaster:
             largest: how many of the live tensors at the peak to name.
         """
         tensors = self._tensors if numbers is None else self._tensors.resized(self._sizes(numbers))
-        by_phase, reserved = _on_a_card(tensors, target) if self._on_card else (tensors.peak_by_phase(), None)
+        by_phase, reserved = _on_a_gpu(tensors, target) if self._on_gpu else (tensors.peak_by_phase(), None)
         peak = max(by_phase.values(), key=lambda at: at.nbytes)
         reserved = peak.nbytes if reserved is None else reserved
         alive = tensors.live_at(peak.tick)
@@ -93,14 +93,14 @@ class Forecaster:
         rounded = [-(-number // granularity) * granularity for number in numbers]
         allocations = self._tensors.recording.allocations
         tensors = allocations[:-1] if self._workspace_bytes else allocations
-        sizes = [0 if one.card_only and not self._on_card else rounded[one.nbytes] for one in tensors]
+        sizes = [0 if one.gpu_only and not self._on_gpu else rounded[one.nbytes] for one in tensors]
         for index, one in enumerate(tensors):
             if one.grown:
                 sizes[index] = -(-(numbers[one.nbytes] + one.grown) // granularity) * granularity
         return [*sizes, self._tensors.sizes[-1]] if self._workspace_bytes else sizes
 
 
-def _on_a_card(tensors: Timeline, target: Target) -> tuple[dict[Phase, Peak], int | None]:
+def _on_a_gpu(tensors: Timeline, target: Target) -> tuple[dict[Phase, Peak], int | None]:
     """The peaks of the allocator's blocks by phase, and the bytes of its segments."""
     allocator, sizes = replay(tensors, expandable_segments=target.expandable_segments)
     return tensors.resized(sizes).peak_by_phase(), allocator.peak_reserved

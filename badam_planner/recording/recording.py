@@ -29,7 +29,7 @@ class Allocation:
     dtype: str
     category: Category | None = None  # None until something is known about it
     label: str | None = None  # a name that a person understands, where there is one
-    card_only: bool = False  # scratch of a card's kernel; a CPU takes none of it
+    gpu_only: bool = False  # scratch of a card's kernel; a CPU takes none of it
     owner: str = ""  # the layer from whose weights it was computed, where no module ran
     shares: tuple[tuple[str, int], ...] = ()  # bytes that single layers have in it, where it joins what is theirs
     grown: int = 0  # bytes that come on top for layers which were not rehearsed; see composition.compose.settled

@@ -35,7 +35,7 @@ class Timeline:
     """
 
     def __init__(
-        self, recording: Recording, head_module: str = "", *, granularity: int = 1, on_card: bool = False
+        self, recording: Recording, head_module: str = "", *, granularity: int = 1, on_gpu: bool = False
     ) -> None:
         """Read a recording.
 
@@ -43,12 +43,12 @@ class Timeline:
             recording: what happened.
             head_module: path of the output projection.
             granularity: sizes are rounded up to multiples of so many bytes, as an allocator does.
-            on_card: count the scratch of the card's kernels too.
+            on_gpu: count the scratch of the GPU's kernels too.
         """
         self.recording = recording
         self.granularity = granularity
         self.sizes = [
-            0 if allocation.card_only and not on_card else -(-allocation.nbytes // granularity) * granularity
+            0 if allocation.gpu_only and not on_gpu else -(-allocation.nbytes // granularity) * granularity
             for allocation in recording.allocations
         ]
         self._starts = [tick for tick, _ in recording.phase_starts]

@@ -19,10 +19,10 @@ from badam.plan import Plan
 from badam.training.methods import method_of
 from badam.vocabulary import Phase
 from badam_planner.composition.compose import KEPT_CYCLES, NotPeriodic, Run, find_runs
-from badam_planner.composition.peaks import BlockPeaks, Outline
+from badam_planner.composition.peaks import BlockPeaks, DepthPeaks
 from badam_planner.composition.short_rehearsal import Rehearsal, Rehearsed
-from badam_planner.composition.sizes import Family, NoFamily, Size, SizeRange, ranges_of
-from badam_planner.composition.step_time import Effort, Pace
+from badam_planner.composition.sizes import NoFamily, Size, SizeFamily, SizeRange, ranges_of
+from badam_planner.composition.step_time import StepTimes, Work
 from badam_planner.recording.forecast import Forecast, forecast
 from badam_planner.recording.recording import Entries, Flops, Recording
 from badam_planner.rehearsal.model_tree import ModelTree
@@ -41,7 +41,7 @@ class PlanForecast:
     trained_entries: int = 0  # entries trained at a time, at most
     quantized_entries: int = 0  # entries of the weights that are kept in fewer than 16 bits
     blocks: tuple[BlockPeaks, ...] = ()  # by block, or empty if only the worst was asked for
-    efforts: tuple[dict[Phase, Effort], ...] = ()  # by block: of one optimizer step; the switch of a whole visit
+    work_by_phase: tuple[dict[Phase, Work], ...] = ()  # by block: of one optimizer step; the switch of a whole visit
 
 
 _Sized = tuple[Rehearsed, Sequence[int] | None]
@@ -67,7 +67,7 @@ class Evaluator:
         self._counted: dict[str, Entries] = {}
         self._roles = Roles(tree)
         self._ranges: tuple[SizeRange, ...] = ()
-        self._families: dict[Hashable, tuple[Family, Rehearsed] | None] = {}
+        self._families: dict[Hashable, tuple[SizeFamily, Rehearsed] | None] = {}
 
     @overload
     def worst_block(self, plan: Plan) -> PlanForecast: ...
@@ -80,7 +80,7 @@ class Evaluator:
             plan: the plan.
             give_up_above: device bytes; as soon as one block needs more, the answer is None.
         """
-        if not method_of(plan.method).by_block:
+        if not method_of(plan.method).trains_one_block:
             return self._without_roles(plan, give_up_above)
         shapes = [self._roles.shape(plan, index) for index in range(len(plan.partition.blocks))]
         lowest = {shape: shapes.index(shape) for shape in shapes}
@@ -148,10 +148,10 @@ class Evaluator:
         """
         worst = BlockPeaks(known.worst.peak_allocated_bytes, known.worst.peak_phase, known.worst.by_phase)
         indices = range(len(plan.partition.blocks))
-        if not method_of(plan.method).by_block:
-            efforts = self.efforts(plan, known.worst_block)
+        if not method_of(plan.method).trains_one_block:
+            work_by_phase = self.work_by_phase(plan, known.worst_block)
             blocks = (worst,) if len(indices) == 1 else ()
-            return replace(known, blocks=blocks, efforts=(efforts,) * len(indices))
+            return replace(known, blocks=blocks, work_by_phase=(work_by_phase,) * len(indices))
         peaks = {known.worst_block: worst}
         middle = len(indices) / 2
         from_the_middle = sorted(indices, key=lambda index: abs(index - middle))  # these answer for others
@@ -163,22 +163,22 @@ class Evaluator:
         return replace(
             known,
             blocks=tuple(peaks[index] for index in indices),
-            efforts=tuple(self.efforts(plan, index) for index in indices),
+            work_by_phase=tuple(self.work_by_phase(plan, index) for index in indices),
         )
 
-    def efforts(self, plan: Plan, index: int) -> dict[Phase, Effort]:
+    def work_by_phase(self, plan: Plan, index: int) -> dict[Phase, Work]:
         """Work and time by phase of one optimizer step with one block active; the switch is that of a whole visit."""
         rates, dtype = plan.target.rates, plan.training.dtype
         if self._composes(plan):
-            return self._rehearsal(plan, index).efforts(rates, dtype)
-        return Pace(self.recording(plan, index), (), rates, dtype).efforts(())
+            return self._rehearsal(plan, index).work_by_phase(rates, dtype)
+        return StepTimes(self.recording(plan, index), (), rates, dtype).work_by_phase(())
 
     def peaks(self, plan: Plan, index: int) -> BlockPeaks:
         """The highest allocated bytes with one block active: every tensor's bytes, rounded as the device does."""
         if self._composes(plan):
             with suppress(NotPeriodic):
                 return self._rehearsal(plan, index).peaks(plan.target)
-        return Outline(self.recording(plan, index), (), plan.target).peaks(())
+        return DepthPeaks(self.recording(plan, index), (), plan.target).peaks(())
 
     def flops(self, plan: Plan, index: int) -> Flops:
         """Operations of matrix products at full depth, by phase and module."""
@@ -277,10 +277,10 @@ class Evaluator:
         except NoFamily:
             return None
 
-    def _family(self, plan: Plan, index: int, runs: Sequence[Run], sizes: SizeRange) -> Family:
+    def _family(self, plan: Plan, index: int, runs: Sequence[Run], sizes: SizeRange) -> SizeFamily:
         probes = sizes.probes()
         tasks = [partial(self._record, _at_size(plan, size), index, runs) for size in probes]
-        return Family(sizes, dict(zip(probes, run_all(tasks, self.workers), strict=True)))
+        return SizeFamily(sizes, dict(zip(probes, run_all(tasks, self.workers), strict=True)))
 
 
 def _worth_simulating(peaks: Mapping[int, BlockPeaks]) -> list[int]:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from badam.blocks.names import belongs
 from badam.plan import Plan
-from badam_planner.composition.peaks import BlockPeaks, Outline
-from badam_planner.multi_gpu.fsdp2 import Sharding, per_card, sharding_of
+from badam_planner.composition.peaks import BlockPeaks, DepthPeaks
+from badam_planner.multi_gpu.fsdp2 import Sharding, per_gpu, sharding_of
 from badam_planner.multi_gpu.traffic import Traffic, traffic_per_step
 from badam_planner.multi_gpu.zero3 import on_host, partition, zero3_traffic
 from badam_planner.recording.forecast import Forecast, forecast
@@ -15,11 +15,11 @@ from badam_planner.recording.recording import Recording
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.roles import trained_prefixes
 
-MOST_CARDS = 4096
+MOST_GPUS = 4096
 """More cards than this are not tried: a model that does not fit then does not fit for its activations."""
 
 
-class CardsEvaluator(Evaluator):
+class GpusEvaluator(Evaluator):
     """An evaluator that knows the plan's engine; for one card the same as its base."""
 
     def recording(self, plan: Plan, index: int) -> Recording:
@@ -33,13 +33,13 @@ class CardsEvaluator(Evaluator):
                 plan.target.offload,
                 shares_memory=plan.target.gpu == "cpu",
             )
-        return whole if plan.target.engine == "single" else per_card(whole, plan, self._sharding(plan, index))
+        return whole if plan.target.engine == "single" else per_gpu(whole, plan, self._sharding(plan, index))
 
     def peaks(self, plan: Plan, index: int) -> BlockPeaks:
         """The highest allocated bytes of one of the plan's cards with one block active."""
         if plan.target.engine == "single":
             return super().peaks(plan, index)
-        return Outline(self.recording(plan, index), (), plan.target).peaks(())
+        return DepthPeaks(self.recording(plan, index), (), plan.target).peaks(())
 
     def _forecast(self, plan: Plan, index: int) -> Forecast:
         if plan.target.engine == "single":
@@ -66,7 +66,7 @@ class CardsEvaluator(Evaluator):
         return sharding_of(plan, self.tree.parameters, self.tree.layers, self.tree.head_module, trained)
 
 
-def with_traffic(plan: Plan, evaluator: CardsEvaluator) -> Plan:
+def with_traffic(plan: Plan, evaluator: GpusEvaluator) -> Plan:
     """``plan`` with what each card sends, for the block that sends most, the lowest one, and has in host memory."""
     if plan.prediction is None or plan.target.engine == "single":
         return plan
@@ -88,7 +88,7 @@ def smallest_number(fits: Callable[[int], bool]) -> int | None:
     most = 1
     while not fits(most):
         most *= 2
-        if most > MOST_CARDS:
+        if most > MOST_GPUS:
             return None
     least = most // 2  # does not fit, or 0
     while most - least > 1:
@@ -97,15 +97,15 @@ def smallest_number(fits: Callable[[int], bool]) -> int | None:
     return most
 
 
-def shard_sizes(cards: int, cards_per_node: int) -> list[int]:
+def shard_sizes(cards: int, gpus_per_node: int) -> list[int]:
     """Into groups of how many ``cards`` can be divided, the smallest first, so that groups do not straddle machines.
 
     Groups of one are left out: they hold whole copies.
     """
-    several_nodes = cards > cards_per_node
+    several_nodes = cards > gpus_per_node
     return [
         size
         for size in range(2, cards + 1)
         if cards % size == 0
-        and (size == cards or not several_nodes or cards_per_node % size == 0 or size % cards_per_node == 0)
+        and (size == cards or not several_nodes or gpus_per_node % size == 0 or size % gpus_per_node == 0)
     ]

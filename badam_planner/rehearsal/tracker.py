@@ -110,15 +110,15 @@ class StorageTracker(TorchDispatchMode):
         if name == FLASH_BACKWARD:
             _, query, key = args[:3]
             sizes = flash_backward_bytes(query.shape, key.shape, query.element_size())
-            self._pass_through(sizes, name, "scratch of flash attention", card_only=True)
+            self._pass_through(sizes, name, "scratch of flash attention", gpu_only=True)
         elif name == FOUR_BIT_PRODUCT:
             inputs, _, shape, _, blocksize = args[:5]
             sizes = unpacked_bytes(shape, blocksize, inputs.element_size())
-            self._pass_through(sizes, name, "unpacked weight", card_only=False)
+            self._pass_through(sizes, name, "unpacked weight", gpu_only=False)
             FLOPS.setdefault(func._overloadpacket, four_bit_product)  # it exists since bitsandbytes was imported
         elif self._on_cpu and name in BY_INDEX:
             sizes = by_index_bytes(output.shape, output.element_size())
-            self._pass_through(sizes, name, "fp32 copy", card_only=False)
+            self._pass_through(sizes, name, "fp32 copy", gpu_only=False)
         self._count(func, args, kwargs, output, moved)
         return output
 
@@ -164,14 +164,14 @@ class StorageTracker(TorchDispatchMode):
         known = self._living.get(values.untyped_storage()._cdata)
         return None if known is None else known[0]
 
-    def _pass_through(self, sizes: Iterable[int], operation: str, what: str, *, card_only: bool) -> None:
+    def _pass_through(self, sizes: Iterable[int], operation: str, what: str, *, gpu_only: bool) -> None:
         """Record scratch of a kernel: born together, dead before the operator returns."""
         scratch = [
             Allocation(nbytes, self._tick(), NEVER, self._phase, self.module, operation, (nbytes,), "uint8")
             for nbytes in sizes
         ]
         for allocation in scratch:
-            allocation.card_only, allocation.label = card_only, f"{what} in {self.module}"
+            allocation.gpu_only, allocation.label = gpu_only, f"{what} in {self.module}"
             allocation.died = self._tick()
         self.recording.allocations += scratch
 

@@ -15,8 +15,8 @@ from badam.training.methods import METHODS, method_of
 from badam_planner.multi_gpu.nccl import with_communication
 from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
 from badam_planner.rehearsal.evaluator_cards import (
-    MOST_CARDS,
-    CardsEvaluator,
+    MOST_GPUS,
+    GpusEvaluator,
     shard_sizes,
     smallest_number,
     with_traffic,
@@ -26,7 +26,7 @@ from badam_planner.search.prediction import candidate_of, with_prediction
 from badam_planner.search.refusal import refusal
 from badam_planner.search.request import Request, staged_plan
 from badam_planner.search.result import Answer, SearchResult
-from badam_planner.search.settings import Cut, recommended_index, strategies
+from badam_planner.search.settings import Strategy, recommended_index, strategies
 from badam_planner.search.trial import (
     Progress,
     first_that_fits,
@@ -59,8 +59,8 @@ def make_plan(request: Request, progress: Progress = lambda _text: None, *, work
 
 def _made(request: Request, progress: Progress, workers: int) -> Answer:
     progress(f"building the module tree of {request.spec.id}")
-    evaluator = CardsEvaluator(inspect_model(request.spec, request.attention), exact=request.exact, workers=workers)
-    request = _with_enough_cards(request, evaluator, progress)
+    evaluator = GpusEvaluator(inspect_model(request.spec, request.attention), exact=request.exact, workers=workers)
+    request = _with_enough_gpus(request, evaluator, progress)
     asked_for = strategies(request.method, request.partition)
     _rehearse_ahead(request, asked_for, evaluator, progress)
     tried = [first_that_fits(request, strategy, evaluator, progress) for strategy in asked_for]
@@ -90,12 +90,14 @@ def _made(request: Request, progress: Progress, workers: int) -> Answer:
     return Answer(result, with_traffic(planned, evaluator), None)
 
 
-def _rehearse_ahead(request: Request, asked_for: Sequence[Cut], evaluator: CardsEvaluator, progress: Progress) -> None:
+def _rehearse_ahead(
+    request: Request, asked_for: Sequence[Strategy], evaluator: GpusEvaluator, progress: Progress
+) -> None:
     """What the search is going to ask for if the fastest setting fits, on all workers at a time."""
     fastest = settings_of(request, evaluator.tree)[0]
     progress(f"rehearsing {', '.join(asked_for)} blocks, {in_words(fastest)}")
     plans = [staged_plan(request, strategy, fastest, evaluator.tree) for strategy in asked_for]
-    plans = [plan for plan in plans if method_of(plan.method).by_block]
+    plans = [plan for plan in plans if method_of(plan.method).trains_one_block]
     largest = [(plan, evaluator.decisive(plan)[0]) for plan in plans]
     in_the_middle = [(plan, len(plan.partition.blocks) // 2) for plan in plans[:1]]  # these answer for most others
     evaluator.prepare([*largest, *in_the_middle])
@@ -106,7 +108,7 @@ def _rehearse_ahead(request: Request, asked_for: Sequence[Cut], evaluator: Cards
     evaluator.prepare([*decisive, *recommended])
 
 
-def _with_enough_cards(request: Request, evaluator: CardsEvaluator, progress: Progress) -> Request:
+def _with_enough_gpus(request: Request, evaluator: GpusEvaluator, progress: Progress) -> Request:
     """The request for the fewest cards, or the fewest of one copy, on which it fits, if it leaves their number open."""
 
     def on(**cards: object) -> Request:
@@ -122,7 +124,7 @@ def _with_enough_cards(request: Request, evaluator: CardsEvaluator, progress: Pr
         return on(num_gpus=cards) if cards > 1 else on(num_gpus=1, engine="single", offload="none")
 
     if request.find_num_gpus:
-        return of_number(smallest_number(lambda cards: fits(of_number(cards))) or MOST_CARDS)
+        return of_number(smallest_number(lambda cards: fits(of_number(cards))) or MOST_GPUS)
     if request.find_shard_size:
         *fewer, _ = shard_sizes(request.target.num_gpus, request.target.gpus_per_node)
         return next(filter(fits, (on(shard_size=size) for size in fewer)), on(shard_size=None))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from badam.plan import PhaseWork, Plan, Prediction
 from badam.training.methods import method_of
 from badam.vocabulary import Phase
-from badam_planner.composition.step_time import Effort, mean_efforts, step_seconds
+from badam_planner.composition.step_time import Work, mean_work, step_seconds
 from badam_planner.rehearsal.evaluator import PlanForecast
 from badam_planner.search.request import Request
 from badam_planner.search.result import Candidate
@@ -69,7 +69,7 @@ def with_prediction(plan: Plan, forecast: PlanForecast, samples: int | None = No
         samples: sequences of an epoch, if known.
     """
     worst = forecast.worst
-    means = mean_efforts(forecast.efforts)
+    means = mean_work(forecast.work_by_phase)
     knows_rates = plan.target.rates is not None
     blocks = plan.partition.blocks
     if forecast.blocks:  # a method that trains several blocks at a time has no peak of one of them
@@ -80,11 +80,11 @@ def with_prediction(plan: Plan, forecast: PlanForecast, samples: int | None = No
                     "peak_phase": own.peak_phase,
                     "peak_by_phase": own.by_phase,
                     "backward_relative": relative,
-                    "seconds_by_phase": _seconds(efforts) if knows_rates else {},
+                    "seconds_by_phase": _seconds(work_by_phase) if knows_rates else {},
                 }
             )
-            for block, own, relative, efforts in zip(
-                blocks, forecast.blocks, forecast.backward_relative, forecast.efforts, strict=True
+            for block, own, relative, work_by_phase in zip(
+                blocks, forecast.blocks, forecast.backward_relative, forecast.work_by_phase, strict=True
             )
         )
     seconds = step_seconds(_seconds(means), plan.schedule.switch_every) if knows_rates else None
@@ -101,12 +101,12 @@ def with_prediction(plan: Plan, forecast: PlanForecast, samples: int | None = No
         peak_block=blocks[forecast.worst_block].name,
         work_by_phase={
             phase: PhaseWork(
-                flops=round(effort.flops),
-                product_bytes=round(effort.product_bytes),
-                other_bytes=round(effort.other_bytes),
-                operators=round(effort.operators),
+                flops=round(work.flops),
+                product_bytes=round(work.product_bytes),
+                other_bytes=round(work.other_bytes),
+                operators=round(work.operators),
             )
-            for phase, effort in means.items()
+            for phase, work in means.items()
         },
         seconds_by_phase=_seconds(means) if knows_rates else {},
         step_seconds=seconds,
@@ -116,5 +116,5 @@ def with_prediction(plan: Plan, forecast: PlanForecast, samples: int | None = No
     return plan.model_copy(update={"partition": partition, "prediction": prediction})
 
 
-def _seconds(efforts: Mapping[Phase, Effort]) -> dict[Phase, float]:
-    return {phase: effort.seconds for phase, effort in efforts.items()}
+def _seconds(work_by_phase: Mapping[Phase, Work]) -> dict[Phase, float]:
+    return {phase: work.seconds for phase, work in work_by_phase.items()}

@@ -12,7 +12,7 @@ from badam.training.tasks import input_positions
 from badam.units import format_bytes
 from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
 from badam_planner.search.request import Request, batch_in_words
-from badam_planner.search.settings import Relief, Setting, relief, strategies
+from badam_planner.search.settings import MemorySetting, SmallerBatch, smaller_batch, strategies
 from badam_planner.search.trial import Progress, first_that_fits, fits_at_its_leanest, headroom, in_words
 
 
@@ -22,7 +22,7 @@ def refusal(
     """Why nothing fits, and the mildest change that would make it fit."""
     plan, forecast = min(tried, key=lambda pair: pair[1].worst.peak_device_bytes)
     worst, training = forecast.worst, plan.training
-    setting = Setting(training.checkpointing, training.loss, plan.target.expandable_segments)
+    setting = MemorySetting(training.checkpointing, training.loss, plan.target.expandable_segments)
     category, size = max(worst.by_category.items(), key=lambda item: item[1])
     message = (
         f"{request.spec.id} needs {format_bytes(worst.peak_device_bytes)} at its leanest "
@@ -54,10 +54,10 @@ def _cut_in_words(target: Target) -> str:
 def _what_would_fit(request: Request, evaluator: Evaluator, progress: Progress) -> str | None:
     """The options of the mildest change with which the request fits, as the user would type them."""
     fixed = input_positions(model_config(request.spec), request.spec.task) is not None
-    sizes = list(relief(request.batch_size, request.seq_len, **({"shortest": request.seq_len} if fixed else {})))
+    sizes = list(smaller_batch(request.batch_size, request.seq_len, **({"shortest": request.seq_len} if fixed else {})))
     kinds = strategies(request.method, "auto")
 
-    def resized(size: Relief) -> Request:
+    def resized(size: SmallerBatch) -> Request:
         # What is not said of the decoder's length follows the encoder's, in the advised command as here.
         decoder_len = size.seq_len if request.decoder_len == request.seq_len else request.decoder_len
         smaller = replace(request, batch_size=size.batch_size, seq_len=size.seq_len, decoder_len=decoder_len)
@@ -71,9 +71,9 @@ def _what_would_fit(request: Request, evaluator: Evaluator, progress: Progress) 
             smaller = resized(size)
             if fits_at_its_leanest(smaller, strategy, evaluator):
                 plan, _ = first_that_fits(smaller, strategy, evaluator, progress)
-                levers = [f"--checkpointing {plan.training.checkpointing}", f"--loss {plan.training.loss}"]
+                choices = [f"--checkpointing {plan.training.checkpointing}", f"--loss {plan.training.loss}"]
                 if plan.target.expandable_segments and request.expandable_segments == "off":
-                    levers.append("--expandable-segments on")
+                    choices.append("--expandable-segments on")
                 partition = () if strategy == "full" else (f"--partition {strategy}",)
-                return " ".join((*size.options, *partition, *levers))
+                return " ".join((*size.options, *partition, *choices))
     return None

@@ -28,7 +28,7 @@ from badam.training.methods import method_of
 from badam.training.tasks import TRAINED_HERE
 from badam.units import format_batch
 from badam_planner.rehearsal.model_tree import ModelTree
-from badam_planner.search.settings import Cut, Setting, strategies
+from badam_planner.search.settings import MemorySetting, Strategy, strategies
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def batch_in_words(request: Request) -> str:
     return format_batch(request.spec.task, request.batch_size, request.seq_len, request.decoder_len)
 
 
-def staged_plan(request: Request, strategy: Cut, setting: Setting, tree: ModelTree) -> Plan:
+def staged_plan(request: Request, strategy: Strategy, setting: MemorySetting, tree: ModelTree) -> Plan:
     """The plan of one candidate, without its prediction."""
     blocks = _blocks(request, strategy, tree)
     layers = tree.layers if setting.checkpointing == "all" else ()
@@ -137,7 +137,7 @@ def _always_active(request: Request) -> tuple[str, ...]:
     return request.active_modules
 
 
-def _blocks(request: Request, strategy: Cut, tree: ModelTree) -> list[BlockPlan]:
+def _blocks(request: Request, strategy: Strategy, tree: ModelTree) -> list[BlockPlan]:
     """The blocks of a strategy; methods without blocks have one, "all"."""
     if strategy == "full":
         prefixes = tuple(dict.fromkeys(info.name.split(".", 1)[0] for info in tree.parameters))

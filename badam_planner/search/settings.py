@@ -8,17 +8,17 @@ from typing import Literal, TypeVar
 
 from badam.plan import Checkpointing, Loss, Method
 
-Cut = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
+Strategy = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
 """The ways to cut a model that are searched; ``ratio`` and ``full`` are one block, of the layers or of everything."""
 
 Found = TypeVar("Found")
 
-PREFERENCE: tuple[Cut, ...] = ("layer", "attn-mlp", "matrix")
+PREFERENCE: tuple[Strategy, ...] = ("layer", "attn-mlp", "matrix")
 """Larger blocks first: they train more at a time; smaller ones only save memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class MemorySetting:
     """The memory levers: what they save costs time and nothing else."""
 
     checkpointing: Checkpointing
@@ -26,21 +26,25 @@ class Setting:
     expandable_segments: bool = False
 
 
-def ladder(checkpointing: str, loss: str, can_chunk: bool, *, expandable_segments: str = "off") -> tuple[Setting, ...]:
+def ladder(
+    checkpointing: str, loss: str, can_chunk: bool, *, expandable_segments: str = "off"
+) -> tuple[MemorySetting, ...]:
     """The settings to try, fastest first and leanest last. "auto" opens a lever, if the model's loss can be chunked.
 
     Expandable segments cost nothing that is seen in a step; the chunked loss costs one more projection, checkpointing
     one more forward of every layer: hence the order.
     """
-    levers: tuple[Checkpointing, ...] = ("none", "all") if checkpointing == "auto" else (_as(checkpointing),)
+    choices: tuple[Checkpointing, ...] = ("none", "all") if checkpointing == "auto" else (_as(checkpointing),)
     losses: tuple[Loss, ...] = ("full", "chunked") if can_chunk else ("full",)
     if loss != "auto":
         losses = ("chunked" if loss == "chunked" else "full",)
     allocators = (False, True) if expandable_segments == "auto" else (expandable_segments == "on",)
-    return tuple(Setting(lever, each, grows) for lever in levers for each in losses for grows in allocators)
+    return tuple(MemorySetting(choice, each, grows) for choice in choices for each in losses for grows in allocators)
 
 
-def first_fitting(settings: Sequence[Setting], attempt: Callable[[Setting], Found | None]) -> tuple[int, Found | None]:
+def first_fitting(
+    settings: Sequence[MemorySetting], attempt: Callable[[MemorySetting], Found | None]
+) -> tuple[int, Found | None]:
     """The first of ``settings`` with which ``attempt`` finds that it fits.
 
     Args:
@@ -61,7 +65,7 @@ def _as(checkpointing: str) -> Checkpointing:
     return "all" if checkpointing == "all" else "none"
 
 
-def strategies(method: Method, partition: str) -> tuple[Cut, ...]:
+def strategies(method: Method, partition: str) -> tuple[Strategy, ...]:
     """The partitions to try for a method, in order of preference; one that trains no blocks has one of everything."""
     if method == "badam-ratio":
         return ("ratio",)
@@ -78,7 +82,7 @@ def recommended_index(fits: list[bool]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Relief:
+class SmallerBatch:
     """A size of micro-batch to try, and the options that ask for it; none for the size of the request itself."""
 
     batch_size: int
@@ -86,12 +90,12 @@ class Relief:
     options: tuple[str, ...] = ()
 
 
-def relief(batch_size: int, seq_len: int, shortest: int = 64) -> Iterator[Relief]:
+def smaller_batch(batch_size: int, seq_len: int, shortest: int = 64) -> Iterator[SmallerBatch]:
     """Sizes that need less and less memory: that of the request, smaller batches, then single shorter sequences."""
-    yield Relief(batch_size, seq_len)
+    yield SmallerBatch(batch_size, seq_len)
     while batch_size > 1:
         batch_size //= 2
-        yield Relief(batch_size, seq_len, (f"--batch-size {batch_size}",))
+        yield SmallerBatch(batch_size, seq_len, (f"--batch-size {batch_size}",))
     while seq_len // 2 >= shortest:
         seq_len //= 2
-        yield Relief(1, seq_len, ("--batch-size 1", f"--seq-len {seq_len}"))
+        yield SmallerBatch(1, seq_len, ("--batch-size 1", f"--seq-len {seq_len}"))

@@ -11,7 +11,7 @@ from badam.training.tasks import input_positions
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.model_tree import ModelTree
 from badam_planner.search.result import SizeCell, SizeMap
-from badam_planner.search.settings import Setting, first_fitting, ladder
+from badam_planner.search.settings import MemorySetting, first_fitting, ladder
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)
 """Batch sizes and lengths to look at, relative to those of the plan."""
@@ -51,31 +51,31 @@ def sizes_around(size: int, smallest: int) -> list[int]:
     return sorted({max(int(size * factor), min(size, smallest)) for factor in FACTORS})
 
 
-def resized(plan: Plan, batch_size: int, seq_len: int, setting: Setting, tree: ModelTree) -> Plan:
+def resized(plan: Plan, batch_size: int, seq_len: int, setting: MemorySetting, tree: ModelTree) -> Plan:
     """The plan at another size, with other levers and without its prediction."""
     layers = tree.layers if setting.checkpointing == "all" else ()
     blocks = tuple(
         block.model_copy(update={"checkpointed_layers": layers, "peak_allocated_bytes": None})
         for block in plan.partition.blocks
     )
-    levers = {"checkpointing": setting.checkpointing, "loss": setting.loss}
+    choices = {"checkpointing": setting.checkpointing, "loss": setting.loss}
     return plan.model_copy(
         update={
             "partition": plan.partition.model_copy(update={"blocks": blocks}),
-            "training": plan.training.model_copy(update={"batch_size": batch_size, "seq_len": seq_len, **levers}),
+            "training": plan.training.model_copy(update={"batch_size": batch_size, "seq_len": seq_len, **choices}),
             "prediction": None,
         }
     )
 
 
-def _peak_if_it_fits(plan: Plan, batch: int, length: int, evaluator: Evaluator, setting: Setting) -> int | None:
+def _peak_if_it_fits(plan: Plan, batch: int, length: int, evaluator: Evaluator, setting: MemorySetting) -> int | None:
     """The device peak at another size, or None if it is more than the card has."""
     other = resized(plan, batch, length, setting, evaluator.tree)
     found = evaluator.worst_block(other, give_up_above=plan.target.usable_bytes)
     return None if found is None else found.worst.peak_device_bytes
 
 
-def _cell(batch: int, length: int, settings: Sequence[Setting], index: int, peak: int | None) -> SizeCell:
+def _cell(batch: int, length: int, settings: Sequence[MemorySetting], index: int, peak: int | None) -> SizeCell:
     if index == len(settings):
         return SizeCell(batch, length, "", "", None)
     return SizeCell(batch, length, settings[index].checkpointing, settings[index].loss, peak)

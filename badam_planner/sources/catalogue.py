@@ -24,7 +24,7 @@ DRIVER_SHARE_MIB = 512
 """What the driver keeps of a card, where torch's own total was never seen. Seen on cards below 40 GiB: 258-513."""
 LARGE_DRIVER_SHARE_MIB = 640
 """The same from 40 GiB on. Seen: 450-621."""
-LARGE_CARD_MIB = 40 * 1024
+LARGE_GPU_MIB = 40 * 1024
 
 PRODUCT_SHARE, BANDWIDTH_SHARE, SECONDS_PER_OPERATOR = 0.6, 0.8, 6e-6
 """What training is assumed to reach of a card's peak rates, and to take for starting an operator.
@@ -126,7 +126,7 @@ class GpuRecord(CatalogueRecord):
 
 def driver_share_bytes(total_bytes: int) -> int:
     """What the driver is assumed to keep of a card of ``total_bytes``."""
-    return (LARGE_DRIVER_SHARE_MIB if total_bytes >= LARGE_CARD_MIB * MIB else DRIVER_SHARE_MIB) * MIB
+    return (LARGE_DRIVER_SHARE_MIB if total_bytes >= LARGE_GPU_MIB * MIB else DRIVER_SHARE_MIB) * MIB
 
 
 def fold(name: str) -> str:

@@ -13,13 +13,13 @@ from badam.plan import Target
 from badam.units import MIB, format_bytes
 from badam_planner.sources.catalogue import GpuRecord, driver_share_bytes, match_gpu
 
-SAME_CARD_TOLERANCE = 0.1
+SAME_GPU_TOLERANCE = 0.1
 """Cards of one name are sold with several sizes of memory; error correction takes 6 %. Beyond this, not the record."""
 UNKNOWN_CONTEXT_BYTES = 512 * MIB
 LARGE_WORKSPACE_BYTES, SMALL_WORKSPACE_BYTES = 32 * MIB, 8_519_680
 HOPPER = (9, 0)
 
-NAME_A_CARD = "Name a card with --gpu, such as --gpu rtx3090, or plan for this machine's memory with --gpu cpu."
+NAME_A_GPU = "Name a card with --gpu, such as --gpu rtx3090, or plan for this machine's memory with --gpu cpu."
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def detect_gpu() -> DetectedGpu:
     with _driver(pynvml):
         count = pynvml.nvmlDeviceGetCount()
         if count == 0:
-            raise InputError("The NVIDIA driver reports no card in this machine.", advice=NAME_A_CARD)
+            raise InputError("The NVIDIA driver reports no card in this machine.", advice=NAME_A_GPU)
         chosen = _visible_index(pynvml, count)
         handle = pynvml.nvmlDeviceGetHandleByIndex(chosen)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
@@ -103,13 +103,13 @@ def _driver(pynvml: ModuleType) -> Iterator[None]:
     try:
         pynvml.nvmlInit()
     except missing as error:
-        raise InputError("No NVIDIA driver was found on this machine.", advice=NAME_A_CARD) from error
+        raise InputError("No NVIDIA driver was found on this machine.", advice=NAME_A_GPU) from error
     except pynvml.NVMLError as error:
-        raise InputError(f"The NVIDIA driver does not answer: {error}.", advice=NAME_A_CARD) from error
+        raise InputError(f"The NVIDIA driver does not answer: {error}.", advice=NAME_A_GPU) from error
     try:
         yield
     except pynvml.NVMLError as error:
-        raise InputError(f"The NVIDIA driver does not describe its card: {error}.", advice=NAME_A_CARD) from error
+        raise InputError(f"The NVIDIA driver does not describe its card: {error}.", advice=NAME_A_GPU) from error
     finally:
         pynvml.nvmlShutdown()
 
@@ -127,12 +127,12 @@ def _visible_index(pynvml: ModuleType, count: int) -> int:
             return index
     raise InputError(
         f"CUDA_VISIBLE_DEVICES={visible!r} names none of the {count} cards in this machine.",
-        advice=f"Change or unset it. {NAME_A_CARD}",
+        advice=f"Change or unset it. {NAME_A_GPU}",
     )
 
 
 def _record_of(name: str, total_bytes: int) -> GpuRecord | None:
     record = match_gpu(name)
-    if record is None or abs(total_bytes - record.total_bytes) > SAME_CARD_TOLERANCE * record.total_bytes:
+    if record is None or abs(total_bytes - record.total_bytes) > SAME_GPU_TOLERANCE * record.total_bytes:
         return None
     return record

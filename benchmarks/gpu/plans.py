@@ -11,7 +11,7 @@ from badam.training.methods import method_of
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.model_tree import ModelTree, inspect_model
 from badam_planner.search.planner import Request, staged_plan, with_prediction
-from badam_planner.search.settings import Setting, strategies
+from badam_planner.search.settings import MemorySetting, strategies
 from badam_planner.sources.model_source import describe_model
 from benchmarks.gpu.cases import Case
 
@@ -42,7 +42,7 @@ def case_plan(case: Case, target: Target, command: str) -> tuple[Plan, ModelTree
         command=command,
     )
     (cut,) = strategies(case.method, case.cut)
-    plan = staged_plan(request, cut, Setting(case.checkpointing, case.loss), tree)
+    plan = staged_plan(request, cut, MemorySetting(case.checkpointing, case.loss), tree)
     plan = with_checkpoint_list(plan, tree) if case.checkpointing == "list" else plan
     whole = plan.partition.blocks
     chosen = range(len(whole)) if case.blocks == "all" else ends(whole, tree)

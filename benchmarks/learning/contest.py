@@ -11,7 +11,7 @@ from typing import Any
 from badam.plan import Method, MethodOptions, Plan, Target
 from badam_planner.rehearsal.model_tree import ModelTree, inspect_model
 from badam_planner.search.planner import Request, staged_plan
-from badam_planner.search.settings import Cut, Setting
+from badam_planner.search.settings import MemorySetting, Strategy
 from badam_planner.sources.model_source import specify
 
 VOCABULARY = 4096
@@ -75,7 +75,7 @@ class Contestant:
     name: str
     method: Method
     rate: float
-    cut: Cut = "full"
+    cut: Strategy = "full"
     switch_every: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -159,7 +159,7 @@ def plan_of(contestant: Contestant, settings: Settings, rate: float, seed: int) 
         options=MethodOptions(**contestant.options),
         seed=seed,
     )
-    return staged_plan(request, contestant.cut, Setting("none", "full"), tree)
+    return staged_plan(request, contestant.cut, MemorySetting("none", "full"), tree)
 
 
 def _tree() -> ModelTree:

@@ -26,7 +26,7 @@ def test_message_and_advice_are_kept_apart_and_read_together() -> None:
     assert str(InputError("No such card.")) == "No such card."
 
 
-CARDS = ["rtx3090", "rtx3080", "rtx4090", "a100-80gb", "a100-40gb", "h100-sxm", "l4"]
+GPUS = ["rtx3090", "rtx3080", "rtx4090", "a100-80gb", "a100-40gb", "h100-sxm", "l4"]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ CARDS = ["rtx3090", "rtx3080", "rtx4090", "a100-80gb", "a100-40gb", "h100-sxm", 
     [("rtx3091", "rtx3090"), ("RTX 4090", "rtx4090"), ("A100 80GB", "a100-80gb"), ("h100", "h100-sxm")],
 )
 def test_the_nearest_name_comes_first_whatever_its_case_and_punctuation(name: str, best: str) -> None:
-    assert near_matches(name, CARDS)[0] == best
+    assert near_matches(name, GPUS)[0] == best
 
 
 def test_a_part_of_a_name_finds_all_that_contain_it_shorter_ones_first() -> None:
@@ -45,12 +45,12 @@ def test_a_part_of_a_name_finds_all_that_contain_it_shorter_ones_first() -> None
 
 
 def test_nothing_alike_is_found_for_nonsense() -> None:
-    assert near_matches("zzzzzzzzzzzz", CARDS) == []
-    assert near_matches("", CARDS) == []
+    assert near_matches("zzzzzzzzzzzz", GPUS) == []
+    assert near_matches("", GPUS) == []
 
 
 def test_no_more_names_than_asked_for() -> None:
-    assert len(near_matches("rtx", CARDS, limit=2)) == 2
+    assert len(near_matches("rtx", GPUS, limit=2)) == 2
 
 
 @given(st.text(max_size=12), st.lists(st.text(max_size=12), max_size=8), st.integers(0, 5))
@@ -61,7 +61,7 @@ def test_matches_are_known_names_without_repetition(name: str, known: list[str],
     assert set(found) <= set(known)
 
 
-@given(st.lists(st.sampled_from(CARDS), min_size=1, unique=True))
+@given(st.lists(st.sampled_from(GPUS), min_size=1, unique=True))
 def test_a_known_name_is_its_own_best_match(known: list[str]) -> None:
     for name in known:
         assert near_matches(name.upper().replace("-", " "), known)[0] == name

@@ -20,7 +20,7 @@ from benchmarks.gpu.loop import build_on, optimizer_step, run_steps
 from benchmarks.gpu.optimizers import case_optimizer, load_old_badam
 from benchmarks.gpu.plans import case_plan, predicted, with_formula
 from tests.benchmarks.old_badam import SOURCE
-from tests.benchmarks.tiny import CARD, CPU, GEMMA2, LLAMA, case, write_model
+from tests.benchmarks.tiny import CPU, GEMMA2, GPU, LLAMA, case, write_model
 
 DEVICE = torch.device("cpu")
 
@@ -65,13 +65,13 @@ def test_layers_of_two_kinds_of_attention_are_two_kinds_of_blocks(tmp_path: Path
 
 
 def test_a_prediction_is_of_the_visited_blocks_and_its_closed_form_of_the_whole_partition(tmp_path: Path) -> None:
-    plan, tree, blocks = case_plan(case(write_model(tmp_path)), CARD, "test")
+    plan, tree, blocks = case_plan(case(write_model(tmp_path)), GPU, "test")
     assert blocks == LLAMA["num_hidden_layers"]
     plan = with_formula(predicted(plan, tree), blocks)
     assert plan.prediction is not None
     assert plan.prediction.formula_bytes == 2 * plan.model.parameters + 16 * plan.model.parameters // blocks
     assert all(block.peak_allocated_bytes for block in plan.partition.blocks)
-    assert plan.prediction.peak_device_bytes == plan.prediction.peak_reserved_bytes + CARD.context_bytes
+    assert plan.prediction.peak_device_bytes == plan.prediction.peak_reserved_bytes + GPU.context_bytes
 
 
 def test_a_list_of_layers_to_checkpoint_is_every_second_one(tmp_path: Path) -> None:

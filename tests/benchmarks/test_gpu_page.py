@@ -17,7 +17,7 @@ from benchmarks.gpu.page import NONE_YET, segment_bytes
 from benchmarks.gpu.record import Assumptions, CaseRecord, Scratch, load_case, plain_provenance, record_path
 from benchmarks.gpu.worker import Job, run_case
 from tests.benchmarks.test_gpu_budget import outcome
-from tests.benchmarks.tiny import CARD_MACHINE, as_on_a_card, case, write_model
+from tests.benchmarks.tiny import GPU_MACHINE, as_on_a_gpu, case, write_model
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,12 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> CaseRecord:
 
 
 @pytest.fixture
-def on_card(on_cpu: CaseRecord) -> CaseRecord:
+def on_gpu(on_cpu: CaseRecord) -> CaseRecord:
     """The same as if a card had measured it: reserved 1 % and device 2 % above what was predicted."""
     assert on_cpu.plan is not None
     assert on_cpu.plan.prediction is not None
     predicted = on_cpu.plan.prediction
-    return as_on_a_card(
+    return as_on_a_gpu(
         on_cpu,
         reserved=round(predicted.peak_reserved_bytes * 1.01),
         device=round(predicted.peak_device_bytes * 1.02),
@@ -67,35 +67,35 @@ def test_without_records_of_a_card_the_page_claims_nothing(on_cpu: CaseRecord, t
     assert "|" not in text
 
 
-def test_errors_are_predicted_less_measured_of_every_total(on_card: CaseRecord) -> None:
-    (row,) = rows([on_card])
+def test_errors_are_predicted_less_measured_of_every_total(on_gpu: CaseRecord) -> None:
+    (row,) = rows([on_gpu])
     by_name = {spread.name: spread for spread in spreads([row])}
     assert by_name["reserved"].worst == pytest.approx(1 / 1.01 - 1, abs=1e-4)
     assert by_name["device"].worst == pytest.approx(1 / 1.02 - 1, abs=1e-4)
-    measured = on_card.run.measurement.peak_allocated_bytes if on_card.run else 0
-    assert by_name["allocated"].worst == pytest.approx(peak(on_card.plan) / measured - 1)
+    measured = on_gpu.run.measurement.peak_allocated_bytes if on_gpu.run else 0
+    assert by_name["allocated"].worst == pytest.approx(peak(on_gpu.plan) / measured - 1)
     assert by_name["reserved"].median == -by_name["reserved"].worst
 
 
 def test_where_nvml_tells_of_the_whole_card_the_context_comes_from_cuda(on_cpu: CaseRecord) -> None:
-    record = as_on_a_card(on_cpu, reserved=10 * MIB, device=GIB, source="NVML, whole card (no processes)")
+    record = as_on_a_gpu(on_cpu, reserved=10 * MIB, device=GIB, source="NVML, whole card (no processes)")
     (row,) = rows([record])
     assert row.total("device").measured == 410 * MIB
 
 
-def test_the_page_shows_each_case_with_its_errors_the_median_and_the_worst(on_card: CaseRecord, tmp_path: Path) -> None:
-    save(on_card, tmp_path / "records" / "h200")
+def test_the_page_shows_each_case_with_its_errors_the_median_and_the_worst(on_gpu: CaseRecord, tmp_path: Path) -> None:
+    save(on_gpu, tmp_path / "records" / "h200")
     text = page_of(tmp_path / "records", tmp_path)
     assert "## NVIDIA H200" in text
     assert "    the command" in text
-    (line,) = (line for line in text.splitlines() if line.startswith(f"| `{on_card.case.name}` | 0.00 / 0.00"))
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| `{on_gpu.case.name}` | 0.00 / 0.00"))
     assert line.count("|") == 9
     assert "-0.99%" in line
-    assert f"| device | 1 | 1.96% | -1.96% (`{on_card.case.name}`) |" in text
+    assert f"| device | 1 | 1.96% | -1.96% (`{on_gpu.case.name}`) |" in text
 
 
-def test_the_page_is_checked_against_the_records(on_card: CaseRecord, tmp_path: Path) -> None:
-    save(on_card, tmp_path / "records")
+def test_the_page_is_checked_against_the_records(on_gpu: CaseRecord, tmp_path: Path) -> None:
+    save(on_gpu, tmp_path / "records")
     arguments = ["--records", str(tmp_path / "records"), "--page", str(tmp_path / "page.md")]
     assert table.main([*arguments, "--check"]) == 1
     assert table.main(arguments) == 0
@@ -104,8 +104,8 @@ def test_the_page_is_checked_against_the_records(on_card: CaseRecord, tmp_path: 
     assert table.main([*arguments, "--check"]) == 1
 
 
-def test_a_case_that_ran_out_of_memory_stands_beside_what_was_predicted(on_card: CaseRecord, tmp_path: Path) -> None:
-    refused = on_card.model_copy(update={"outcome": "out of memory", "run": None, "message": "Out of memory in x; y"})
+def test_a_case_that_ran_out_of_memory_stands_beside_what_was_predicted(on_gpu: CaseRecord, tmp_path: Path) -> None:
+    refused = on_gpu.model_copy(update={"outcome": "out of memory", "run": None, "message": "Out of memory in x; y"})
     save(refused, tmp_path / "records")
     text = page_of(tmp_path / "records", tmp_path)
     assert ": fits | Out of memory in x |" in text
@@ -113,20 +113,20 @@ def test_a_case_that_ran_out_of_memory_stands_beside_what_was_predicted(on_card:
 
 
 def test_badam_1_4_stands_beside_this_optimizer_and_not_among_the_predictions(
-    on_card: CaseRecord, tmp_path: Path
+    on_gpu: CaseRecord, tmp_path: Path
 ) -> None:
-    old = on_card.model_copy(update={"case": on_card.case.model_copy(update={"side": "badam-1.4"})})
+    old = on_gpu.model_copy(update={"case": on_gpu.case.model_copy(update={"side": "badam-1.4"})})
     assert len(rows([old])) == 0
-    assert [(pair.own, pair.old) for pair in rivals([old, on_card])] == [(on_card, old)]
+    assert [(pair.own, pair.old) for pair in rivals([old, on_gpu])] == [(on_gpu, old)]
     save(old, tmp_path / "records")
-    save(on_card, tmp_path / "records")
+    save(on_gpu, tmp_path / "records")
     text = page_of(tmp_path / "records", tmp_path)
-    assert f"| `{on_card.case.name}` | 1.4 |" in text
+    assert f"| `{on_gpu.case.name}` | 1.4 |" in text
 
 
-def test_assumptions_stand_beside_what_was_measured(on_card: CaseRecord, tmp_path: Path) -> None:
+def test_assumptions_stand_beside_what_was_measured(on_gpu: CaseRecord, tmp_path: Path) -> None:
     found = Assumptions(
-        machine=CARD_MACHINE,
+        machine=GPU_MACHINE,
         provenance=plain_provenance("ask"),
         nvml_source="NVML, this process",
         idle_bytes=None,
@@ -140,7 +140,7 @@ def test_assumptions_stand_beside_what_was_measured(on_card: CaseRecord, tmp_pat
         segment_bytes={"1": 2 * MIB},
         allocator={"backend": "native"},
     )  # fmt: skip
-    save(on_card, tmp_path / "records")
+    save(on_gpu, tmp_path / "records")
     save_record(found, tmp_path / "records" / "assumptions.json")
     text = page_of(tmp_path / "records", tmp_path)
     assert "| context after: first kernel | 0 B | 400.00 MiB |" in text
@@ -152,7 +152,7 @@ def test_assumptions_stand_beside_what_was_measured(on_card: CaseRecord, tmp_pat
 def test_decisions_near_a_limit_are_counted(tmp_path: Path) -> None:
     record = BudgetRecord(
         outcomes=(outcome(fraction=1.01, ran=False), outcome(fraction=0.99, ran=False)),
-        machine=CARD_MACHINE,
+        machine=GPU_MACHINE,
         provenance=plain_provenance("budget"),
     )
     (tmp_path / "records").mkdir()
@@ -160,24 +160,24 @@ def test_decisions_near_a_limit_are_counted(tmp_path: Path) -> None:
     assert "2 of 2 draws: 1 wrong fits, 0 false refusals" in page_of(tmp_path / "records", tmp_path)
 
 
-def test_exported_plans_and_runs_are_what_badam_report_reads(on_card: CaseRecord, tmp_path: Path) -> None:
-    save(on_card, tmp_path / "records")
+def test_exported_plans_and_runs_are_what_badam_report_reads(on_gpu: CaseRecord, tmp_path: Path) -> None:
+    save(on_gpu, tmp_path / "records")
     assert table.main(["--records", str(tmp_path / "records"), "--export", str(tmp_path / "pairs")]) == 0
-    plan = load_plan(tmp_path / "pairs" / f"{on_card.case.name}.plan.json")
-    run = load_measured(tmp_path / "pairs" / f"{on_card.case.name}.measured.json")
+    plan = load_plan(tmp_path / "pairs" / f"{on_gpu.case.name}.plan.json")
+    run = load_measured(tmp_path / "pairs" / f"{on_gpu.case.name}.measured.json")
     assert not any("another plan file" in note for note in compare(plan, run).notes)
 
 
-def test_a_later_prediction_stands_beside_the_first_and_is_the_one_shown(on_card: CaseRecord, tmp_path: Path) -> None:
-    assert on_card.plan is not None
-    assert on_card.plan.prediction is not None
-    wrong = on_card.plan.prediction.model_copy(update={"peak_allocated_bytes": 1})
-    path = save(on_card.model_copy(update={"plan": on_card.plan.model_copy(update={"prediction": wrong})}), tmp_path)
+def test_a_later_prediction_stands_beside_the_first_and_is_the_one_shown(on_gpu: CaseRecord, tmp_path: Path) -> None:
+    assert on_gpu.plan is not None
+    assert on_gpu.plan.prediction is not None
+    wrong = on_gpu.plan.prediction.model_copy(update={"peak_allocated_bytes": 1})
+    path = save(on_gpu.model_copy(update={"plan": on_gpu.plan.model_copy(update={"prediction": wrong})}), tmp_path)
     assert predict.main([str(tmp_path)]) == 0
     renewed = load_case(path)
     assert peak(renewed.plan) == 1
-    assert peak(renewed.repredicted) == on_card.plan.prediction.peak_allocated_bytes
-    assert renewed.run == on_card.run
+    assert peak(renewed.repredicted) == on_gpu.plan.prediction.peak_allocated_bytes
+    assert renewed.run == on_gpu.run
     (row,) = rows([renewed])
     assert row.total("allocated").predicted == peak(renewed.repredicted)
 

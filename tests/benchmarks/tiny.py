@@ -22,8 +22,8 @@ GEMMA2: dict[str, Any] = {
     "num_hidden_layers": 8,
 }  # fmt: skip
 CPU = Target(gpu="cpu", total_bytes=2**40, usable_bytes=2**40)
-CARD = Target(gpu="h200", total_bytes=140 * GIB, usable_bytes=139 * GIB, context_bytes=512 * MIB, workspace_bytes=MIB)
-CARD_MACHINE = Machine(
+GPU = Target(gpu="h200", total_bytes=140 * GIB, usable_bytes=139 * GIB, context_bytes=512 * MIB, workspace_bytes=MIB)
+GPU_MACHINE = Machine(
     device="cuda", device_name="NVIDIA H200", device_total_bytes=139 * GIB, cpu_count=16, platform="Linux x86_64"
 )
 
@@ -40,7 +40,7 @@ def case(model: str, **settings: Any) -> Case:
     return Case(**{"model": model, "batch_size": 2, "seq_len": 16, "block_epochs": 1, **settings})
 
 
-def as_on_a_card(record: CaseRecord, *, reserved: int, device: int, source: str = "NVML, this process") -> CaseRecord:
+def as_on_a_gpu(record: CaseRecord, *, reserved: int, device: int, source: str = "NVML, this process") -> CaseRecord:
     """A record of a CPU run with the figures that a card would add."""
     assert record.run is not None
     measurement = record.run.measurement.model_copy(
@@ -50,8 +50,8 @@ def as_on_a_card(record: CaseRecord, *, reserved: int, device: int, source: str 
         allocated_bytes=0, reserved_bytes=reserved, nvml_bytes=device, nvml_source=source,
         cuda_used_bytes=reserved + 400 * MIB,
     )  # fmt: skip
-    run = record.run.model_copy(update={"measurement": measurement, "machine": CARD_MACHINE})
-    return record.model_copy(update={"run": run, "machine": CARD_MACHINE, "account": account})
+    run = record.run.model_copy(update={"measurement": measurement, "machine": GPU_MACHINE})
+    return record.model_copy(update={"run": run, "machine": GPU_MACHINE, "account": account})
 
 
 def without_prediction(plan: Plan) -> Plan:

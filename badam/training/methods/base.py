@@ -30,8 +30,8 @@ class TrainingMethod(ABC):
         accumulates: whether several micro-batches may make one step.
         clips: whether the gradients exist together, so that their joint norm can be bounded.
         keeps_gradients: whether the optimizer's step finds gradients, as opposed to what backward has done by itself.
-        keeps_base: whether adapters alone are saved, and the weights beside them are loaded again to go on.
-        by_block: whether nothing but the active block is trained, so that the lowest of equal blocks needs most.
+        saves_adapters_only: whether adapters alone are saved, and the weights beside them are loaded again to go on.
+        trains_one_block: whether nothing but the active block is trained, so that the lowest of equal blocks needs most.
         trains_ends: whether embedding and output projection are trained in every visit.
     """
 
@@ -40,8 +40,8 @@ class TrainingMethod(ABC):
     accumulates: ClassVar[bool] = True
     clips: ClassVar[bool] = True
     keeps_gradients: ClassVar[bool] = True
-    keeps_base: ClassVar[bool] = False
-    by_block: ClassVar[bool] = False
+    saves_adapters_only: ClassVar[bool] = False
+    trains_one_block: ClassVar[bool] = False
     trains_ends: ClassVar[bool] = False
 
     def treats_layers_alike(self, plan: Plan) -> bool:

@@ -39,7 +39,7 @@ class BlockCoordinate(TrainingMethod):
     """One block at a time has gradients, masters and moments."""
 
     name: ClassVar[Method] = "badam"
-    by_block = True
+    trains_one_block = True
 
     def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:
         """AdamW inside the plan's blocks."""

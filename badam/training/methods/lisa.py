@@ -53,7 +53,7 @@ class Lisa(BlockCoordinate):
     """The plan's blocks are the layers to sample from."""
 
     name: ClassVar[Method] = "lisa"
-    by_block = False
+    trains_one_block = False
     trains_ends = True
 
     def build_optimizer(self, model: nn.Module, plan: Plan, *, start_block: int | None = None) -> Optimizer:

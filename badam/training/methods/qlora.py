@@ -42,7 +42,7 @@ class QLora(Lora):
 
     name: ClassVar[Method] = "qlora"
     libraries = {"peft": "peft", "bitsandbytes": "bitsandbytes"}  # noqa: RUF012 - declared as a class variable by the base
-    keeps_base = True
+    saves_adapters_only = True
     adapter_dtype = torch.bfloat16
 
     def check(self, plan: Plan) -> None:

@@ -39,7 +39,7 @@ def rehearse_step(plan: Plan) -> StepTimeline:
     granularity = 1 if plan.target.gpu == "cpu" else ROUNDING
     start = next((tick for tick, phase in recording.phase_starts if phase is Phase.FORWARD), 0)
     return sample_timeline(
-        Timeline(recording, tree.head_module, granularity=granularity, on_card=granularity > 1),
+        Timeline(recording, tree.head_module, granularity=granularity, on_gpu=granularity > 1),
         title=f"One step with block {worst} active",
         limit_bytes=plan.target.usable_bytes - plan.target.outside_bytes - plan.target.workspace_bytes,
         start=start,

@@ -19,7 +19,7 @@ def render_transfers(plan: Plan) -> RenderableType:
     assert prediction is not None, "a plan for several cards has a prediction"
     assert prediction.sent_bytes is not None, "and bytes that they send"
     assert prediction.sent_bytes_of_full is not None, "and those of training everything"
-    title = f"{_cards_in_words(target)}: sent by each card in a step"
+    title = f"{_gpus_in_words(target)}: sent by each card in a step"
     table = Table(
         title=title,
         title_justify="left",
@@ -98,7 +98,7 @@ def _host_in_words(plan: Plan) -> list[Text]:
     ]
 
 
-def _cards_in_words(target: Target) -> str:
+def _gpus_in_words(target: Target) -> str:
     cards = f"{target.num_gpus} cards, {target.engine}"
     if target.replicas > 1 and target.shards > 1:
         return f"{cards}, {target.replicas} copies of the model over {target.shards} cards each"

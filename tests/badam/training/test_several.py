@@ -110,8 +110,8 @@ def test_a_run_that_was_resumed_within_a_visit_has_the_same_losses_and_weights(r
 
 def test_every_card_is_measured_and_the_worst_one_is_shown(runs: Runs) -> None:
     measured = json.loads((runs[0] / "whole" / "measured.json").read_text())
-    peaks = [card["peak_allocated_bytes"] for card in measured["cards"]]
-    assert [card["rank"] for card in measured["cards"]] == [0, 1]
+    peaks = [gpu["peak_allocated_bytes"] for gpu in measured["cards"]]
+    assert [gpu["rank"] for gpu in measured["cards"]] == [0, 1]
     assert measured["measurement"]["peak_allocated_bytes"] == max(peaks)
 
 

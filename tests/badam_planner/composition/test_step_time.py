@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from badam.plan import Rates
 from badam.vocabulary import Phase
 from badam_planner.composition.compose import Run, compose
-from badam_planner.composition.step_time import Effort, Pace, mean_efforts, seconds_of, step_seconds
+from badam_planner.composition.step_time import StepTimes, Work, mean_work, seconds_of, step_seconds
 from badam_planner.recording.recording import MemoryTraffic, Recording
 
 RATES = Rates(
@@ -44,9 +44,9 @@ def recording() -> Recording:
 
 @pytest.mark.parametrize(("cycles", "flops"), [(2, 5 + 10 + 20), (3, 5 + 20 + 20), (4, 5 + 30 + 20), (9, 5 + 80 + 20)])
 def test_the_middle_layer_counts_as_often_as_the_model_has_it(cycles: int, flops: int) -> None:
-    effort = Pace(recording(), [CYCLES], None, "bfloat16").efforts([cycles])[Phase.FORWARD]
-    assert (effort.flops, effort.other_bytes, effort.operators) == (flops, flops, cycles + 1)
-    assert effort.seconds == 0.0
+    work = StepTimes(recording(), [CYCLES], None, "bfloat16").work_by_phase([cycles])[Phase.FORWARD]
+    assert (work.flops, work.other_bytes, work.operators) == (flops, flops, cycles + 1)
+    assert work.seconds == 0.0
 
 
 @given(st.integers(4, 40))
@@ -59,8 +59,8 @@ def test_the_pace_of_a_run_is_that_of_the_composed_recording(cycles: int) -> Non
             (phase, module.replace("layers.3", run.cycles[-1][0])): n for (phase, module), n in short.traffic.items()
         },
     )
-    full = Pace(compose(named, run), (), RATES, "bfloat16").efforts(())[Phase.FORWARD]
-    quick = Pace(short, [CYCLES], RATES, "bfloat16").efforts([cycles])[Phase.FORWARD]
+    full = StepTimes(compose(named, run), (), RATES, "bfloat16").work_by_phase(())[Phase.FORWARD]
+    quick = StepTimes(short, [CYCLES], RATES, "bfloat16").work_by_phase([cycles])[Phase.FORWARD]
     assert quick.seconds == pytest.approx(full.seconds)
     assert quick.flops == full.flops
 
@@ -73,8 +73,8 @@ def test_a_step_bears_its_share_of_the_switch() -> None:
 
 def test_blocks_count_alike_in_the_mean() -> None:
     blocks = [
-        {Phase.FORWARD: Effort(seconds=1.0)},
-        {Phase.FORWARD: Effort(seconds=3.0), Phase.STEP: Effort(seconds=2.0)},
+        {Phase.FORWARD: Work(seconds=1.0)},
+        {Phase.FORWARD: Work(seconds=3.0), Phase.STEP: Work(seconds=2.0)},
     ]
-    means = mean_efforts(blocks)
+    means = mean_work(blocks)
     assert (means[Phase.FORWARD].seconds, means[Phase.STEP].seconds) == (2.0, 1.0)

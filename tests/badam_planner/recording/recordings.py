@@ -55,7 +55,7 @@ def scripted(draw: st.DrawFn) -> Recording:
             nbytes = draw(st.one_of(st.integers(0, 2000), st.integers(0, 30 * 2**20)))
             category = draw(st.sampled_from([None, None, Category.PARAMETER, Category.GRADIENT]))
             module = draw(st.sampled_from(["", "loss", "lm_head", "layers.0"]))
-            alive.append(script.birth(nbytes, module, category=category, card_only=draw(st.booleans())))
+            alive.append(script.birth(nbytes, module, category=category, gpu_only=draw(st.booleans())))
         elif what == "death" and alive:
             script.death(alive.pop(draw(st.integers(0, len(alive) - 1))))
         elif what == "phase":

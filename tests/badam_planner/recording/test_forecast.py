@@ -15,9 +15,9 @@ from tests.badam_planner.recording.recordings import Script, scripted
 
 WORKSPACE, CONTEXT = 8 * MIB + 512, 300 * MIB
 CPU = Target(gpu="cpu", total_bytes=GIB, usable_bytes=GIB)
-BARE_CARD = Target(gpu="card", total_bytes=GIB, usable_bytes=GIB)
-GROWING_CARD = BARE_CARD.model_copy(update={"expandable_segments": True})
-CARD = BARE_CARD.model_copy(update={"workspace_bytes": WORKSPACE, "context_bytes": CONTEXT})
+BARE_GPU = Target(gpu="card", total_bytes=GIB, usable_bytes=GIB)
+GROWING_GPU = BARE_GPU.model_copy(update={"expandable_segments": True})
+GPU = BARE_GPU.model_copy(update={"workspace_bytes": WORKSPACE, "context_bytes": CONTEXT})
 
 
 def predict(recording: Recording, target: Target, **options: int) -> Forecast:
@@ -49,29 +49,29 @@ def test_on_the_cpu_all_three_peaks_are_the_live_bytes() -> None:
 
 
 def test_on_a_card_blocks_and_segments_count() -> None:
-    found = predict(one_step(), BARE_CARD)
+    found = predict(one_step(), BARE_GPU)
     assert found.peak_allocated_bytes == (64 + 14 + 5) * MIB
     assert found.peak_reserved_bytes == found.peak_device_bytes == (64 + 14 + 20) * MIB
 
 
 def test_ends_of_blocks_that_no_tensor_uses_are_cache() -> None:
-    assert predict(one_step(), BARE_CARD).by_category[Category.CACHE] == MIB
+    assert predict(one_step(), BARE_GPU).by_category[Category.CACHE] == MIB
 
 
 def test_expandable_segments_reserve_whole_pages_and_split_to_the_last_rounding() -> None:
-    found = predict(one_step(), GROWING_CARD)
+    found = predict(one_step(), GROWING_GPU)
     assert found.peak_allocated_bytes == (64 + 13 + 5) * MIB  # no block is larger than what was asked for
     assert found.peak_reserved_bytes == found.peak_device_bytes == 100 * MIB  # 82 in pages of 20
     assert Category.CACHE not in found.by_category
 
 
 def test_the_device_holds_the_segments_and_the_context() -> None:
-    found = predict(one_step(), CARD)
+    found = predict(one_step(), GPU)
     assert found.peak_device_bytes == found.peak_reserved_bytes + CONTEXT
 
 
 def test_the_workspace_is_there_from_the_first_forward_on() -> None:
-    found, without = predict(one_step(), CARD), predict(one_step(), BARE_CARD)
+    found, without = predict(one_step(), GPU), predict(one_step(), BARE_GPU)
     assert found.by_category[Category.WORKSPACE] == WORKSPACE
     assert found.peak_allocated_bytes == without.peak_allocated_bytes + WORKSPACE
     assert found.by_phase[Phase.SETUP] == without.by_phase[Phase.SETUP]
@@ -83,7 +83,7 @@ def test_a_peak_before_the_first_forward_has_no_workspace() -> None:
     script = Script()
     script.death(script.birth(100 * MIB))
     script.phase(Phase.FORWARD)
-    found = predict(script.recording, CARD)
+    found = predict(script.recording, GPU)
     assert found.peak_allocated_bytes == 100 * MIB
     assert Category.WORKSPACE not in found.by_category
 
@@ -94,11 +94,11 @@ def test_a_workspace_of_nothing_changes_nothing() -> None:
 
 
 def test_the_largest_live_tensors_have_names() -> None:
-    found = predict(one_step(), CARD, largest=2)
+    found = predict(one_step(), GPU, largest=2)
     assert found.largest == ((f"w {64 * MIB} uint8", 64 * MIB), (f"layers.0: mm {13 * MIB} uint8", 13 * MIB))
-    assert len(predict(one_step(), CARD).largest) == 4
+    assert len(predict(one_step(), GPU).largest) == 4
     assert ("workspace of matrix multiplication", WORKSPACE) in [
-        (name.rsplit(" ", 2)[0], nbytes) for name, nbytes in predict(one_step(), CARD).largest
+        (name.rsplit(" ", 2)[0], nbytes) for name, nbytes in predict(one_step(), GPU).largest
     ]
 
 
@@ -111,7 +111,7 @@ def test_a_replay_with_too_little_memory_is_refused() -> None:
 
 
 @settings(deadline=None)
-@given(scripted(), st.sampled_from([CPU, BARE_CARD, GROWING_CARD, CARD]))
+@given(scripted(), st.sampled_from([CPU, BARE_GPU, GROWING_GPU, GPU]))
 def test_categories_sum_to_the_peak_and_the_highest_phase_is_it(recording: Recording, target: Target) -> None:
     found = predict(recording, target)
     assert sum(found.by_category.values()) == found.peak_allocated_bytes
@@ -124,7 +124,7 @@ def test_categories_sum_to_the_peak_and_the_highest_phase_is_it(recording: Recor
 @settings(deadline=None)
 @given(scripted())
 def test_the_timeline_of_blocks_peaks_where_the_allocator_does(recording: Recording) -> None:
-    timeline = Timeline(recording, granularity=512, on_card=True)
+    timeline = Timeline(recording, granularity=512, on_gpu=True)
     allocator, sizes = replay(timeline)
     assert timeline.resized(sizes).peak().nbytes == allocator.peak_allocated
     assert all(given >= asked for given, asked in zip(sizes, timeline.sizes, strict=True))
@@ -133,4 +133,4 @@ def test_the_timeline_of_blocks_peaks_where_the_allocator_does(recording: Record
 @settings(deadline=None)
 @given(scripted())
 def test_a_card_never_needs_less_than_the_tensors(recording: Recording) -> None:
-    assert predict(recording, CARD).peak_allocated_bytes >= predict(recording, CPU).peak_allocated_bytes
+    assert predict(recording, GPU).peak_allocated_bytes >= predict(recording, CPU).peak_allocated_bytes

@@ -28,12 +28,12 @@ def test_shared_key_heads_cost_gradients_for_every_query_head() -> None:
 def test_scratch_is_recorded_in_backward_and_counted_on_cards_only() -> None:
     plan, tree = plan_of(LLAMA, 2)
     recording = rehearse(plan, 0)
-    scratch = [allocation for allocation in recording.allocations if allocation.card_only]
+    scratch = [allocation for allocation in recording.allocations if allocation.gpu_only]
     assert {allocation.module for allocation in scratch} == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
     assert all(allocation.died > allocation.born for allocation in scratch)
     index = recording.allocations.index(max(scratch, key=lambda allocation: allocation.nbytes))
     assert Timeline(recording, tree.head_module).sizes[index] == 0
-    assert Timeline(recording, tree.head_module, on_card=True).sizes[index] == recording.allocations[index].nbytes
+    assert Timeline(recording, tree.head_module, on_gpu=True).sizes[index] == recording.allocations[index].nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -92,7 +92,7 @@ def test_the_peak_is_the_highest_of_all_ticks(recording: Recording) -> None:
 
 @given(scripted(), st.data())
 def test_categories_sum_to_the_live_bytes_at_every_tick(recording: Recording, data: st.DataObject) -> None:
-    timeline = Timeline(recording, "lm_head", granularity=data.draw(st.sampled_from([1, 512])), on_card=True)
+    timeline = Timeline(recording, "lm_head", granularity=data.draw(st.sampled_from([1, 512])), on_gpu=True)
     tick = data.draw(st.integers(0, recording.end))
     assert sum(timeline.by_category(tick).values()) == live_bytes(timeline, tick)
     assert [size for _, _, size in timeline.live_at(tick)] == sorted(
@@ -183,9 +183,9 @@ def test_sizes_are_rounded_up_to_the_granularity() -> None:
 
 def test_scratch_of_a_cards_kernels_counts_on_the_card_only() -> None:
     script = Script()
-    script.birth(600, card_only=True)
+    script.birth(600, gpu_only=True)
     assert Timeline(script.recording).peak().nbytes == 0
-    assert Timeline(script.recording, granularity=512, on_card=True).peak().nbytes == 1024
+    assert Timeline(script.recording, granularity=512, on_gpu=True).peak().nbytes == 1024
 
 
 def test_a_resized_timeline_leaves_the_original_alone() -> None:

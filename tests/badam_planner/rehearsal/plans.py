@@ -9,7 +9,7 @@ from badam.training.build import choose_attention, model_config
 from badam.training.tasks import chosen_lengths, default_task
 from badam_planner.rehearsal.model_tree import ModelTree, inspect_model
 from badam_planner.search.planner import Request, staged_plan
-from badam_planner.search.settings import Setting
+from badam_planner.search.settings import MemorySetting
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 768, "hidden_size": 32,
@@ -130,4 +130,4 @@ def plan_of(
         options=options or MethodOptions(),
         learning_rate=learning_rate,
     )
-    return staged_plan(request, strategy, Setting("all" if checkpointing else "none", loss), tree), tree
+    return staged_plan(request, strategy, MemorySetting("all" if checkpointing else "none", loss), tree), tree

@@ -12,7 +12,7 @@ from badam.vocabulary import Category
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.model_tree import inspect_model
 from badam_planner.search.planner import Request, staged_plan
-from badam_planner.search.settings import Setting
+from badam_planner.search.settings import MemorySetting
 from badam_planner.sources.model_source import describe_model, specify
 from tests.badam_planner.rehearsal.plans import BERT, CPU, DEBERTA, GPT2, LLAMA, ROBERTA, plan_of
 from tests.badam_planner.rehearsal.test_evaluator import everything_in
@@ -48,7 +48,7 @@ def test_an_active_head_has_masters_and_moments_besides_those_of_the_block() -> 
 def test_roberta_large_has_26_blocks() -> None:
     spec = describe_model("FacebookAI/roberta-large")
     request = Request(spec=spec, target=CPU, **HEAD_ALWAYS)
-    plan = staged_plan(request, "layer", Setting("none", "full"), inspect_model(spec, "sdpa"))
+    plan = staged_plan(request, "layer", MemorySetting("none", "full"), inspect_model(spec, "sdpa"))
     names = [block.name for block in plan.partition.blocks]
     assert len(names) == 26
     assert (names[0], names[-1]) == ("embedding", "lm_head")

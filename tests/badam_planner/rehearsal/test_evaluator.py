@@ -13,8 +13,8 @@ from badam.training.methods import method_of
 from badam.vocabulary import Phase
 from badam_planner.composition import compose as composing
 from badam_planner.composition import short_rehearsal as rehearsed
-from badam_planner.composition.peaks import Outline
-from badam_planner.composition.step_time import Pace
+from badam_planner.composition.peaks import DepthPeaks
+from badam_planner.composition.step_time import StepTimes
 from badam_planner.recording.recording import NEVER, Recording
 from badam_planner.recording.timeline import Timeline
 from badam_planner.rehearsal import fake_ops as shapes
@@ -38,7 +38,7 @@ def everything_in(recording: Recording) -> list[tuple[Any, ...]]:
     return sorted(found, key=lambda entry: entry[0])
 
 
-CARD = Target(gpu="card", total_bytes=2**40, usable_bytes=2**40, context_bytes=2**28, workspace_bytes=2**23)
+GPU = Target(gpu="card", total_bytes=2**40, usable_bytes=2**40, context_bytes=2**28, workspace_bytes=2**23)
 ARCHITECTURES = {"llama": LLAMA, "gpt2": GPT2, "gemma2": GEMMA2, "qwen3_moe": QWEN3_MOE, "bert": BERT}
 
 
@@ -55,7 +55,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "grad_accum": draw(st.integers(1, 2)),
         "include_embedding": draw(st.booleans()),
         "block": draw(st.floats(0, 1, exclude_max=True)),
-        "target": draw(st.sampled_from([CPU, CARD])),
+        "target": draw(st.sampled_from([CPU, GPU])),
     }
 
 
@@ -72,16 +72,16 @@ def compare(case: dict[str, Any]) -> None:
     full = Evaluator(tree, exact=True).recording(plan, block)
     assert everything_in(composed) == everything_in(full)
     assert (composed.flops, composed.traffic) == (full.flops, full.traffic)
-    assert evaluator.peaks(plan, block) == Outline(full, (), plan.target).peaks(())
+    assert evaluator.peaks(plan, block) == DepthPeaks(full, (), plan.target).peaks(())
     assert evaluator.flops(plan, block) == full.flops
-    efforts = Pace(full, (), None, plan.training.dtype).efforts(())
-    assert evaluator.efforts(plan, block) == efforts
+    work_by_phase = StepTimes(full, (), None, plan.training.dtype).work_by_phase(())
+    assert evaluator.work_by_phase(plan, block) == work_by_phase
 
 
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 DEEP = {
     "architecture": "llama", "depth": 12, "strategy": "layer", "checkpointing": True, "loss": "full", "batch_size": 1,
-    "seq_len": 8, "grad_accum": 1, "include_embedding": False, "block": 0.0, "target": CARD,
+    "seq_len": 8, "grad_accum": 1, "include_embedding": False, "block": 0.0, "target": GPU,
 }  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def libraries() -> None:
 def test_a_composed_recording_of_every_method_equals_the_one_at_full_depth(
     method: str, accumulated: bool, libraries: None
 ) -> None:
-    where = {"block": 0.5, "depth": 11, "checkpointing": accumulated, "target": CARD if accumulated else CPU}
+    where = {"block": 0.5, "depth": 11, "checkpointing": accumulated, "target": GPU if accumulated else CPU}
     architecture = "gpt2" if accumulated else "llama"
     compare(of_method(method, {**DEEP, **where, "architecture": architecture, "grad_accum": 1 + accumulated}))
 
@@ -156,7 +156,7 @@ def test_four_of_many_layers_answer_for_every_method(
     method: str, monkeypatch: pytest.MonkeyPatch, libraries: None
 ) -> None:
     case: dict[str, Any] = {"strategy": METHODS[method], "method": method, "options": OPTIONS}
-    plan, tree = plan_of(LLAMA, 16, target=CARD, **case)
+    plan, tree = plan_of(LLAMA, 16, target=GPU, **case)
     asked = counted(monkeypatch)
     found = Evaluator(tree).worst_block(plan)
     assert min(asked) >= 16 - 2 * composing.KEPT_CYCLES - 2
@@ -290,23 +290,23 @@ def test_relative_backward_equals_what_every_blocks_own_rehearsal_counts() -> No
 
 
 def test_a_card_has_the_context_and_workspace_on_top() -> None:
-    plan, tree = plan_of(LLAMA, 4, target=CARD)
-    on_card = Evaluator(tree).worst_block(plan).worst
-    assert on_card.peak_device_bytes == on_card.peak_reserved_bytes + 2**28
-    assert on_card.peak_reserved_bytes >= on_card.peak_allocated_bytes > 2**23
+    plan, tree = plan_of(LLAMA, 4, target=GPU)
+    on_gpu = Evaluator(tree).worst_block(plan).worst
+    assert on_gpu.peak_device_bytes == on_gpu.peak_reserved_bytes + 2**28
+    assert on_gpu.peak_reserved_bytes >= on_gpu.peak_allocated_bytes > 2**23
 
 
 def test_work_is_that_of_one_step() -> None:
     """The products of a Llama's forward by hand; two micro-batches do twice the work, but one update."""
     plan, tree = plan_of(LLAMA, 5, batch_size=2, seq_len=8)
-    work = Evaluator(tree).efforts(plan, 0)
+    work = Evaluator(tree).work_by_phase(plan, 0)
     tokens, hidden, kv, inter, vocabulary = 16, 32, 16, 48, 768
     per_token = 5 * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inter) + hidden * vocabulary
     attention = 5 * 2 * 2 * 2 * 4 * 8 * 8 * 8  # layers, products, operations, sequences, heads, length squared, head
     angles = 2 * 8 * 4  # of the rotary embedding, length and half a head: a product in transformers before 5.23
     counted = work[Phase.FORWARD].flops + work[Phase.LOSS].flops - 2 * tokens * per_token - attention
     assert counted in (0, angles)
-    twice = Evaluator(tree).efforts(plan_of(LLAMA, 5, batch_size=2, seq_len=8, grad_accum=2)[0], 0)
+    twice = Evaluator(tree).work_by_phase(plan_of(LLAMA, 5, batch_size=2, seq_len=8, grad_accum=2)[0], 0)
     assert twice[Phase.FORWARD].flops == 2 * work[Phase.FORWARD].flops
     assert twice[Phase.STEP].other_bytes == work[Phase.STEP].other_bytes
     trained = plan.partition.blocks[0].parameters

@@ -19,7 +19,7 @@ from badam_planner.multi_gpu.links import BETWEEN_NODES, LINKS, transfer_times
 from badam_planner.multi_gpu.nccl import with_communication
 from badam_planner.recording.recording import NEVER, Recording
 from badam_planner.recording.timeline import Timeline
-from badam_planner.rehearsal.evaluator_cards import MOST_CARDS, CardsEvaluator, shard_sizes, smallest_number
+from badam_planner.rehearsal.evaluator_cards import MOST_GPUS, GpusEvaluator, shard_sizes, smallest_number
 from badam_planner.search.planner import Request, make_plan
 from tests.badam.distributed import step_memory_jobs as jobs
 from tests.badam.distributed.workers import ROOT, on_ranks
@@ -51,14 +51,14 @@ SEVERAL_COPIES: dict[str, tuple[int, int, dict[str, Any]]] = {
 CASES |= SEVERAL_COPIES
 
 
-def planned(processes: int, settings: dict[str, Any], engine: str = "fsdp2") -> tuple[Plan, CardsEvaluator]:
+def planned(processes: int, settings: dict[str, Any], engine: str = "fsdp2") -> tuple[Plan, GpusEvaluator]:
     cards = {"engine": engine, "num_gpus": processes, "shard_size": settings.get("shard_size")}
     others = {name: value for name, value in settings.items() if name != "shard_size"}
     plan, tree = plan_of(WIDER, DEPTH, target=CPU.model_copy(update=cards), **others)
-    return plan, CardsEvaluator(tree)
+    return plan, GpusEvaluator(tree)
 
 
-def recorded(plan: Plan, evaluator: CardsEvaluator, block: int) -> Recording:
+def recorded(plan: Plan, evaluator: GpusEvaluator, block: int) -> Recording:
     """A block's recording without the copies of gloo, which a process that is alone does not have."""
     recording = evaluator.recording(plan, block)
     kept = [each for each in recording.allocations if each.label != COPY]
@@ -159,7 +159,7 @@ def test_states_shrink_with_the_number_of_cards(engine: str) -> None:
 def test_copies_need_room_for_one_message_and_send_the_active_block() -> None:
     plan, tree = plan_of(WIDER, DEPTH)
     copies = plan.model_copy(update={"target": plan.target.model_copy(update={"engine": "ddp", "num_gpus": 4})})
-    evaluator = CardsEvaluator(tree)
+    evaluator = GpusEvaluator(tree)
     assert evaluator.peaks(copies, 0).peak_allocated_bytes >= evaluator.peaks(plan, 0).peak_allocated_bytes
     traffic = evaluator.traffic(copies, 0)
     assert traffic is not None
@@ -208,24 +208,24 @@ def test_other_methods_are_refused_for_several_cards() -> None:
 
 
 def test_a_ring_that_leaves_a_node_is_as_slow_as_the_link_between_nodes() -> None:
-    inside = dict(transfer_times(cards_of("fsdp2", 8), 10**9, 0))
+    inside = dict(transfer_times(gpus_of("fsdp2", 8), 10**9, 0))
     assert inside[LINKS[0].name] == pytest.approx(1e9 / LINKS[0].bytes_per_second)
     assert max(inside.values()) > min(inside.values())
-    outside = transfer_times(cards_of("fsdp2", 16), 10**9, 0)
+    outside = transfer_times(gpus_of("fsdp2", 16), 10**9, 0)
     assert all(time >= 1e9 / 50e9 for _, time in outside)
-    assert transfer_times(cards_of("ddp", 16), 0, 10**9) == outside
+    assert transfer_times(gpus_of("ddp", 16), 0, 10**9) == outside
 
 
 def test_copies_within_machines_send_gradients_alone_between_them() -> None:
-    times = dict(transfer_times(cards_of("fsdp2", 16, 8), 9 * 10**9, 10**9))
+    times = dict(transfer_times(gpus_of("fsdp2", 16, 8), 9 * 10**9, 10**9))
     assert times[f"{LINKS[0].name} and {BETWEEN_NODES.name}"] == pytest.approx(9e9 / 450e9 + 1e9 / 50e9)
-    straddling = dict(transfer_times(cards_of("fsdp2", 18, 6), 9 * 10**9, 10**9))
+    straddling = dict(transfer_times(gpus_of("fsdp2", 18, 6), 9 * 10**9, 10**9))
     assert straddling[f"{LINKS[0].name} and {BETWEEN_NODES.name}"] == pytest.approx(10e9 / 50e9)
-    one_machine = dict(transfer_times(cards_of("fsdp2", 8, 4), 9 * 10**9, 10**9))
+    one_machine = dict(transfer_times(gpus_of("fsdp2", 8, 4), 9 * 10**9, 10**9))
     assert one_machine[LINKS[0].name] == pytest.approx(10e9 / 450e9)
 
 
-def cards_of(engine: str, cards: int, shard_size: int | None = None) -> Target:
+def gpus_of(engine: str, cards: int, shard_size: int | None = None) -> Target:
     return CPU.model_copy(update={"engine": engine, "num_gpus": cards, "shard_size": shard_size})
 
 
@@ -240,7 +240,7 @@ def test_groups_that_straddle_machines_are_not_tried(cards: int, per_node: int, 
 def test_copies_are_cut_over_the_fewest_cards_that_do() -> None:
     plan, evaluator = planned(8, {"checkpointing": True, "shard_size": 4})
     needed = evaluator.worst_block(plan).worst.peak_device_bytes
-    target = cards_of("fsdp2", 16).model_copy(update={"total_bytes": needed, "usable_bytes": needed})
+    target = gpus_of("fsdp2", 16).model_copy(update={"total_bytes": needed, "usable_bytes": needed})
     request = Request(
         spec=spec_of(WIDER, DEPTH).model_copy(update={"parameters": plan.model.parameters}),
         target=target,
@@ -295,7 +295,7 @@ def test_every_layout_of_a_plan_deals_out_all_cards() -> None:
 
 
 def on_a100(cards: int, shard_size: int | None = None, engine: str = "fsdp2") -> Target:
-    return with_communication(cards_of(engine, cards, shard_size).model_copy(update={"gpu": "a100-80gb"}))
+    return with_communication(gpus_of(engine, cards, shard_size).model_copy(update={"gpu": "a100-80gb"}))
 
 
 def test_nccls_buffers_are_on_the_device_and_not_in_torch() -> None:
@@ -313,7 +313,7 @@ def test_each_communicator_has_buffers_and_gloo_has_none() -> None:
     assert on_a100(2).communication_bytes == 544 * 2**20
     assert on_a100(8, engine="ddp").communication_bytes == 688 * 2**20
     assert on_a100(16, 8).communication_bytes == (688 + 688 + 544) * 2**20
-    assert with_communication(cards_of("fsdp2", 8)).communication_bytes == 0
+    assert with_communication(gpus_of("fsdp2", 8)).communication_bytes == 0
 
 
 def test_the_number_of_cards_that_is_found_leaves_room_for_nccl() -> None:
@@ -321,9 +321,7 @@ def test_the_number_of_cards_that_is_found_leaves_room_for_nccl() -> None:
     two = evaluator.worst_block(plan.model_copy(update={"target": on_a100(2)})).worst.peak_device_bytes
     request = Request(
         spec=spec_of(WIDER, DEPTH).model_copy(update={"parameters": plan.model.parameters}),
-        target=cards_of("fsdp2", 1).model_copy(
-            update={"gpu": "a100-80gb", "total_bytes": two, "usable_bytes": two - 1}
-        ),
+        target=gpus_of("fsdp2", 1).model_copy(update={"gpu": "a100-80gb", "total_bytes": two, "usable_bytes": two - 1}),
         partition="layer",
         batch_size=2,
         seq_len=24,
@@ -347,5 +345,5 @@ def test_what_no_number_of_cards_can_hold_is_refused_with_what_each_would_hold()
     assert "Choose a larger card, more cards (--num-gpus auto) or a smaller model." in str(fixed)
     found = make_plan(replace(request, find_num_gpus=True)).refusal
     assert found is not None
-    assert f"cut over {MOST_CARDS} cards" in found.message
+    assert f"cut over {MOST_GPUS} cards" in found.message
     assert "Choose a larger card or a smaller model." in str(found)

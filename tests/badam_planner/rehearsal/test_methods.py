@@ -73,9 +73,9 @@ def test_predicted_peak_of_hift_holds_once_every_block_was_visited() -> None:
 
 def test_states_on_the_host_do_not_count_on_a_card() -> None:
     plan, tree = plan_for("hift")
-    on_card = plan.model_copy(update={"target": plan.target.model_copy(update={"gpu": "rtx3090"})})
+    on_gpu = plan.model_copy(update={"target": plan.target.model_copy(update={"gpu": "rtx3090"})})
     badam, _ = plan_for("badam")
-    peaks = [Timeline(rehearse(each, 0), tree.head_module).peak().nbytes for each in (plan, on_card, badam)]
+    peaks = [Timeline(rehearse(each, 0), tree.head_module).peak().nbytes for each in (plan, on_gpu, badam)]
     assert peaks[0] > peaks[1] == peaks[2]
 
 

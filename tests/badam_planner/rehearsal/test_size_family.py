@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from badam.plan import Plan, Target
 from badam.vocabulary import Phase
-from badam_planner.composition.sizes import Family, NoFamily, SizeRange, ranges_of
+from badam_planner.composition.sizes import NoFamily, SizeFamily, SizeRange, ranges_of
 from badam_planner.recording.recording import Allocation, Recording
 from badam_planner.rehearsal import evaluator as evaluate
 from badam_planner.rehearsal.evaluator import Evaluator
 from tests.badam_planner.rehearsal.plans import CPU, GPT2, LLAMA, QWEN3_MOE, plan_of
 
-CARD = Target(gpu="card", total_bytes=2**40, usable_bytes=2**40, context_bytes=2**28, workspace_bytes=2**23)
+GPU = Target(gpu="card", total_bytes=2**40, usable_bytes=2**40, context_bytes=2**28, workspace_bytes=2**23)
 BATCHES, LENGTHS = (1, 2, 3, 5, 8), (128, 256, 384, 512, 640, 768)
 
 
@@ -55,7 +55,7 @@ def test_recordings_of_a_family_are_the_rehearsals(
         assert together.peaks(each, 1) == one_by_one.peaks(each, 1)
 
 
-@pytest.mark.parametrize("target", [CPU, CARD], ids=["cpu", "card"])
+@pytest.mark.parametrize("target", [CPU, GPU], ids=["cpu", "card"])
 def test_forecasts_at_the_sizes_of_a_family_are_those_of_rehearsals(target: Target) -> None:
     plan, tree = plan_of(LLAMA, 7, strategy="attn-mlp", checkpointing=True, target=target)
     one_by_one, together = Evaluator(tree), Evaluator(tree)
@@ -117,7 +117,7 @@ def test_what_grows_with_powers_is_found_at_every_size(
     def count(batch: int, length: int) -> int:
         return (factors[0] * length**2 + factors[1] * length + factors[2]) * batch**power
 
-    found = Family(SIZES, recordings(count)).at((batch, 128 * step))
+    found = SizeFamily(SIZES, recordings(count)).at((batch, 128 * step))
     assert found.allocations[0].nbytes == count(batch, 128 * step)
     assert found.flops == {(Phase.FORWARD, "layer"): 7 * batch}
 
@@ -134,14 +134,14 @@ def test_what_grows_with_powers_is_found_at_every_size(
 )
 def test_what_grows_in_another_way_is_no_family(count: Any) -> None:
     with pytest.raises(NoFamily):
-        Family(SIZES, recordings(count))
+        SizeFamily(SIZES, recordings(count))
 
 
 def test_other_events_at_another_size_are_no_family() -> None:
     several = recordings(lambda batch, length: batch * length)
     several[6, 512].allocations[0].died = 5
     with pytest.raises(NoFamily, match="other events"):
-        Family(SIZES, several)
+        SizeFamily(SIZES, several)
 
 
 def test_a_batch_of_one_is_a_range_of_its_own() -> None:

@@ -20,28 +20,28 @@ def gpt2() -> ModelSpec:
 
 
 @pytest.fixture(scope="module")
-def card() -> Target:
+def gpu() -> Target:
     return find_target("rtx3090")
 
 
 def ask(spec: ModelSpec, target: Target, **options: Any) -> Answer:
-    levers = {"partition": "layer", "batch_size": 2, "seq_len": 512, "checkpointing": "all", "loss": "full"}
-    return make_plan(Request(spec=spec, target=target, **{**levers, **options}))
+    choices = {"partition": "layer", "batch_size": 2, "seq_len": 512, "checkpointing": "all", "loss": "full"}
+    return make_plan(Request(spec=spec, target=target, **{**choices, **options}))
 
 
 @pytest.fixture(scope="module")
-def needed(gpt2: ModelSpec, card: Target) -> dict[str, int]:
+def needed(gpt2: ModelSpec, gpu: Target) -> dict[str, int]:
     """Device bytes with and without expandable segments."""
-    answers = {choice: ask(gpt2, card, expandable_segments=choice) for choice in ("off", "on")}
+    answers = {choice: ask(gpt2, gpu, expandable_segments=choice) for choice in ("off", "on")}
     return {choice: answer.result.candidates[0].peak_device_bytes for choice, answer in answers.items()}
 
 
 def test_expandable_segments_are_used_only_where_the_usual_ones_do_not_fit(
-    gpt2: ModelSpec, card: Target, needed: dict[str, int]
+    gpt2: ModelSpec, gpu: Target, needed: dict[str, int]
 ) -> None:
     assert needed["on"] < needed["off"]
     for usable, expected in ((needed["off"], False), (needed["off"] - 1, True), (needed["on"], True)):
-        answer = ask(gpt2, card.model_copy(update={"usable_bytes": usable}))
+        answer = ask(gpt2, gpu.model_copy(update={"usable_bytes": usable}))
         assert answer.plan is not None
         assert answer.plan.target.expandable_segments is expected
         assert answer.result.candidates[0].expandable_segments is expected
@@ -49,10 +49,10 @@ def test_expandable_segments_are_used_only_where_the_usual_ones_do_not_fit(
         assert answer.plan.prediction.peak_device_bytes == needed["on" if expected else "off"]
 
 
-def test_a_refusal_offers_what_was_switched_off(gpt2: ModelSpec, card: Target) -> None:
+def test_a_refusal_offers_what_was_switched_off(gpt2: ModelSpec, gpu: Target) -> None:
     leanest = {"checkpointing": "all", "loss": "chunked"}
-    answer = ask(gpt2, card, **leanest, expandable_segments="on")
-    just_enough = card.model_copy(update={"usable_bytes": answer.result.candidates[0].peak_device_bytes})
+    answer = ask(gpt2, gpu, **leanest, expandable_segments="on")
+    just_enough = gpu.model_copy(update={"usable_bytes": answer.result.candidates[0].peak_device_bytes})
     refused = ask(gpt2, just_enough, **leanest, expandable_segments="off")
     assert refused.plan is None
     assert refused.refusal is not None

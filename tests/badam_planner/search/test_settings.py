@@ -6,27 +6,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badam_planner.search.settings import Relief, Setting, ladder, recommended_index, relief, strategies
+from badam_planner.search.settings import (
+    MemorySetting,
+    SmallerBatch,
+    ladder,
+    recommended_index,
+    smaller_batch,
+    strategies,
+)
 
 
 def test_everything_open_is_tried_fastest_first_and_leanest_last() -> None:
     assert ladder("auto", "auto", can_chunk=True) == (
-        Setting("none", "full"),
-        Setting("none", "chunked"),
-        Setting("all", "full"),
-        Setting("all", "chunked"),
+        MemorySetting("none", "full"),
+        MemorySetting("none", "chunked"),
+        MemorySetting("all", "full"),
+        MemorySetting("all", "chunked"),
     )
 
 
 def test_expandable_segments_are_tried_before_anything_that_costs_time() -> None:
     assert ladder("auto", "full", can_chunk=True, expandable_segments="auto") == (
-        Setting("none", "full"),
-        Setting("none", "full", expandable_segments=True),
-        Setting("all", "full"),
-        Setting("all", "full", expandable_segments=True),
+        MemorySetting("none", "full"),
+        MemorySetting("none", "full", expandable_segments=True),
+        MemorySetting("all", "full"),
+        MemorySetting("all", "full", expandable_segments=True),
     )
-    assert ladder("all", "full", can_chunk=True, expandable_segments="on") == (Setting("all", "full", True),)
-    assert ladder("all", "full", can_chunk=True, expandable_segments="off") == (Setting("all", "full"),)
+    assert ladder("all", "full", can_chunk=True, expandable_segments="on") == (MemorySetting("all", "full", True),)
+    assert ladder("all", "full", can_chunk=True, expandable_segments="off") == (MemorySetting("all", "full"),)
 
 
 @pytest.mark.parametrize(
@@ -66,23 +73,23 @@ def test_the_first_that_fits_is_recommended(fits: list[bool], expected: int) -> 
 
 
 def test_relief_halves_the_batch_and_then_the_length() -> None:
-    assert list(relief(4, 300)) == [
-        Relief(4, 300),
-        Relief(2, 300, ("--batch-size 2",)),
-        Relief(1, 300, ("--batch-size 1",)),
-        Relief(1, 150, ("--batch-size 1", "--seq-len 150")),
-        Relief(1, 75, ("--batch-size 1", "--seq-len 75")),
+    assert list(smaller_batch(4, 300)) == [
+        SmallerBatch(4, 300),
+        SmallerBatch(2, 300, ("--batch-size 2",)),
+        SmallerBatch(1, 300, ("--batch-size 1",)),
+        SmallerBatch(1, 150, ("--batch-size 1", "--seq-len 150")),
+        SmallerBatch(1, 75, ("--batch-size 1", "--seq-len 75")),
     ]
 
 
 def test_sequences_are_not_cut_below_the_shortest_useful_one() -> None:
-    assert list(relief(1, 128, shortest=64))[-1].seq_len == 64
-    assert list(relief(1, 127, shortest=64))[-1].seq_len == 127
+    assert list(smaller_batch(1, 128, shortest=64))[-1].seq_len == 64
+    assert list(smaller_batch(1, 127, shortest=64))[-1].seq_len == 127
 
 
 @given(st.integers(1, 4096), st.integers(1, 100_000))
 def test_every_relief_is_smaller_than_the_one_before_and_names_its_size(batch_size: int, seq_len: int) -> None:
-    steps = list(relief(batch_size, seq_len))
+    steps = list(smaller_batch(batch_size, seq_len))
     assert (steps[0].batch_size, steps[0].seq_len, steps[0].options) == (batch_size, seq_len, ())
     for one, other in pairwise(steps):
         assert (other.batch_size * other.seq_len) < (one.batch_size * one.seq_len)

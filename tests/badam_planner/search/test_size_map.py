@@ -10,7 +10,7 @@ import pytest
 from badam.plan import Plan, Training
 from badam.units import GIB
 from badam_planner.rehearsal.evaluator import Evaluator
-from badam_planner.search.settings import Setting
+from badam_planner.search.settings import MemorySetting
 from badam_planner.search.size_map import map_sizes, resized, sizes_around
 from tests.badam_planner import factories
 
@@ -76,7 +76,7 @@ def test_sizes_lie_around_the_plans_own(size: int, smallest: int, expected: list
 
 def test_a_resized_plan_checkpoints_as_its_setting_says_and_predicts_nothing() -> None:
     tree: Any = Formula.tree
-    other = resized(plan_of_size(1, 64), 4, 128, Setting("all", "chunked"), tree)
+    other = resized(plan_of_size(1, 64), 4, 128, MemorySetting("all", "chunked"), tree)
     assert (other.training.batch_size, other.training.seq_len, other.training.loss) == (4, 128, "chunked")
     assert {block.checkpointed_layers for block in other.partition.blocks} == {("model.layers.0",)}
     assert other.prediction is None

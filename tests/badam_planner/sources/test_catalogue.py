@@ -156,8 +156,8 @@ def test_usable_memory_is_what_torch_sees_where_that_is_known() -> None:
 
 @pytest.mark.parametrize(("total_mib", "share_mib"), [(24576, 512), (40959, 512), (40960, 640), (81920, 640)])
 def test_elsewhere_the_driver_keeps_an_allowance_that_grows_with_the_card(total_mib: int, share_mib: int) -> None:
-    card = GPUS["a30"].model_copy(update={"nvml_total_mib": total_mib})
-    assert card.total_bytes - card.usable_bytes == share_mib * 2**20
+    gpu = GPUS["a30"].model_copy(update={"nvml_total_mib": total_mib})
+    assert gpu.total_bytes - gpu.usable_bytes == share_mib * 2**20
 
 
 def test_a_record_becomes_a_target() -> None:

@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 @dataclass
-class FakeCard:
+class FakeGpu:
     name: str
     total_mib: int
     used_mib: int = 300
@@ -26,7 +26,7 @@ class FakeCard:
 class FakeDriver:
     """Stands in for the module pynvml: the functions that the probe calls, over a list of cards."""
 
-    cards: list[FakeCard] = field(default_factory=list)
+    cards: list[FakeGpu] = field(default_factory=list)
     init_error: Exception | None = None
     memory_error: Exception | None = None
     open_sessions: int = 0
@@ -41,9 +41,9 @@ class FakeDriver:
             nvmlShutdown=self._shutdown,
             nvmlDeviceGetCount=lambda: len(self.cards),
             nvmlDeviceGetHandleByIndex=lambda index: self.cards[index],
-            nvmlDeviceGetName=lambda card: card.name,
-            nvmlDeviceGetUUID=lambda card: card.uuid,
-            nvmlDeviceGetCudaComputeCapability=lambda card: card.capability,
+            nvmlDeviceGetName=lambda gpu: gpu.name,
+            nvmlDeviceGetUUID=lambda gpu: gpu.uuid,
+            nvmlDeviceGetCudaComputeCapability=lambda gpu: gpu.capability,
             nvmlSystemGetDriverVersion=lambda: "580.65.06",
             nvmlDeviceGetMemoryInfo=self._memory,
         )
@@ -57,10 +57,10 @@ class FakeDriver:
     def _shutdown(self) -> None:
         self.open_sessions -= 1
 
-    def _memory(self, card: FakeCard) -> SimpleNamespace:
+    def _memory(self, gpu: FakeGpu) -> SimpleNamespace:
         if self.memory_error is not None:
             raise self.memory_error
-        return SimpleNamespace(total=card.total_mib * MIB, used=card.used_mib * MIB)
+        return SimpleNamespace(total=gpu.total_mib * MIB, used=gpu.used_mib * MIB)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
 
 def test_the_first_card_is_matched_to_its_record(driver: FakeDriver) -> None:
-    driver.cards = [FakeCard("NVIDIA GeForce RTX 3090", 24576, used_mib=700)]
+    driver.cards = [FakeGpu("NVIDIA GeForce RTX 3090", 24576, used_mib=700)]
     found = detect_gpu()
     assert found.record is find_gpu("rtx3090")
     assert (found.total_bytes, found.used_bytes, found.driver) == (24576 * MIB, 700 * MIB, "580.65.06")
@@ -81,7 +81,7 @@ def test_the_first_card_is_matched_to_its_record(driver: FakeDriver) -> None:
 
 
 def test_several_cards_are_listed_and_the_first_is_taken(driver: FakeDriver) -> None:
-    driver.cards = [FakeCard("NVIDIA L4", 23034), FakeCard("NVIDIA A40", 46068), FakeCard("NVIDIA L4", 23034)]
+    driver.cards = [FakeGpu("NVIDIA L4", 23034), FakeGpu("NVIDIA A40", 46068), FakeGpu("NVIDIA L4", 23034)]
     found = detect_gpu()
     assert (found.name, found.others) == ("NVIDIA L4", ("NVIDIA A40", "NVIDIA L4"))
     assert "NVIDIA A40" in found.describe()
@@ -91,7 +91,7 @@ def test_several_cards_are_listed_and_the_first_is_taken(driver: FakeDriver) -> 
 def test_the_card_that_cuda_is_told_to_use_is_taken(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, visible: str
 ) -> None:
-    driver.cards = [FakeCard("NVIDIA L4", 23034, uuid="GPU-aa11"), FakeCard("NVIDIA A40", 46068, uuid="GPU-bb22")]
+    driver.cards = [FakeGpu("NVIDIA L4", 23034, uuid="GPU-aa11"), FakeGpu("NVIDIA A40", 46068, uuid="GPU-bb22")]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert detect_gpu().name == "NVIDIA A40"
 
@@ -100,7 +100,7 @@ def test_the_card_that_cuda_is_told_to_use_is_taken(
 def test_hiding_every_card_is_said_with_the_variable_that_hides_it(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, visible: str
 ) -> None:
-    driver.cards = [FakeCard("NVIDIA L4", 23034, uuid="GPU-aa11")]
+    driver.cards = [FakeGpu("NVIDIA L4", 23034, uuid="GPU-aa11")]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES"):
         detect_gpu()
@@ -108,7 +108,7 @@ def test_hiding_every_card_is_said_with_the_variable_that_hides_it(
 
 
 def test_what_the_driver_measures_overrules_the_record(driver: FakeDriver) -> None:
-    driver.cards = [FakeCard("NVIDIA RTX A6000", 46068)]  # error correction switched on
+    driver.cards = [FakeGpu("NVIDIA RTX A6000", 46068)]  # error correction switched on
     record, target = find_gpu("rtx-a6000"), detect_gpu().target()
     assert target.total_bytes == 46068 * MIB
     assert target.total_bytes - target.usable_bytes == record.total_bytes - record.usable_bytes
@@ -118,18 +118,18 @@ def test_what_the_driver_measures_overrules_the_record(driver: FakeDriver) -> No
 @pytest.mark.parametrize(
     ("card", "workspace"),
     [
-        (FakeCard("NVIDIA GeForce RTX 4090", 49140, capability=(8, 9)), 8_519_680),  # another size of a known card
-        (FakeCard("NVIDIA X1", 65536, capability=(11, 0)), 32 * MIB),
+        (FakeGpu("NVIDIA GeForce RTX 4090", 49140, capability=(8, 9)), 8_519_680),  # another size of a known card
+        (FakeGpu("NVIDIA X1", 65536, capability=(11, 0)), 32 * MIB),
     ],
 )
 def test_a_card_that_the_catalogue_does_not_know_is_planned_from_the_driver(
-    driver: FakeDriver, card: FakeCard, workspace: int
+    driver: FakeDriver, gpu: FakeGpu, workspace: int
 ) -> None:
-    driver.cards = [card]
+    driver.cards = [gpu]
     found = detect_gpu()
     target = found.target()
     assert found.record is None
-    assert (target.gpu, target.total_bytes, target.workspace_bytes) == (card.name, card.total_mib * MIB, workspace)
+    assert (target.gpu, target.total_bytes, target.workspace_bytes) == (gpu.name, gpu.total_mib * MIB, workspace)
     assert target.usable_bytes < target.total_bytes
     assert target.context_bytes > 0
 
@@ -149,7 +149,7 @@ def test_a_driver_without_a_card_is_a_sentence(driver: FakeDriver) -> None:
 
 @pytest.mark.parametrize("moment", ["init_error", "memory_error"])
 def test_any_other_failure_of_the_driver_is_a_sentence_with_its_words(driver: FakeDriver, moment: str) -> None:
-    driver.cards = [FakeCard("NVIDIA L4", 23034)]
+    driver.cards = [FakeGpu("NVIDIA L4", 23034)]
     setattr(driver, moment, sys.modules["pynvml"].NVMLError("GPU is lost"))
     with pytest.raises(InputError, match="GPU is lost"):
         detect_gpu()

@@ -19,7 +19,7 @@ from badam.vocabulary import Category, Phase
 PARAMETERS = 32 * 32 * 4
 
 
-class Card:
+class Gpu:
     """torch's statistics and the driver's, set by the test."""
 
     def __init__(self) -> None:
@@ -40,8 +40,8 @@ class Card:
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Card:
-    played = Card()
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    played = Gpu()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", played.statistics)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", played.reset)
@@ -50,7 +50,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     return played
 
 
-def attached(card: Card) -> tuple[CudaMemory, nn.Linear]:
+def attached(gpu: Gpu) -> tuple[CudaMemory, nn.Linear]:
     model = nn.Linear(32, 32, bias=False)
     memory = CudaMemory()
     memory.start()
@@ -58,10 +58,10 @@ def attached(card: Card) -> tuple[CudaMemory, nn.Linear]:
     return memory, model
 
 
-def test_each_phase_has_its_own_peak(card: Card) -> None:
-    memory, _ = attached(card)
+def test_each_phase_has_its_own_peak(gpu: Gpu) -> None:
+    memory, _ = attached(gpu)
     for phase, peak in ((Phase.FORWARD, 1000), (Phase.BACKWARD, 20_000), (Phase.STEP, 60_000), (Phase.SETUP, 9000)):
-        card.peak, card.reserved, card.used = peak, 2 * peak, 3 * peak
+        gpu.peak, gpu.reserved, gpu.used = peak, 2 * peak, 3 * peak
         memory.phase_begins(phase)
     result = memory.end_step(pause=False)
     assert result.peak_by_phase == {
@@ -72,16 +72,16 @@ def test_each_phase_has_its_own_peak(card: Card) -> None:
     }
     assert result.reserved_bytes == 120_000
     assert result.device_bytes == 27_000
-    assert card.resets == 6  # start, attach and each change of phase
+    assert gpu.resets == 6  # start, attach and each change of phase
 
 
-def test_the_split_of_the_peak_sums_to_it_and_holds_what_existed_when_its_phase_began(card: Card) -> None:
-    memory, model = attached(card)
-    card.peak = 5000
+def test_the_split_of_the_peak_sums_to_it_and_holds_what_existed_when_its_phase_began(gpu: Gpu) -> None:
+    memory, model = attached(gpu)
+    gpu.peak = 5000
     memory.phase_begins(Phase.BACKWARD)
     model(torch.ones(1, 32)).sum().backward()
     memory.phase_begins(Phase.STEP)
-    card.peak = 50_000
+    gpu.peak = 50_000
     memory.phase_begins(Phase.SETUP)
     result = memory.end_step(pause=False)
     assert result.by_category == {
@@ -91,9 +91,9 @@ def test_the_split_of_the_peak_sums_to_it_and_holds_what_existed_when_its_phase_
     }
 
 
-def test_a_split_that_cannot_be_right_is_not_given(card: Card) -> None:
-    memory, _ = attached(card)
-    card.peak = PARAMETERS - 1
+def test_a_split_that_cannot_be_right_is_not_given(gpu: Gpu) -> None:
+    memory, _ = attached(gpu)
+    gpu.peak = PARAMETERS - 1
     memory.phase_begins(Phase.SETUP)
     assert memory.end_step(pause=False).by_category == {Category.ACTIVATION: PARAMETERS - 1}
 
