@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 OLDEST := .venv-oldest
+CARD := .venv-card
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-oldest check format bench clean
+.PHONY: help demo test test-slow test-oldest card test-card check format bench clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +24,11 @@ test-slow: $(INSTALLED) ## the long tests
 test-oldest: $(OLDEST)/installed ## the tests with the oldest versions of libraries that are supported
 	$(OLDEST)/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
+card: $(CARD)/installed ## the environment with torch's CUDA build, some gigabytes, for the null CUDA device
+
+test-card: $(CARD)/installed ## the tests on the null CUDA device
+	$(CARD)/bin/python -m pytest -q -n 2 tests/card
+
 check: $(INSTALLED) ## lint, format, types, direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,7 +43,7 @@ bench: $(INSTALLED) ## measure what the documentation claims, for most of an hou
 	$(BIN)/python -m benchmarks $(or $(BENCH),--all)
 
 clean: ## remove the virtual environment and build output
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(CARD) build dist *.egg-info
 
 # The stamp is newer than what it was made from, so a repeated make installs nothing. torch goes first: with the
 # constraint it is settled before any package that depends on it is looked at.
@@ -46,6 +52,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST),constraints-oldest.txt)
+
+$(CARD)/installed: pyproject.toml constraints-card.txt
+	$(call install,$(CARD),constraints-card.txt)
 
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,0 +1,77 @@
+"""What the null device says of itself, through torch's CUDA build."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.null_cuda.device import build
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def python(on_device: Run, code: str, **options: object) -> str:
+    done = on_device(sys.executable, "-c", code, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_every_function_of_the_cuda_runtime_that_torch_imports_is_served() -> None:
+    libraries = Path(sysconfig.get_path("purelib")) / "torch" / "lib"
+    wanted = set()
+    for path in (libraries / "libtorch_cuda.so", libraries / "libc10_cuda.so", libraries / "libtorch_python.so"):
+        wanted |= {name for name in symbols("--undefined-only", path) if name.startswith(("cuda", "__cuda"))}
+    assert len(wanted) > 100
+    assert wanted - symbols("--defined-only", build()) == set()
+
+
+def symbols(which: str, path: Path) -> set[str]:
+    listed = subprocess.run(["nm", "-D", which, path], capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1].partition("@")[0] for line in listed.splitlines()}
+
+
+@pytest.mark.parametrize(("gpu", "name", "multiprocessors"), [("rtx3090", "RTX 3090", 82), ("h200", "H200", 132)])
+def test_torch_sees_the_pretended_gpu_and_that_it_is_a_null_device(
+    on_device: Run, gpu: str, name: str, multiprocessors: int
+) -> None:
+    code = "import torch; p = torch.cuda.get_device_properties(0); print(p.name, '|', p.multi_processor_count)"
+    seen = python(on_device, code, gpu=gpu)
+    assert name in seen
+    assert "(null device)" in seen
+    assert seen.endswith(f"| {multiprocessors}")
+
+
+def test_memory_beyond_the_pretended_total_is_refused_and_comes_back_when_freed(on_device: Run) -> None:
+    code = """
+import torch
+free, total = torch.cuda.mem_get_info()
+x = torch.empty(free - 2 * 2**20, dtype=torch.uint8, device="cuda")
+try:
+    torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
+except torch.OutOfMemoryError as error:
+    print("refused", "out of memory" in str(error))
+del x
+torch.cuda.empty_cache()
+print(torch.cuda.mem_get_info() == (free, total), torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda").numel())
+"""
+    assert python(on_device, code).splitlines() == ["refused True", f"True {64 * 2**20}"]
+
+
+def test_pinned_memory_is_known_as_pinned_and_other_memory_is_not(on_device: Run) -> None:
+    code = "import torch; x = torch.ones(3); print(x.pin_memory().is_pinned(), x.is_pinned(), x.pin_memory().tolist())"
+    assert python(on_device, code) == "True False [1.0, 1.0, 1.0]"
+
+
+def test_several_devices_have_memory_of_their_own(on_device: Run) -> None:
+    code = """
+import torch
+x = torch.empty(2**30, dtype=torch.uint8, device="cuda:1")
+print(torch.cuda.device_count(), *(torch.cuda.mem_get_info(i)[0] - torch.cuda.mem_get_info(0)[0] for i in range(3)))
+print((x + 1).device, torch.cuda.memory_allocated(0), torch.cuda.memory_allocated(1) >= 2**30)
+"""
+    assert python(on_device, code, count=3).splitlines() == [f"3 0 {-(2**30)} 0", "cuda:1 0 True"]
