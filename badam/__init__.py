@@ -22,6 +22,8 @@ _HOMES = {
     "BAdamCallback": "badam.integrations.transformers",
     "clip_grad_norm_old_version": "badam.integrations.accelerate",
 }
+_PATHS_OF_1_4 = ("block_optim", "utils")
+"""Modules that badam 1.4 had loaded with the package, so that ``import badam; badam.utils`` found them."""
 
 
 def __getattr__(name: str) -> Any:
@@ -32,6 +34,8 @@ def __getattr__(name: str) -> Any:
             return version("badam")
         except PackageNotFoundError:  # run from a source tree that was never installed
             return "0+source"
+    if name in _PATHS_OF_1_4:
+        return importlib.import_module(f"badam.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,13 +1,15 @@
 """One exception family, each member with the exit code a command returns for it.
 
 An error says what happened, the number that matters, and what to do next; the last part is ``advice``, so that a
-command can print it on a line of its own.
+command can print it on a line of its own. Members are also what torch's optimizers and allocators raise in their place,
+``ValueError`` or ``RuntimeError``: a host that catches those catches these.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 
 
 class BadamError(Exception):
@@ -24,7 +26,7 @@ class BadamError(Exception):
         return self.message if self.advice is None else f"{self.message} {self.advice}"
 
 
-class InputError(BadamError):
+class InputError(BadamError, ValueError):
     """Something the user gave is missing, malformed or unknown."""
 
 
@@ -50,7 +52,7 @@ class DoesNotFit(BadamError):
     exit_code = 1
 
 
-class OutOfMemory(BadamError):
+class OutOfMemory(BadamError, RuntimeError):
     """The device refused an allocation in a run."""
 
     exit_code = 3
@@ -86,3 +88,24 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise InputError(f"Unknown {option} {value!r}.", advice=f"Choose {', '.join(choices[:-1])} or {choices[-1]}.")
+
+
+def require(what: str, libraries: Mapping[str, str], *, extra: str) -> None:
+    """Refuse ``what`` in a sentence if it needs libraries that are not installed.
+
+    Args:
+        what: that needs them, as the subject of the sentence.
+        libraries: distribution by module.
+        extra: of this distribution, which installs them; several with commas between.
+
+    Raises:
+        InputError: with the names of those that are missing and how to install them.
+    """
+    missing = [library for module, library in libraries.items() if find_spec(module) is None]
+    if missing:
+        *others, last = missing
+        listed = f"{', '.join(others)} and {last}" if others else last
+        raise InputError(
+            f"{what} needs {listed}, which cannot be imported here.",
+            advice=f"Install it with: pip install 'badam[{extra}]'.",
+        )

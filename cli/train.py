@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from badam.errors import InputError
-from badam.extras import require
+from badam.errors import InputError, require
 from badam_cli._allocator import configure_allocator
 from badam_cli._app import OneVoice, Version, ending_at_once, quiet_libraries, reporting_errors, say
 

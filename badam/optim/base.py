@@ -47,6 +47,11 @@ class VisitingOptimizer(Optimizer):
         """0 prints nothing, 1 announces visits and skipped steps, 2 also lists what is trained."""
         return self._messages.verbose
 
+    @property
+    def log_fn(self) -> Callable[[str], Any] | None:
+        """Called with each message; None where they are printed."""
+        return self._messages.log_fn
+
     def register_switch_hook(self, hook: Callable[[Self], None]) -> Callable[[], None]:
         """Call ``hook(self)`` now and after every switch; returns a function that removes the hook."""
         self._switch_hooks.append(hook)

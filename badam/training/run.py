@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from badam.blocks.coverage import coverage
-from badam.errors import InputError
+from badam.errors import BadamError, InputError
 from badam.optim.block import BlockOptimizer
 from badam.plan import Plan, record_digest, save_record
 from badam.profiling.record import MeasuredRun, load_measured, of_all_gpus
@@ -262,7 +262,7 @@ def _model(plan: Plan, options: RunOptions, weights: str | None, engine: Engine,
     try:
         model = engine.build(weights, loading, resumes=resumes)
     except (OSError, ValueError, RuntimeError) as error:
-        if weights is None or isinstance(error, torch.OutOfMemoryError):
+        if weights is None or isinstance(error, (torch.OutOfMemoryError, BadamError)):
             raise
         raise InputError(
             f"The weights in {weights} cannot be loaded into the plan's model: {error}",

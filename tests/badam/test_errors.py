@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badam import errors
-from badam.errors import BadamError, DoesNotFit, InputError, OutOfMemory, PlanError, in_one_line, near_matches
+from badam.errors import (
+    BadamError,
+    DataError,
+    DoesNotFit,
+    InputError,
+    OutOfMemory,
+    PlanError,
+    StateError,
+    in_one_line,
+    near_matches,
+)
 
 
 def test_every_error_of_ours_is_of_one_family() -> None:
@@ -17,6 +27,23 @@ def test_every_error_of_ours_is_of_one_family() -> None:
 @pytest.mark.parametrize(("kind", "code"), [(InputError, 2), (PlanError, 2), (DoesNotFit, 1), (OutOfMemory, 3)])
 def test_the_kind_of_an_error_decides_the_exit_code(kind: type[BadamError], code: int) -> None:
     assert kind("it").exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        (InputError, ValueError),
+        (PlanError, ValueError),
+        (DataError, ValueError),
+        (StateError, ValueError),
+        (OutOfMemory, RuntimeError),
+    ],
+)
+def test_a_host_that_catches_what_torch_raises_catches_ours(kind: type[BadamError], builtin: type[Exception]) -> None:
+    with pytest.raises(builtin) as caught:
+        raise kind("It is wrong.", advice="Mend it.")
+    assert isinstance(caught.value, BadamError)
+    assert str(caught.value) == "It is wrong. Mend it."
 
 
 def test_message_and_advice_are_kept_apart_and_read_together() -> None:

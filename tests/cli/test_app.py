@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import badam
-from badam import extras
+from badam import errors
 from badam.errors import InputError
 from badam.plan import save_record
 from badam_cli import train as train_command
@@ -45,7 +45,7 @@ def test_a_shell_can_complete_the_options_of_a_command(command: str) -> None:
 
 def test_badam_train_names_the_libraries_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = ("trl", "datasets", "accelerate")
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name in absent else find_spec(name))
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name in absent else find_spec(name))
     save_record(factories.plan(), tmp_path / "plan.json")
     result = CliRunner().invoke(train_command.app, ["--plan", str(tmp_path / "plan.json")])
     assert result.exit_code == 2
@@ -54,6 +54,6 @@ def test_badam_train_names_the_libraries_that_are_missing(tmp_path: Path, monkey
 
 
 def test_nothing_is_said_where_all_libraries_are_there() -> None:
-    extras.require("the interpreter", {"json": "json"}, extra="train")
+    errors.require("the interpreter", {"json": "json"}, extra="train")
     with pytest.raises(InputError, match=re.escape("needs no-such-thing, which")):
-        extras.require("nobody", {"json": "json", "no_such_thing": "no-such-thing"}, extra="train")
+        errors.require("nobody", {"json": "json", "no_such_thing": "no-such-thing"}, extra="train")

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from badam.errors import DataError
-from badam.extras import require
+from badam.errors import DataError, require
 from badam.training.data.json_array import BrokenJson, BrokenText, array_values
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

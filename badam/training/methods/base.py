@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from badam.errors import InputError
-from badam.extras import require
+from badam.errors import InputError, require
 from badam.plan import Method, Plan
 from badam.tensors.dtensor import shape_of
 from badam.training.step import forward_loss

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from badam.errors import DataError, InputError, OutOfMemory
 from badam.plan import load_plan, record_digest
 from badam.profiling.record import load_measured
+from badam.training import engines as engines_module
 from badam.training import loop as loop_module
 from badam.training import run_directory as checkpoints_module
 from badam.training import weights as weights_module
@@ -337,6 +338,16 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     wider = tiny_plan(model={"config": {**CONFIG, "intermediate_size": 64}})
     with pytest.raises(InputError, match="cannot be loaded into the plan's model"):
         run_tiny(wider, tmp_path, output="second", init=str(first.model_path))
+
+
+def test_what_a_model_cannot_do_is_not_blamed_on_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: Any, **__: Any) -> None:
+        raise InputError("The model has no sdpa attention.")
+
+    first, _ = run_tiny(tiny_plan(), tmp_path, output="first", max_steps=1)
+    monkeypatch.setattr(engines_module.Engine, "build", build)
+    with pytest.raises(InputError, match=r"^The model has no sdpa attention\.$"):
+        run_tiny(tiny_plan(), tmp_path, output="second", init=str(first.model_path))
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
