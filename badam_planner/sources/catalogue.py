@@ -32,6 +32,15 @@ PRODUCT_SHARE, BANDWIDTH_SHARE, SECONDS_PER_OPERATOR = 0.6, 0.8, 6e-6
 Assumptions, not measurements: ``badam-report --calibrate`` replaces them by what runs on the card have reached.
 """
 
+THREADS_PER_MULTIPROCESSOR = {
+    "7.0": 2048, "7.5": 1024, "8.0": 2048, "8.6": 1536, "8.7": 1536, "8.9": 1536, "9.0": 2048, "10.0": 2048,
+    "10.3": 2048, "12.0": 1536, "12.1": 1536,
+}  # fmt: skip
+"""By compute capability: threads that a multiprocessor keeps resident at most.
+
+Source: the table of technical specifications in the CUDA C++ Programming Guide.
+"""
+
 Rate = Annotated[int, Field(gt=0)]
 
 
@@ -68,6 +77,7 @@ class GpuRecord(CatalogueRecord):
 
     name: str = Field(min_length=1)
     compute_capability: str = Field(pattern=r"^\d+\.\d$")
+    multiprocessors: PositiveInt
     nvml_total_mib: PositiveInt
     nvml_total_measured: bool
     torch_total_mib: PositiveInt | None
@@ -77,6 +87,11 @@ class GpuRecord(CatalogueRecord):
     bf16_flops_per_second: Rate
     fp16_flops_per_second: Rate
     fp32_flops_per_second: Rate
+
+    @property
+    def threads_per_multiprocessor(self) -> int:
+        """Threads that a multiprocessor keeps resident at most."""
+        return THREADS_PER_MULTIPROCESSOR[self.compute_capability]
 
     @property
     def total_bytes(self) -> int:

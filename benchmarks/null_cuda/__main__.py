@@ -18,14 +18,14 @@ from pathlib import Path
 from badam.errors import BadamError, InputError
 from badam.units import GIB
 from benchmarks.null_cuda.device import FLASH_SINCE, environment
-from benchmarks.null_cuda.gpus import MULTIPROCESSORS, pretended_gpu
+from benchmarks.null_cuda.gpus import find_gpu
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Become the command; returns 2 if that is not possible."""
     parser = argparse.ArgumentParser(prog="benchmarks.null_cuda", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--gpu", default=os.environ.get("NULL_CUDA_GPU", "rtx3090"), help=f"one of {', '.join(MULTIPROCESSORS)}"
+        "--gpu", default=os.environ.get("NULL_CUDA_GPU", "rtx3090"), help="a name of the catalogue, such as a100-80gb"
     )
     parser.add_argument("--count", type=int, default=1, help="how many of them there are")
     parser.add_argument("--total-gib", type=float, help="of memory, in the place of what the GPU has")
@@ -42,7 +42,7 @@ def _become(options: argparse.Namespace) -> int:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         raise InputError("Nothing to run.", advice="Name a command after --, such as: -- python train.py.")
-    gpu = pretended_gpu(options.gpu)
+    gpu = find_gpu(options.gpu)
     total = None if options.total_gib is None else round(options.total_gib * GIB)
     variables = environment(gpu, total_bytes=total, count=options.count)
     if "TORCH_CUDNN_SDPA_DEPRIORITIZED" in variables and "TORCH_CUDNN_SDPA_DEPRIORITIZED" not in os.environ:

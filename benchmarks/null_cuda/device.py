@@ -5,17 +5,17 @@ The library lies in the virtual environment, since it is compiled with the heade
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from badam.errors import InputError
-from benchmarks.null_cuda.gpus import PretendedGpu
+from benchmarks.null_cuda.gpus import GpuRecord, variables_of
 
 SOURCE = Path(__file__).parent / "source"
 FOLDER = Path(sys.prefix) / "null_cuda"
@@ -72,18 +72,19 @@ def cuda_headers() -> Path:
     Raises:
         InputError: if there is none, as with torch's CPU build.
     """
-    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
-    found = sorted(packages.glob("cu*/include/cuda_runtime_api.h"))
+    torch = importlib.util.find_spec("torch")
+    packages = None if torch is None or torch.origin is None else Path(torch.origin).parents[1] / "nvidia"
+    found = [] if packages is None else sorted(packages.glob("cu*/include/cuda_runtime_api.h"))
     if not found:
         raise InputError(
-            f"{sys.executable} has no CUDA build of torch: {packages} has no headers of the CUDA runtime.",
+            f"{sys.executable} has no CUDA build of torch: the headers of the CUDA runtime are not beside it.",
             advice="Make an environment that has one with: make card.",
         )
     return found[-1].parent
 
 
 def environment(
-    gpu: PretendedGpu, base: Mapping[str, str] = os.environ, *, total_bytes: int | None = None, count: int = 1
+    gpu: GpuRecord, base: Mapping[str, str] = os.environ, *, total_bytes: int | None = None, count: int = 1
 ) -> dict[str, str]:
     """The environment of a process that is to run on the null device; builds it where it is missing.
 
@@ -95,11 +96,11 @@ def environment(
     """
     library = build()
     paths = [str(FOLDER), base.get("LD_LIBRARY_PATH", "")]
-    capability = tuple(int(part) for part in gpu.record.compute_capability.split("."))
+    capability = tuple(int(part) for part in gpu.compute_capability.split("."))
     forced = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"} if capability >= FLASH_SINCE else {}
     return {
         **base,
-        **gpu.environment(total_bytes=total_bytes, count=count),
+        **variables_of(gpu, total_bytes=total_bytes, count=count),
         **forced,
         "LD_PRELOAD": ":".join(part for part in (str(library), base.get("LD_PRELOAD", "")) if part),
         "LD_LIBRARY_PATH": ":".join(part for part in paths if part),

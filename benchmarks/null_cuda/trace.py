@@ -23,7 +23,7 @@ from badam.errors import BadamError, InputError
 from badam.units import MIB
 from benchmarks.gpu.cases import CASES, Case
 from benchmarks.null_cuda.device import environment, is_null_device
-from benchmarks.null_cuda.gpus import MULTIPROCESSORS, pretended_gpu
+from benchmarks.null_cuda.gpus import find_gpu
 
 if TYPE_CHECKING:
     from badam.plan import Plan
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _start_again(options: argparse.Namespace, arguments: Sequence[str]) -> None:
-    variables = environment(pretended_gpu(options.gpu))
+    variables = environment(find_gpu(options.gpu))
     variables["TORCH_SYMBOLIZE_MODE"] = "dladdr"  # names of operators in some seconds, not minutes
     variables.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if options.expandable_segments:
@@ -155,7 +155,7 @@ def _write(path: Path, requests: Sequence[Any], ours: Any, run: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks.null_cuda.trace", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("case", metavar="CASE")
-    parser.add_argument("--gpu", default="a100-80gb", help=f"one of {', '.join(MULTIPROCESSORS)}")
+    parser.add_argument("--gpu", default="a100-80gb", help="a name of the catalogue, such as rtx3090")
     parser.add_argument("--expandable-segments", action="store_true")
     parser.add_argument("--visits", type=int, help="how many blocks are visited, instead of what the case says")
     parser.add_argument("--step", type=int, help="whose order is compared, instead of the peak block's last")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.null_cuda.device import environment
-from benchmarks.null_cuda.gpus import pretended_gpu
+from benchmarks.null_cuda.gpus import find_gpu
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -43,7 +43,7 @@ def on_device(tmp_path: Path) -> OnDevice:
         base |= {"TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         base.pop("CUDA_VISIBLE_DEVICES", None)
         base["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{base['PATH']}"
-        prepared = environment(pretended_gpu(gpu), base, count=count, total_bytes=total_bytes)
+        prepared = environment(find_gpu(gpu), base, count=count, total_bytes=total_bytes)
         return subprocess.run(
             command,
             cwd=tmp_path,

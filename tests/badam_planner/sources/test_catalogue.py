@@ -94,6 +94,14 @@ def test_every_card_is_within_what_cards_are(record: GpuRecord) -> None:
 
 
 @pytest.mark.parametrize("record", gpus(), ids=lambda record: record.id)
+def test_multiprocessors_and_rate_of_every_gpu_agree_on_a_clock_that_gpus_have(record: GpuRecord) -> None:
+    cores = 64 if record.compute_capability in {"7.0", "7.5", "8.0"} else 128
+    clock = record.fp32_flops_per_second / (2 * cores * record.multiprocessors)
+    assert 1.3e9 <= clock <= 2.7e9
+    assert record.threads_per_multiprocessor in {1024, 1536, 2048}
+
+
+@pytest.mark.parametrize("record", gpus(), ids=lambda record: record.id)
 def test_only_cards_with_bfloat16_tensor_cores_get_their_rate(record: GpuRecord) -> None:
     ampere_or_later = float(record.compute_capability) >= 8
     rate = record.fp16_flops_per_second if ampere_or_later else record.fp32_flops_per_second
