@@ -1,0 +1,1 @@
+"""What benchmarks/unchanged.py records, a module for each part."""
