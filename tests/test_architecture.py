@@ -39,6 +39,8 @@ MAY_IMPORT = {
     "pynvml": ("badam.profiling", "badam_planner.sources.nvml"),
     "rich": ("badam.training", "badam_planner.report", "badam_cli"),
     "typer": ("badam_cli",),
+    "jinja2": ("badam_planner.report.html",),
+    "plotly": ("badam_planner.report.html",),
 }
 """Which packages may import a library directly; for what pure modules must not even reach, see .importlinter."""
 

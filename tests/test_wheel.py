@@ -44,10 +44,8 @@ def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(wheel: Pat
     }
     shipped = {name.relative_to("badam_profiles") for name in names if name.suffix == ".json"}
     assert shipped == sources
-    assert {path.name for path in names if path.name.startswith("plotly-")} == {
-        "plotly-cartesian.min.js.gz",
-        "plotly-LICENSE",
-    }
+    pages = {name.name for name in names if name.parent == Path("badam_planner/report/html") and name.suffix != ".py"}
+    assert pages == {"page.html.jinja", "page.css", "page.js"}
     assert {Path(package) / "py.typed" for package in packages} <= set(names)
 
 

@@ -30,7 +30,7 @@ class TrainingMethod(ABC):
         clips: whether the gradients exist together, so that their joint norm can be bounded.
         keeps_gradients: whether the optimizer's step finds gradients, as opposed to what backward has done by itself.
         saves_adapters_only: whether adapters alone are saved, and the weights beside them are loaded again to go on.
-        trains_one_block: whether nothing but the active block is trained, so that the lowest of equal blocks needs most.
+        trains_one_block: whether nothing but the active block is trained, so the lowest of equal blocks needs most.
         trains_ends: whether embedding and output projection are trained in every visit.
     """
 

@@ -1,61 +1,4 @@
-"""The style sheet and the script of the HTML report, as text: the report is one file and loads nothing."""
-
-from __future__ import annotations
-
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #ffffff; --ink: #1b1f24; --dim: #57606a; --line: #d0d7de; --raised: #f4f6f8;
-  --pass: #00664a; --fail: #a33b00; --link: #0a58a8;
-}
-@media (prefers-color-scheme: dark) {
-  :root:not([data-printing]) {
-    --paper: #14171c; --ink: #e6e9ee; --dim: #a5adb8; --line: #343b45; --raised: #1d2229;
-    --pass: #4cc9a0; --fail: #ff9e66; --link: #7db7f5;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 1rem clamp(0.75rem, 3vw, 2rem) 3rem; max-width: 72rem;
-  background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
-}
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 0.25rem; overflow-wrap: anywhere; }
-a { color: var(--link); }
-a:focus-visible, summary:focus-visible, [tabindex]:focus-visible {
-  outline: 3px solid var(--link); outline-offset: 2px;
-}
-.skip { position: absolute; left: -100rem; }
-.skip:focus { position: static; }
-nav ul { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; padding: 0; list-style: none; }
-.verdict { border-left: 0.4rem solid; padding: 0.5rem 0.75rem; background: var(--raised); font-weight: 600; }
-.verdict.pass { border-color: var(--pass); } .verdict.pass strong { color: var(--pass); }
-.verdict.fail { border-color: var(--fail); } .verdict.fail strong { color: var(--fail); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.1rem 1rem; margin: 1rem 0; }
-dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 0; }
-figcaption { color: var(--dim); margin-bottom: 0.5rem; max-width: 46rem; overflow-wrap: anywhere; }
-.chart { width: 100%; }
-details { margin: 0.5rem 0; } summary { cursor: pointer; color: var(--link); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
-caption { text-align: left; color: var(--dim); padding: 0.25rem 0; }
-th, td { padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { color: var(--dim); font-weight: 600; }
-tbody th { font-weight: 400; }
-footer { margin-top: 3rem; color: var(--dim); font-size: 0.85rem; overflow-wrap: anywhere; }
-@media (max-width: 30rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.4rem; } }
-@media print {
-  .chart { height: auto !important; }
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  nav, .skip, details:not([open]), .modebar-container { display: none !important; }
-  section { break-inside: avoid; }
-  h2 { break-after: avoid; }
-}
-"""
-
-SCRIPT = """
+// Draws the charts of a report: unpacks plotly.js, gives the figures the page's colours, follows screen and paper.
 (() => {
   "use strict";
   const figures = JSON.parse(document.getElementById("figures").textContent);
@@ -187,4 +130,3 @@ SCRIPT = """
     });
   }
 })();
-"""
