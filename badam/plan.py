@@ -8,30 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from badam.errors import PlanError
-from badam.vocabulary import Category, Phase
+from badam.files import write_file
+from badam.vocabulary import (
+    Attention,
+    Category,
+    Checkpointing,
+    Dtype,
+    Engine,
+    Loss,
+    Method,
+    ModelSource,
+    Offload,
+    Phase,
+    Strategy,
+    SwitchMode,
+    Task,
+    WriteBack,
+)
 
 SCHEMA_VERSION: Final = 1
 
-Task = Literal["causal-lm", "sequence-classification", "sequence-to-sequence", "image-classification", "speech-to-text"]
-Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
-Engine = Literal["single", "ddp", "fsdp2", "zero3"]
-Offload = Literal["none", "optimizer", "all"]
-Strategy = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
-SwitchMode = Literal["random", "ascending", "descending", "fixed"]
-Dtype = Literal["bfloat16", "float16", "float32"]
-ENTRY_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
-Checkpointing = Literal["all", "none", "list"]
-Loss = Literal["full", "chunked"]
-Attention = Literal["sdpa", "eager"]
-WriteBack = Literal["stochastic", "nearest"]
 Bytes = NonNegativeInt
 Seconds = Annotated[float, Field(ge=0)]
 
@@ -50,7 +52,7 @@ class ModelSpec(Record):
     """Which model, with everything needed to build its module tree again without network."""
 
     id: str
-    source: Literal["catalogue", "hub", "directory", "config"]
+    source: ModelSource
     config: dict[str, Any]  # the transformers configuration, as written by to_dict()
     config_digest: str  # sha256 of the configuration, see config_digest()
     task: Task = "causal-lm"
@@ -307,19 +309,10 @@ def _first_mistake(error: ValidationError) -> str:
     return f"{where}: {expected.get(first['type'], first['msg'])}{found}{more}"
 
 
-def save_record(record: Record, path: str | Path) -> None:
-    """Write a record as JSON: whole or not at all, through a temporary name in the same directory.
+def save_record(record: Record, path: str | Path, *, parents: bool = False) -> None:
+    """Write a record as JSON; see :func:`badam.files.write_file`.
 
     Raises:
-        PlanError: if the file cannot be written; what was there before is still there.
+        InputError: if the file cannot be written; what was there before is still there.
     """
-    path = Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise PlanError(f"Cannot write {path}: {error.strerror or error}.", advice="Choose another path.") from error
-    finally:
-        with suppress(OSError):  # after success there is none, and where none could be written none can be removed
-            temporary.unlink()
+    write_file(path, record.model_dump_json(indent=2) + "\n", parents=parents)

@@ -1,8 +1,42 @@
-"""The closed sets of words in which memory is predicted, traced, measured and reported."""
+"""The closed sets of words: of plans, and those in which memory is predicted, traced, measured and reported.
+
+Each is said here and nowhere else. This module imports nothing: the commands read it to describe their options.
+"""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
+
+Task = Literal["causal-lm", "sequence-classification", "sequence-to-sequence", "image-classification", "speech-to-text"]
+Method = Literal["badam", "badam-ratio", "adam", "lora", "qlora", "lomo", "adalomo", "galore", "lisa", "hift", "mezo"]
+Engine = Literal["single", "ddp", "fsdp2", "zero3"]
+Offload = Literal["none", "optimizer", "all"]
+"""What ZeRO-3 keeps in host memory: nothing, the optimizer's state, or the parameters as well."""
+
+BlockStrategy = Literal["layer", "attn-mlp", "matrix"]
+"""The ways to cut a model into blocks."""
+
+Strategy = Literal[BlockStrategy, "ratio", "full"]
+"""The partitions of a plan; ``ratio`` and ``full`` are one block, of the layers or of everything."""
+
+SwitchMode = Literal["random", "ascending", "descending", "fixed"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+ELEMENT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+Checkpointing = Literal["all", "none", "list"]
+"""Which layers are checkpointed; ``list``: those that each block of the plan names."""
+
+Loss = Literal["full", "chunked"]
+Attention = Literal["sdpa", "eager"]
+WriteBack = Literal["stochastic", "nearest"]
+"""How an fp32 master becomes a weight of half precision."""
+
+ModelSource = Literal["catalogue", "hub", "directory", "config"]
+Profile = Literal["normal", "full"]
+OnLong = Literal["truncate", "drop", "refuse"]
+"""What happens to an example that is longer than the plan's length."""
+
+Padding = Literal["auto", "plan", "longest"]
 
 
 class Category(StrEnum):

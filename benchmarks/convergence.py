@@ -24,8 +24,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+from badam.files import cache_directory
 from badam.plan import save_record
-from badam.training.data.demo import user_cache
 from benchmarks.learning.contest import (
     ADAM_OF_FEW_UPDATES,
     CONTESTANTS,
@@ -98,7 +98,7 @@ class Stage:
         """The directory of the weights that fine-tuning begins with; made when they are first needed."""
         from benchmarks.learning.runs import pretrain
 
-        directory = user_cache() / f"convergence-{settings.base_digest}"
+        directory = cache_directory() / f"convergence-{settings.base_digest}"
         if not (directory / "model.safetensors").exists():
             pretrain(settings, self.corpus, directory)
         return directory

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from itertools import islice, product
 from pathlib import Path
 
-from badam_planner.search.settings import Strategy
+from badam.vocabulary import Strategy
 
 MODEL, GPU = "meta-llama/Llama-2-7b-hf", "rtx3090"
 BATCHES, LENGTHS = (1, 2, 3, 4, 6, 8), (256, 512, 768, 1024, 1536, 2048)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from badam.blocks.names import belongs
-from badam.plan import Attention, BlockPlan, MethodOptions
+from badam.plan import BlockPlan, MethodOptions
 from badam.units import GB, format_gib
+from badam.vocabulary import Attention
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.model_tree import inspect_model
 from badam_planner.rehearsal.workers import available_workers

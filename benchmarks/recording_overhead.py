@@ -33,14 +33,14 @@ from badam.plan import Plan, load_plan
 from badam.profiling.machine import provenance, this_machine
 from badam.profiling.memory.cpu import CpuMemory
 from badam.profiling.memory.source import StepMemory
-from badam.profiling.recorder import Profile, Recorder
+from badam.profiling.recorder import Recorder
 from badam.training.arguments import training_arguments
 from badam.training.build import build_model
 from badam.training.data.batches import PlanCollator, enforce_length
 from badam.training.data.inputs import Inputs, load_inputs
 from badam.training.options import RunOptions
 from badam.training.trainer import PlanTrainer
-from badam.vocabulary import Phase
+from badam.vocabulary import Phase, Profile
 from benchmarks.training_overhead import through_trainer
 
 RECORD = Path(__file__).parent / "results" / "recording_overhead.json"

@@ -37,6 +37,8 @@ MAY_IMPORT = {
     "datasets": ("badam.training",),
     "accelerate": ("badam",),
     "pynvml": ("badam.profiling", "badam_planner.sources.nvml"),
+    "psutil": ("badam_planner.sources.host",),
+    "platformdirs": ("badam.files",),
     "rich": ("badam.training", "badam_planner.report", "badam_cli"),
     "typer": ("badam_cli",),
     "jinja2": ("badam_planner.report.html",),

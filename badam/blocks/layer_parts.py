@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from badam.blocks.names import Block, ParameterInfo, Strategy
+from badam.blocks.names import Block, ParameterInfo
+from badam.vocabulary import BlockStrategy
 
 _TOKEN_MIXING = re.compile(r"attn|attention|mamba|mixer|ssm|conv|recurrent|temporal|time_mix", re.IGNORECASE)
 # Only where the projections hang on the layer itself: inside T5's feed-forward, "wo" is no attention output.
@@ -14,7 +15,7 @@ _FEED_FORWARD_NORM = re.compile(r"mlp|feed|ffn|ff_", re.IGNORECASE)
 _ATTENTION_NORM = re.compile(r"attn|^sa_", re.IGNORECASE)  # not "attention": post_attention_layernorm feeds the MLP
 
 
-def layer_blocks(path: str, inside: Sequence[ParameterInfo], strategy: Strategy) -> list[Block]:
+def layer_blocks(path: str, inside: Sequence[ParameterInfo], strategy: BlockStrategy) -> list[Block]:
     """The blocks of the layer at module ``path``, whose parameters are ``inside``, in model order."""
     if strategy == "layer":
         return [Block(path, (path,), _entries(inside))]

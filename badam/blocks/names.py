@@ -6,9 +6,6 @@ import math
 import re
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import Literal
-
-Strategy = Literal["layer", "attn-mlp", "matrix"]
 
 _ROWS = re.compile(r"\[(\d+):(\d+)\]$")
 

@@ -14,14 +14,14 @@ from collections.abc import Iterable, Sequence
 from typing import get_args
 
 from badam.blocks.layer_parts import layer_blocks
-from badam.blocks.names import Block, ParameterInfo, Strategy, belongs, rows_of
+from badam.blocks.names import Block, ParameterInfo, belongs, rows_of
 from badam.errors import InputError
+from badam.vocabulary import BlockStrategy
 
 __all__ = [
     "STRATEGIES",
     "Block",
     "ParameterInfo",
-    "Strategy",
     "belongs",
     "layer_paths",
     "layer_stacks",
@@ -30,7 +30,7 @@ __all__ = [
     "split_by_rows",
 ]
 
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+STRATEGIES: tuple[BlockStrategy, ...] = get_args(BlockStrategy)
 
 _POSITIONS = re.compile(r"pos|wpe", re.IGNORECASE)
 _LONE_LAYER_TENSORS = 4  # a numbered module without siblings counts as a layer from this many tensors on
@@ -63,7 +63,7 @@ def layer_paths(names: Iterable[str]) -> tuple[str, ...]:
 
 def partition_parameters(
     parameters: Sequence[ParameterInfo],
-    strategy: Strategy,
+    strategy: BlockStrategy,
     *,
     include_embedding: bool = False,
     include_lm_head: bool = False,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from badam.errors import InputError, near_matches
-
-SwitchMode = Literal["random", "ascending", "descending", "fixed"]
+from badam.vocabulary import SwitchMode
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from badam import phases
-from badam.blocks.schedule import BlockSchedule, SwitchMode
+from badam.blocks.schedule import BlockSchedule
 from badam.errors import InputError, check_choice
 from badam.optim.active_parameter import ActiveParameter
 from badam.optim.compiled_adamw import CompiledAdamW
@@ -19,9 +19,8 @@ from badam.optim.messages import Messages
 from badam.optim.model_blocks import BlockSpec, blocks_of_model
 from badam.optim.ranks import OneProcess, ProcessRanks, ranks_of
 from badam.optim.resumable_blocks import ResumableBlocks
-from badam.plan import WriteBack
 from badam.tensors.dtensor import is_held_by_deepspeed
-from badam.vocabulary import Phase
+from badam.vocabulary import Phase, SwitchMode, WriteBack
 
 Update = Literal["base", "compiled"]
 

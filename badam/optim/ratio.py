@@ -22,10 +22,9 @@ from badam.optim.window import Window, WindowOptions, write_nearest
 from badam.optim.window_gradient import WindowGradient
 from badam.optim.window_update import update_windows
 from badam.optim.window_visit import BaseFactory, WindowVisits
-from badam.plan import WriteBack
 from badam.tensors.dtensor import is_held_by_deepspeed, is_sharded
 from badam.tensors.functional import all_finite, is_fake, non_finite_flags
-from badam.vocabulary import Phase
+from badam.vocabulary import Phase, WriteBack
 
 
 class BlockOptimizerRatio(WindowVisits):

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from badam import phases
 from badam.blocks.names import Block, belongs, rows_of
-from badam.blocks.schedule import BlockSchedule, SwitchMode
+from badam.blocks.schedule import BlockSchedule
 from badam.errors import InputError
 from badam.optim.active_parameter import HAS_GRAD_DTYPE, ActiveParameter
 from badam.optim.base import VisitingOptimizer, rounding_seed_of
@@ -18,9 +18,8 @@ from badam.optim.master_groups import MasterGroups
 from badam.optim.messages import Messages
 from badam.optim.model_blocks import BlocksOfModel, freeze
 from badam.optim.ranks import OneProcess
-from badam.plan import WriteBack
 from badam.tensors.dtensor import is_sharded, seed_of_shard
-from badam.vocabulary import Phase
+from badam.vocabulary import Phase, SwitchMode, WriteBack
 
 if TYPE_CHECKING:
     from badam.distributed.deepspeed.adapter import ZeroThree

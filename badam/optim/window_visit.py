@@ -15,8 +15,7 @@ from badam.optim.base import VisitingOptimizer, rounding_seed_of
 from badam.optim.messages import Messages
 from badam.optim.ratio_parameters import WindowSizes, given_groups
 from badam.optim.window import Window, WindowOptions, collect_gradients
-from badam.plan import WriteBack
-from badam.vocabulary import Phase
+from badam.vocabulary import Phase, WriteBack
 
 BaseFactory = Callable[[list[dict[str, Any]]], Optimizer]
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from badam.plan import Plan
-    from badam.profiling.recorder import Profile, Recording
+    from badam.profiling.recorder import Recording
+    from badam.vocabulary import Profile
 
 __all__ = ["record"]
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from badam.plan import Bytes, Method, ModelSpec, Provenance, Record, Seconds, Training, load_record
-from badam.vocabulary import Category, Phase
+from badam.plan import Bytes, ModelSpec, Provenance, Record, Seconds, Training, load_record
+from badam.vocabulary import Category, Method, Phase
 
 
 class Machine(Record):

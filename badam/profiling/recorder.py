@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +36,7 @@ from badam.profiling.modules.profile import FullProfile
 from badam.profiling.record import MeasuredRun
 from badam.profiling.selection import StepSelection
 from badam.profiling.summary import RunLog, StepRecord, summarize
-from badam.vocabulary import Phase
-
-Profile = Literal["normal", "full"]
+from badam.vocabulary import Phase, Profile
 
 
 class Recorder:

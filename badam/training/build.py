@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from badam.checkpointing import checkpoint_layers
 from badam.errors import InputError, in_one_line, near_matches
 from badam.optim.block import BlockOptimizer
-from badam.plan import Attention, ModelSpec, Plan, Training
+from badam.plan import ModelSpec, Plan, Training
 from badam.training.methods import method_of
 from badam.training.tasks import builder_of
+from badam.vocabulary import Attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

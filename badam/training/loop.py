@@ -16,7 +16,7 @@ from badam import phases
 from badam.plan import Plan
 from badam.profiling.memory.states import unwrap
 from badam.training.build import build_optimizer, prepare_checkpointing
-from badam.training.data.batches import Collator, EpochSampler, Padding
+from badam.training.data.batches import Collator, EpochSampler
 from badam.training.engines import Engine, engine_of
 from badam.training.evaluation import evaluate
 from badam.training.memory_limit import MicroBatches
@@ -24,7 +24,7 @@ from badam.training.methods import method_of
 from badam.training.out_of_memory import is_refusal
 from badam.training.processes import Processes, explain_lost_processes
 from badam.training.run_directory import is_whole, keep_newest, saving
-from badam.vocabulary import Phase
+from badam.vocabulary import Padding, Phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerControl

@@ -8,10 +8,9 @@ from pathlib import Path
 from uuid import uuid4
 
 from badam.errors import InputError
-from badam.profiling.recorder import Profile
 from badam.training.data import demo as demo_data
-from badam.training.data.batches import OnLong, Padding
 from badam.training.weights import PRETRAINED
+from badam.vocabulary import OnLong, Padding, Profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

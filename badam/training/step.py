@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from badam import phases
-from badam.plan import Loss
 from badam.training.losses import chunked_loss, classification_loss, full_loss, sequence_to_sequence_loss
-from badam.vocabulary import Phase
+from badam.vocabulary import Loss, Phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

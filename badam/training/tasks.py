@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from badam.errors import InputError
-from badam.plan import ModelSpec, Plan, Task
+from badam.plan import ModelSpec, Plan
+from badam.vocabulary import Task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

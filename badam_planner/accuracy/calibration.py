@@ -13,10 +13,10 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from badam.errors import InputError
-from badam.plan import Bytes, Dtype, Plan, Prediction, Rates, Record, Target, record_digest
+from badam.plan import Bytes, Plan, Prediction, Rates, Record, Target, record_digest
 from badam.profiling.record import MeasuredRun
 from badam.units import format_bytes
-from badam.vocabulary import Phase
+from badam.vocabulary import Dtype, Phase
 
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 

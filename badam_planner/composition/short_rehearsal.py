@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from badam.plan import Dtype, Rates, Target
-from badam.vocabulary import Phase
+from badam.plan import Rates, Target
+from badam.vocabulary import Dtype, Phase
 from badam_planner.composition.compose import Run, compose, composed_work
 from badam_planner.composition.peaks import BlockPeaks, DepthPeaks
 from badam_planner.composition.renaming import renamed, renamed_work

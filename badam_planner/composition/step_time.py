@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from badam.blocks.names import enclosing
-from badam.plan import Dtype, Rates
-from badam.vocabulary import Phase
+from badam.plan import Rates
+from badam.vocabulary import Dtype, Phase
 from badam_planner.composition.layer_cycles import times_of_cycle
 from badam_planner.recording.recording import MemoryTraffic, Recording
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from badam.blocks.names import ParameterInfo, belongs, enclosing
-from badam.plan import ENTRY_BYTES, Dtype, Plan
-from badam.vocabulary import Category, Phase
+from badam.plan import Plan
+from badam.vocabulary import ELEMENT_BYTES, Category, Dtype, Phase
 from badam_planner.multi_gpu.gloo import gloos_copies
 from badam_planner.multi_gpu.per_rank import (
     GATHER_BUFFER,
@@ -84,7 +84,7 @@ class Sharding:
     @property
     def entry_bytes(self) -> int:
         """Bytes of one gathered entry."""
-        return ENTRY_BYTES[self.dtype]
+        return ELEMENT_BYTES[self.dtype]
 
 
 def sharding_of(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from badam.plan import Engine, Target
+from badam.plan import Target
+from badam.vocabulary import Engine
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from badam.blocks.names import ParameterInfo
-from badam.plan import Offload
-from badam.vocabulary import Category, Phase
+from badam.vocabulary import Category, Offload, Phase
 from badam_planner.multi_gpu.fsdp2 import (
     ROOT,
     Pass,

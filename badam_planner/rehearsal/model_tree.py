@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from badam.blocks.names import belongs, enclosing
 from badam.blocks.partition import ParameterInfo, layer_stacks
-from badam.plan import Attention, ModelSpec, Training
+from badam.plan import ModelSpec, Training
+from badam.vocabulary import Attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from badam.plan import Method
+from badam.vocabulary import Method
 
 FORMULAS: Mapping[Method, str] = {
     "badam": "2M+16M/D",

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -21,23 +19,14 @@ from pydantic import TypeAdapter, ValidationError
 
 import badam
 import badam_planner
-from badam.errors import DoesNotFit
+from badam.errors import DoesNotFit, InputError
+from badam.files import cache_directory, write_file
 from badam.plan import Plan
 from badam_planner.search.result import Answer, SearchResult
-
-CACHE_DIRECTORY = "BADAM_CACHE_DIR"
-"""Environment variable that names another directory than the user's usual one."""
 
 REHEARSED = ("torch", "transformers")
 KEPT_ANSWERS = 500
 """Files beyond which the oldest are removed; one is some 20 to 200 kB."""
-
-
-def cache_directory() -> Path:
-    """Where answers are kept: $BADAM_CACHE_DIR, or badam in $XDG_CACHE_HOME."""
-    if own := os.environ.get(CACHE_DIRECTORY):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "badam"
 
 
 def answer_key(question: Mapping[str, Any]) -> str:
@@ -60,7 +49,7 @@ def load_answer(key: str) -> Answer | None:
             plan=None if content["plan"] is None else Plan.model_validate(content["plan"]),
             refusal=None if refusal is None else DoesNotFit(refusal[0], advice=refusal[1]),
         )
-    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+    except (OSError, InputError, ValueError, KeyError, TypeError, ValidationError):
         return None  # written by hand, cut off or never there: it is found out again and rewritten
 
 
@@ -73,15 +62,8 @@ def save_answer(key: str, answer: Answer) -> None:
         "refusal": None if refusal is None else [refusal.message, refusal.advice],
     }
     path = _path(key)
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file)
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    with suppress(OSError, InputError):
+        write_file(path, json.dumps(content), parents=True)
         _remove_oldest(path.parent)
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from badam.errors import BadamError
 from badam.plan import Plan
 from badam.training.methods import METHODS, method_of
+from badam.vocabulary import Strategy
 from badam_planner.multi_gpu.nccl import with_communication
 from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
 from badam_planner.rehearsal.evaluator_cards import (
@@ -26,7 +27,7 @@ from badam_planner.search.prediction import candidate_of, with_prediction
 from badam_planner.search.refusal import refusal
 from badam_planner.search.request import Request, staged_plan
 from badam_planner.search.result import Answer, SearchResult
-from badam_planner.search.settings import Strategy, recommended_index, strategies
+from badam_planner.search.settings import recommended_index, strategies
 from badam_planner.search.trial import (
     Progress,
     first_that_fits,

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from badam.errors import DoesNotFit
-from badam.plan import ENTRY_BYTES, Plan, Target
+from badam.plan import Plan, Target
 from badam.training.build import model_config
 from badam.training.tasks import input_positions
 from badam.units import format_bytes
+from badam.vocabulary import ELEMENT_BYTES
 from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
 from badam_planner.search.request import Request, batch_in_words
 from badam_planner.search.settings import MemorySetting, SmallerBatch, smaller_batch, strategies
@@ -38,7 +39,7 @@ def refusal(
     if options is not None:
         return DoesNotFit(message, advice=f"This would fit: {options}")
     shards = request.target.shards
-    weights = format_bytes(-(-request.spec.parameters * ENTRY_BYTES[request.dtype] // shards))
+    weights = format_bytes(-(-request.spec.parameters * ELEMENT_BYTES[request.dtype] // shards))
     each, more = (" on each card", ", more cards (--num-gpus auto)") if shards > 1 else ("", "")
     return DoesNotFit(
         message,

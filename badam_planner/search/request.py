@@ -9,10 +9,7 @@ from math import inf
 from badam.blocks.partition import partition_parameters
 from badam.errors import InputError
 from badam.plan import (
-    Attention,
     BlockPlan,
-    Dtype,
-    Method,
     MethodOptions,
     ModelSpec,
     OptimizerSpec,
@@ -20,15 +17,15 @@ from badam.plan import (
     Plan,
     Provenance,
     Schedule,
-    SwitchMode,
     Target,
     Training,
 )
 from badam.training.methods import method_of
 from badam.training.tasks import TRAINED_HERE
 from badam.units import format_batch
+from badam.vocabulary import Attention, Dtype, Method, Strategy, SwitchMode
 from badam_planner.rehearsal.model_tree import ModelTree
-from badam_planner.search.settings import MemorySetting, Strategy, strategies
+from badam_planner.search.settings import MemorySetting, strategies
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from badam.errors import DoesNotFit
-from badam.plan import Plan, Task
+from badam.plan import Plan
 from badam.units import format_batch
-from badam.vocabulary import Category, Phase
+from badam.vocabulary import Category, Phase, Task
 
 
 @dataclass(frozen=True, slots=True)

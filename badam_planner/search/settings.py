@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from badam.plan import Checkpointing, Loss, Method
-
-Strategy = Literal["layer", "attn-mlp", "matrix", "ratio", "full"]
-"""The ways to cut a model that are searched; ``ratio`` and ``full`` are one block, of the layers or of everything."""
+from badam.vocabulary import Checkpointing, Loss, Method, Strategy
 
 Found = TypeVar("Found")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from badam.plan import Plan
+from badam.vocabulary import Strategy
 from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
 from badam_planner.rehearsal.model_tree import ModelTree
 from badam_planner.search.request import Request, staged_plan
-from badam_planner.search.settings import MemorySetting, Strategy, first_fitting, ladder
+from badam_planner.search.settings import MemorySetting, first_fitting, ladder
 
 Progress = Callable[[str], None]
 

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from badam.errors import PlanError
+from badam.errors import InputError
+from badam.files import DATA_DIRECTORY, data_directory
 from badam.plan import load_record, save_record
 from badam.profiling.record import Machine
 from badam_planner.accuracy.calibration import Calibration
 from badam_planner.sources.catalogue import fold_gpu, match_gpu
-
-DATA_DIRECTORY = "BADAM_DATA_DIR"
-"""Environment variable that names another directory than the user's usual one."""
-
-
-def data_directory() -> Path:
-    """The directory for data of this user that outlives a project: $BADAM_DATA_DIR, or badam in $XDG_DATA_HOME."""
-    if own := os.environ.get(DATA_DIRECTORY):
-        return Path(own)
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "badam"
 
 
 def device_key(machine: Machine) -> str:
@@ -51,15 +41,11 @@ def save_calibration(calibration: Calibration) -> Path:
     """Store a calibration, whole or not at all; returns the file.
 
     Raises:
-        PlanError: if the directory cannot be written.
+        InputError: if the directory cannot be written.
     """
     path = calibration_path(calibration.gpu)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlanError(
-            f"Cannot make the directory {path.parent}: {error.strerror or error}.",
-            advice=f"Name another one in {DATA_DIRECTORY}.",
-        ) from error
-    save_record(calibration, path)
+        save_record(calibration, path, parents=True)
+    except InputError as error:
+        raise InputError(error.message, advice=f"Name another directory in {DATA_DIRECTORY}.") from error
     return path

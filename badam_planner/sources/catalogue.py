@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 
 from badam.errors import InputError, near_matches
-from badam.plan import Bytes, Rates, Record, Target, Task
+from badam.plan import Bytes, Rates, Record, Target
 from badam.units import MIB
+from badam.vocabulary import Task
 
 DRIVER_SHARE_MIB = 512
 """What the driver keeps of a card, where torch's own total was never seen. Seen on cards below 40 GiB: 258-513."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from badam.errors import InputError
 from badam.plan import Target
-from badam.units import KIB
 
-MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -34,31 +33,17 @@ def host_memory() -> HostMemory:
     Raises:
         InputError: if the system does not say.
     """
-    total, available = _machine()
+    try:
+        machine = psutil.virtual_memory()
+    except (OSError, RuntimeError, psutil.Error) as error:  # a container that hides /proc, an unknown system
+        raise InputError(
+            "The memory of this machine could not be determined.", advice="Give it: --gpu cpu --gpu-memory 16GiB."
+        ) from error
+    total, available = int(machine.total), int(machine.available)
     limit = _read_number(CGROUP / "memory.max")
     if limit is not None and limit < total:
         total, available = limit, min(available, max(limit - _container_use(), 0))
     return HostMemory(total_bytes=total, available_bytes=available)
-
-
-def _machine() -> tuple[int, int]:
-    """(total, available) in bytes; without /proc all memory counts as available."""
-    try:
-        lines = MEMINFO.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return _from_sysconf()
-    sizes = {name: int(rest.split()[0]) * KIB for name, _, rest in (line.partition(":") for line in lines)}
-    return sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemTotal"])
-
-
-def _from_sysconf() -> tuple[int, int]:
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError) as error:
-        raise InputError(
-            "The memory of this machine could not be determined.", advice="Give it: --gpu cpu --gpu-memory 16GiB."
-        ) from error
-    return total, total
 
 
 def _container_use() -> int:

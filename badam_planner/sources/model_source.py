@@ -6,18 +6,17 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from badam.errors import BadamError, InputError, in_one_line, near_matches
-from badam.plan import ModelSpec, Task, config_digest
+from badam.plan import ModelSpec, config_digest
+from badam.vocabulary import ModelSource, Task
 from badam_planner.sources import catalogue
-
-Source = Literal["catalogue", "hub", "directory", "config"]
 
 CONFIG_FILE = "config.json"
 
 
-def find_config(name: str) -> tuple[str, Source, dict[str, Any]]:
+def find_config(name: str) -> tuple[str, ModelSource, dict[str, Any]]:
     """The id, the kind of source and the raw configuration of the model that ``name`` means.
 
     A path that exists wins over the catalogue, the catalogue over the Hub, so that a catalogued model needs no
@@ -54,7 +53,7 @@ def describe_model(name: str, **changes: Any) -> ModelSpec:
 
 
 def specify(
-    model_id: str, source: Source, config: dict[str, Any], *, task: Task | None = None, labels: int | None = None
+    model_id: str, source: ModelSource, config: dict[str, Any], *, task: Task | None = None, labels: int | None = None
 ) -> ModelSpec:
     """The specification of a model whose configuration was found; loads torch to count its parameters.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from badam.files import write_file
 from badam.plan import Bytes, Record
 from badam.vocabulary import Category, Phase
 
@@ -79,10 +79,6 @@ def save_outcomes(outcomes: Iterable[Outcome], folder: Path = FOLDER) -> None:
     for outcome in sorted(outcomes, key=lambda one: one.name):
         content = outcome.model_dump(mode="json", exclude_defaults=True)
         by_architecture.setdefault(outcome.architecture, []).append(content)
-    folder.mkdir(parents=True, exist_ok=True)
     for architecture, contents in by_architecture.items():
-        path = folder / f"{architecture}.json"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         lines = ",\n".join(json.dumps(content, separators=(",", ":")) for content in contents)
-        temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        temporary.replace(path)
+        write_file(folder / f"{architecture}.json", f"[\n{lines}\n]\n", parents=True)

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
 from badam.errors import InputError
-from badam.plan import Checkpointing, Loss, Record
+from badam.plan import Record
+from badam.vocabulary import BlockStrategy, Checkpointing, Loss
 
-Strategy = Literal["layer", "attn-mlp", "matrix"]
 MeasuredMethod = Literal["badam", "badam-ratio", "adam", "lora", "lomo"]
 Side = Literal["own", "badam-1.4"]
 
@@ -30,7 +30,7 @@ class Case(Record):
 
     model: str  # catalogue name, or path of a config.json
     method: MeasuredMethod = "badam"
-    cut: Strategy = "layer"
+    cut: BlockStrategy = "layer"
     checkpointing: Checkpointing = "all"
     loss: Loss = "full"
     batch_size: PositiveInt

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from badam.plan import Method, MethodOptions, Plan, Target
+from badam.plan import MethodOptions, Plan, Target
+from badam.vocabulary import Method, Strategy
 from badam_planner.rehearsal.model_tree import ModelTree, inspect_model
 from badam_planner.search.planner import Request, staged_plan
-from badam_planner.search.settings import MemorySetting, Strategy
+from badam_planner.search.settings import MemorySetting
 from badam_planner.sources.model_source import specify
 
 VOCABULARY = 4096

@@ -12,22 +12,8 @@ from random import Random
 from typing import Any
 
 from badam.blocks.partition import partition_parameters
-from badam.plan import (
-    Attention,
-    BlockPlan,
-    Checkpointing,
-    Loss,
-    Method,
-    ModelSpec,
-    OptimizerSpec,
-    Partition,
-    Plan,
-    Provenance,
-    Strategy,
-    Target,
-    Training,
-    config_digest,
-)
+from badam.plan import BlockPlan, ModelSpec, OptimizerSpec, Partition, Plan, Provenance, Target, Training, config_digest
+from badam.vocabulary import Attention, Checkpointing, Loss, Method, Strategy
 from badam_planner.recording.recording import NEVER, Recording
 from badam_planner.recording.timeline import Timeline
 from badam_planner.rehearsal.evaluator import Evaluator

@@ -13,7 +13,7 @@ from badam.errors import InputError
 from badam.plan import Plan, save_record
 from badam.units import GIB
 from badam_cli.report import app
-from badam_planner.report.html.pages import gather
+from badam_planner.report.html import gather
 from tests.badam_planner import factories
 from tests.badam_planner.report.html.pages import step_timeline
 

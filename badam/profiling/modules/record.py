@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import os
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 from pydantic import NonNegativeInt, ValidationError, model_validator
 
 from badam.errors import PlanError
+from badam.files import write_file
 from badam.plan import Bytes, Record
 from badam.vocabulary import Phase
 
@@ -117,17 +116,9 @@ def save_module_timelines(timelines: ModuleTimelines, path: Path) -> None:
     """Write the record as compressed JSON, whole or not at all; the same record gives the same bytes.
 
     Raises:
-        PlanError: if the file cannot be written.
+        InputError: if the file cannot be written.
     """
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        temporary.write_bytes(gzip.compress(timelines.model_dump_json().encode(), mtime=0))
-        temporary.replace(path)
-    except OSError as error:
-        raise PlanError(f"Cannot write {path}: {error.strerror or error}.", advice="Choose another path.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    write_file(path, gzip.compress(timelines.model_dump_json().encode(), mtime=0))
 
 
 def load_module_timelines(path: Path) -> ModuleTimelines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 
 from badam.errors import DataError
 from badam.training.losses import IGNORE_INDEX
+from badam.vocabulary import OnLong
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,10 +27,6 @@ class Collator(Protocol):
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The model's inputs with ``labels``."""
-
-
-OnLong = Literal["truncate", "drop", "refuse"]
-Padding = Literal["auto", "plan", "longest"]
 
 
 @dataclass(frozen=True, slots=True)

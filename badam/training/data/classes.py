@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from badam.errors import DataError
-from badam.training.data.batches import LengthReport, OnLong, length_report, padded
+from badam.training.data.batches import LengthReport, length_report, padded
+from badam.vocabulary import OnLong
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import platform
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from badam.errors import DataError
+from badam.errors import DataError, InputError
+from badam.files import cache_directory, write_file
 from badam.training.data.formats import SftRow
 
 NAME = "stdlib-docstrings"
@@ -38,8 +39,9 @@ def stdlib_docstrings(cache: Path | None = None) -> list[SftRow]:
     Raises:
         DataError: if this Python comes without the sources of its library.
     """
-    directory = cache or user_cache()
-    path = directory / f"{NAME}-{_FORMAT}-{platform.python_implementation()}-{platform.python_version()}.jsonl"
+    path = (
+        cache or cache_directory()
+    ) / f"{NAME}-{_FORMAT}-{platform.python_implementation()}-{platform.python_version()}.jsonl"
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
@@ -52,11 +54,6 @@ def stdlib_docstrings(cache: Path | None = None) -> list[SftRow]:
         )
     _keep(pairs, path)
     return pairs
-
-
-def user_cache() -> Path:
-    """Where files that can be made again are kept: ``$XDG_CACHE_HOME/badam`` or ``~/.cache/badam``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "badam"
 
 
 def docstring_pairs(root: Path) -> Iterator[SftRow]:
@@ -90,10 +87,5 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast
 
 
 def _keep(pairs: list[SftRow], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    with suppress(InputError):  # it is found again the next time
+        write_file(path, "".join(json.dumps(pair) + "\n" for pair in pairs), parents=True)

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, get_args
 
 from badam.errors import InputError, near_matches
-from badam.plan import Method
+from badam.vocabulary import Method
 
 if TYPE_CHECKING:
     from badam.training.methods.base import TrainingMethod

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from badam.errors import InputError, require
-from badam.plan import Method, Plan
+from badam.plan import Plan
 from badam.tensors.dtensor import shape_of
 from badam.training.step import forward_loss
+from badam.vocabulary import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,8 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from badam.optim.block import BlockOptimizer
-from badam.plan import Method, Plan
+from badam.plan import Plan
 from badam.training.methods.base import TrainingMethod, adamw_options, parameter_groups
+from badam.vocabulary import Method
 
 OptimizerT = TypeVar("OptimizerT", bound=BlockOptimizer)
 

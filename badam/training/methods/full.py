@@ -8,8 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from badam.optim.block import BlockOptimizer
-from badam.plan import Method, Plan
+from badam.plan import Plan
 from badam.training.methods.blocks import BlockCoordinate, block_optimizer
+from badam.vocabulary import Method
 
 
 class FullAdam(BlockCoordinate):

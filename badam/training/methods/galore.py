@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from badam.blocks.names import belongs
 from badam.blocks.partition import layer_paths
 from badam.errors import InputError
-from badam.plan import Method, Plan
+from badam.plan import Plan
 from badam.training.methods.base import TrainingMethod, parameter_groups
+from badam.vocabulary import Method
 
 DEFAULT_RANK = 128
 

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from badam.blocks.names import belongs
 from badam.optim.block import BlockOptimizer
-from badam.plan import Method, Plan
+from badam.plan import Plan
 from badam.training.methods.blocks import BlockCoordinate, block_optimizer
+from badam.vocabulary import Method
 
 HOST = torch.device("cpu")
 _MASTER = "master"

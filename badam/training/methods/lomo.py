@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from badam.blocks.names import belongs
 from badam.errors import InputError
-from badam.plan import Method, Plan
+from badam.plan import Plan
 from badam.training.methods.base import TrainingMethod
+from badam.vocabulary import Method
 
 
 class LowMemory(TrainingMethod):

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from badam.blocks.names import enclosing
 from badam.errors import InputError
-from badam.plan import Method, Plan
+from badam.plan import Plan
 from badam.training.methods.base import TrainingMethod, adamw_options, parameter_groups
 from badam.training.tasks import CLASSIFICATIONS
+from badam.vocabulary import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

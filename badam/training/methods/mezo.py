@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from badam import phases
-from badam.plan import Method, Plan
+from badam.plan import Plan
 from badam.tensors.functional import round_stochastically_
 from badam.training.methods.base import TrainingMethod, parameter_groups
 from badam.training.step import forward_loss
-from badam.vocabulary import Phase
+from badam.vocabulary import Method, Phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

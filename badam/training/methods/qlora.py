@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from badam.errors import InputError, in_one_line
-from badam.plan import Method, Plan
+from badam.plan import Plan
 from badam.training.methods.lora import Lora
+from badam.vocabulary import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,8 +9,9 @@ from torch.optim import Optimizer
 
 from badam.blocks.names import belongs
 from badam.optim.ratio import BlockOptimizerRatio
-from badam.plan import Method, Plan
+from badam.plan import Plan
 from badam.training.methods.base import TrainingMethod, parameter_groups
+from badam.vocabulary import Method
 
 
 class Ratio(TrainingMethod):

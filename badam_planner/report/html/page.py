@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -15,7 +14,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from badam.errors import InputError
+from badam.files import write_file
 from badam_planner.report.html.chart import Chart, TableData
 from badam_planner.report.text import clean
 
@@ -55,18 +54,12 @@ def render_page(page: Page) -> str:
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Write the page whole or not at all.
+    """Write the page.
 
     Raises:
         InputError: if the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(render_page(page), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"Cannot write {path}: {error.strerror or error}.", advice="Choose another path.") from error
+    write_file(path, render_page(page))
 
 
 @cache

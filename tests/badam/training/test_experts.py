@@ -11,10 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from badam.errors import InputError
-from badam.plan import Method, Plan
+from badam.plan import Plan
 from badam.training.build import build_model, prepare_model
 from badam.training.methods import method_of
 from badam.training.methods._pytorch_optimizer import FusedAdaLomo
+from badam.vocabulary import Method
 from badam_planner.rehearsal.evaluator import Evaluator
 from tests.badam.training.tiny import run_tiny
 from tests.badam_planner.rehearsal.measuring import measure

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badam.errors import InputError, PlanError
+from badam.files import DATA_DIRECTORY
 from badam.plan import PhaseWork, Plan, Rates, Target
 from badam.profiling.record import Machine, MeasuredRun
 from badam.units import GIB, MIB
 from badam.vocabulary import Phase
 from badam_planner.accuracy.calibration import Calibration, calibrate, calibrated
 from badam_planner.sources.calibration_store import (
-    DATA_DIRECTORY,
     calibration_path,
     device_key,
     load_calibration,
@@ -179,7 +179,7 @@ def test_a_broken_file_is_named_with_what_to_do(store: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_named(store: Path) -> None:
     store.write_text("a file where the directory should be")
-    with pytest.raises(PlanError, match="Cannot make the directory"):
+    with pytest.raises(InputError, match=r"Cannot write .*BADAM_DATA_DIR"):
         save_calibration(calibrate("rtx3090", [pair()]))
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from badam.plan import Dtype, Loss, Method, MethodOptions, ModelSpec, Plan, Strategy, Target, config_digest
+from badam.plan import MethodOptions, ModelSpec, Plan, Target, config_digest
 from badam.training.build import choose_attention, model_config
 from badam.training.tasks import chosen_lengths, default_task
+from badam.vocabulary import Dtype, Loss, Method, Strategy
 from badam_planner.rehearsal.model_tree import ModelTree, inspect_model
 from badam_planner.search.planner import Request, staged_plan
 from badam_planner.search.settings import MemorySetting

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from badam.errors import InputError
-from badam.plan import Dtype
+from badam.vocabulary import Dtype
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.sources.model_source import specify
 from tests.badam_planner.rehearsal.measuring import measure

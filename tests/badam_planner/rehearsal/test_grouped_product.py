@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from badam.plan import Dtype
+from badam.vocabulary import Dtype
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.grouped_product import grouped_product, needs_a_rule
 from tests.badam_planner.rehearsal.measuring import measure

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from badam.errors import InputError
-from badam.plan import Method, MethodOptions, Plan
+from badam.plan import MethodOptions, Plan
 from badam.training.build import build_model, prepare_model
 from badam.training.methods import METHODS, method_of
-from badam.vocabulary import Category, Phase
+from badam.vocabulary import Category, Method, Phase
 from badam_planner.recording.timeline import Timeline
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.model_tree import ModelTree

@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from badam import phases
 from badam.errors import InputError
-from badam.plan import Plan, Strategy
-from badam.vocabulary import Category, Phase
+from badam.plan import Plan
+from badam.vocabulary import Category, Phase, Strategy
 from badam_planner.recording.timeline import Timeline
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.rehearse import rehearse

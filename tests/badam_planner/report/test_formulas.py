@@ -7,8 +7,8 @@ from typing import get_args
 
 import pytest
 
-from badam.plan import Method
 from badam.training.methods import method_of
+from badam.vocabulary import Method
 from badam_planner.report.formulas import FORMULAS, formulas_in_words, letters_in_words
 from badam_planner.report.terminal.plan import render_candidates
 from badam_planner.search.result import SearchResult

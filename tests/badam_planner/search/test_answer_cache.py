@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from badam.errors import DoesNotFit
+from badam.files import CACHE_DIRECTORY
 from badam.vocabulary import Category, Phase
 from badam_planner.search import answer_cache as answers
 from badam_planner.search.result import Answer, Candidate, SearchResult
@@ -28,7 +29,7 @@ QUESTION = {"model": ("id", "catalogue", {"hidden_size": 8}), "batch_size": 1}
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(answers.CACHE_DIRECTORY, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_DIRECTORY, str(tmp_path / "cache"))
     return tmp_path / "cache" / "answers"
 
 
@@ -83,7 +84,7 @@ def test_writers_at_the_same_time_leave_one_whole_answer(own_cache: Path) -> Non
 
 def test_a_cache_that_cannot_be_written_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
-    monkeypatch.setenv(answers.CACHE_DIRECTORY, str(tmp_path / "file"))
+    monkeypatch.setenv(CACHE_DIRECTORY, str(tmp_path / "file"))
     answers.save_answer("key", Answer(RESULT, None, None))
     assert answers.load_answer("key") is None
 

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from badam import BlockOptimizer
 from badam.errors import InputError
-from badam.plan import Strategy, Target
+from badam.plan import Target
 from badam.training.build import build_model, model_config
 from badam.training.options import RunOptions
 from badam.training.run import run_plan
 from badam.training.step import forward_loss
 from badam.training.tasks import blank_batch, chosen_lengths, default_task
+from badam.vocabulary import Strategy
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.rehearse import fake_world
 from badam_planner.search.planner import Request

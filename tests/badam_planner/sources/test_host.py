@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from badam.errors import InputError
 from badam_planner.sources import host
 from badam_planner.sources.host import host_memory
 
@@ -13,10 +15,9 @@ GIB = 2**30
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with 64 GiB of which 48 are available, and a control group without a limit."""
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:       67108864 kB\nMemFree:        1 kB\nMemAvailable:   50331648 kB\n")
+    memory = SimpleNamespace(total=64 * GIB, available=48 * GIB, free=1)
     (tmp_path / "memory.max").write_text("max\n")
-    monkeypatch.setattr(host, "MEMINFO", meminfo)
+    monkeypatch.setattr(host.psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(host, "CGROUP", tmp_path)
     return tmp_path
 
@@ -41,10 +42,19 @@ def test_a_container_never_offers_more_than_its_machine(machine: Path) -> None:
     assert host_memory().total_bytes == 64 * GIB
 
 
-def test_a_machine_without_proc_offers_all_its_memory(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "MEMINFO", machine / "nothing")
+def test_a_machine_that_does_not_say_is_to_be_told(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable() -> None:
+        raise FileNotFoundError("/proc/meminfo")
+
+    monkeypatch.setattr(host.psutil, "virtual_memory", unreadable)
+    with pytest.raises(InputError, match="could not be determined") as refused:
+        host_memory()
+    assert "--gpu-memory 16GiB" in str(refused.value)
+
+
+def test_this_machine_says_how_much_it_has() -> None:
     memory = host_memory()
-    assert memory.total_bytes == memory.available_bytes > 0
+    assert memory.total_bytes >= memory.available_bytes > 0
 
 
 def test_the_host_as_a_target_has_no_context_and_no_workspace(machine: Path) -> None:

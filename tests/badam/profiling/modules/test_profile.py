@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import badam.profiling
-from badam.errors import BadamError, PlanError
+from badam.errors import BadamError, InputError, PlanError
 from badam.plan import Plan, record_digest
 from badam.profiling.modules import cuda_history as allocator_history
 from badam.profiling.modules import profile as full_profile
@@ -23,10 +23,10 @@ from badam.profiling.modules.record import (
     load_module_timelines,
     save_module_timelines,
 )
-from badam.profiling.recorder import Profile, Recording
+from badam.profiling.recorder import Recording
 from badam.training.build import build_model, build_optimizer
 from badam.training.step import forward_loss
-from badam.vocabulary import Phase
+from badam.vocabulary import Phase, Profile
 from tests.badam.training.tiny import LAYERS, run_tiny, tiny_plan
 
 
@@ -152,7 +152,7 @@ def test_files_that_are_no_record_are_refused_in_a_sentence(tmp_path: Path) -> N
             load_module_timelines(tmp_path / name)
     with pytest.raises(PlanError, match="Cannot read"):
         load_module_timelines(tmp_path / "absent")
-    with pytest.raises(PlanError, match="Cannot write"):
+    with pytest.raises(InputError, match="Cannot write"):
         save_module_timelines(small_record(), tmp_path / "absent" / MODULES_FILE)
 
 
