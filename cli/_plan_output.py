@@ -52,8 +52,13 @@ def show(answer: Answer, epochs: float) -> None:
     """The table of partitions, and what is in the peak, the time and the transfers of the one shown."""
     from rich.console import Console
 
-    from badam_planner.report.terminal.multi_gpu import render_transfers
-    from badam_planner.report.terminal.plan import render_candidates, render_largest, render_peak, render_time
+    from badam_planner.report.terminal.plan import (
+        render_candidates,
+        render_largest,
+        render_peak,
+        render_time,
+        render_transfers,
+    )
 
     console, result = Console(), answer.result
     shown = next((one for one in result.candidates if one.recommended), result.candidates[0])

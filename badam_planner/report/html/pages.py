@@ -12,13 +12,18 @@ from badam_planner.accuracy.compare import block_rows, explain
 from badam_planner.accuracy.comparison import Accuracy, Comparison
 from badam_planner.report.formulas import formula_of
 from badam_planner.report.html.chart import Chart, TableData
-from badam_planner.report.html.choice_charts import methods_chart, sizes_chart
-from badam_planner.report.html.memory_charts import blocks_chart, parts_chart, phases_chart, timeline_chart
+from badam_planner.report.html.choice_charts import accuracy_chart, methods_chart, partitions_chart, sizes_chart
 from badam_planner.report.html.model import StepTimeline, TrainingCurve
-from badam_planner.report.html.modules_chart import modules_chart
-from badam_planner.report.html.overview_charts import accuracy_chart, partitions_chart
 from badam_planner.report.html.page import Page, write_page
-from badam_planner.report.html.time_charts import backward_chart, curve_chart
+from badam_planner.report.html.run_charts import (
+    backward_chart,
+    blocks_chart,
+    curve_chart,
+    modules_chart,
+    parts_chart,
+    phases_chart,
+    timeline_chart,
+)
 from badam_planner.report.text import bytes_or_nothing, error_in_words, error_percent, percent, signed_bytes
 from badam_planner.search.result import SearchResult, SizeMap
 

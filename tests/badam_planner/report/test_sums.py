@@ -13,7 +13,7 @@ from badam.vocabulary import Category, Phase
 from badam_planner.accuracy.compare import compare, predicted_parts
 from badam_planner.accuracy.comparison import Comparison, Pair
 from badam_planner.report.html.choice_charts import device_parts
-from badam_planner.report.html.memory_charts import parts_chart
+from badam_planner.report.html.run_charts import parts_chart
 from badam_planner.report.json import comparison_to_json
 from badam_planner.report.terminal.comparison import memory_rows, phase_bars
 from tests.badam_planner import factories

@@ -11,7 +11,7 @@ from badam.profiling.modules.record import MODULES_FILE, ModuleTimelines, StepMo
 from badam.units import GIB
 from badam.vocabulary import Phase
 from badam_planner.report.html.gather import read_modules
-from badam_planner.report.html.modules_chart import MOST_SPANS, modules_chart
+from badam_planner.report.html.run_charts import MOST_SPANS, modules_chart
 from tests.badam_planner.report.html.pages import modules
 
 

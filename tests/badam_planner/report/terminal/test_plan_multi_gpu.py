@@ -8,7 +8,7 @@ import pytest
 
 from badam.plan import Plan
 from badam_planner.multi_gpu.links import LINKS, step_range
-from badam_planner.report.terminal.multi_gpu import render_transfers
+from badam_planner.report.terminal.plan import render_transfers
 from tests.badam_planner import factories
 from tests.badam_planner.report.rendering import render
 

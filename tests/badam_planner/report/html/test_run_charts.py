@@ -6,9 +6,15 @@ from badam.units import GIB, KIB, MIB
 from badam.vocabulary import Category
 from badam_planner.accuracy.compare import block_rows
 from badam_planner.report.html.chart import block_axis, category_style, limit_line, scale_for
-from badam_planner.report.html.memory_charts import blocks_chart, parts_chart, phases_chart, timeline_chart
-from badam_planner.report.html.overview_charts import accuracy_chart, partitions_chart
-from badam_planner.report.html.time_charts import backward_chart, curve_chart
+from badam_planner.report.html.choice_charts import accuracy_chart, partitions_chart
+from badam_planner.report.html.run_charts import (
+    backward_chart,
+    blocks_chart,
+    curve_chart,
+    parts_chart,
+    phases_chart,
+    timeline_chart,
+)
 from tests.badam_planner import factories
 from tests.badam_planner.report.html.pages import comparison, curve, step_timeline
 
