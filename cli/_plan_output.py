@@ -61,7 +61,7 @@ def show(answer: Answer, epochs: float) -> None:
     )
 
     console, result = Console(), answer.result
-    shown = next((one for one in result.candidates if one.recommended), result.candidates[0])
+    shown = next((candidate for candidate in result.candidates if candidate.recommended), result.candidates[0])
     console.print(render_candidates(result))
     console.print()
     console.print(render_peak(shown, result.usable_bytes))

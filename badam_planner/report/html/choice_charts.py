@@ -41,11 +41,11 @@ KINDS = {
 
 def partitions_chart(result: SearchResult) -> Chart:
     """Every candidate of the planned method by what it needs on the device and what its backward costs."""
-    candidates = [one for one in result.candidates if one.method == result.candidates[0].method]
+    candidates = [candidate for candidate in result.candidates if candidate.method == result.candidates[0].method]
     largest = max(candidate.peak_device_bytes for candidate in candidates)
     scale = scale_for(largest)
     # The names of neighbours go to different sides.
-    ranked = sorted({one.peak_device_bytes for one in candidates})
+    ranked = sorted({candidate.peak_device_bytes for candidate in candidates})
     sides = {size: ("top center", "bottom center")[rank % 2] for rank, size in enumerate(ranked)}
     traces = []
     for standing in STANDINGS:
@@ -69,19 +69,19 @@ def partitions_chart(result: SearchResult) -> Chart:
         ("blocks by", "checkpointing", "loss", "D", "device peak", "headroom", "backward", "verdict"),
         tuple(
             (
-                one.strategy,
-                one.checkpointing,
-                one.loss,
-                str(one.num_blocks),
-                format_bytes(one.peak_device_bytes),
-                format_bytes(one.headroom_bytes),
-                f"{one.backward_relative:.0%}",
-                standing_of(one),
+                candidate.strategy,
+                candidate.checkpointing,
+                candidate.loss,
+                str(candidate.num_blocks),
+                format_bytes(candidate.peak_device_bytes),
+                format_bytes(candidate.headroom_bytes),
+                f"{candidate.backward_relative:.0%}",
+                standing_of(candidate),
             )
-            for one in candidates
+            for candidate in candidates
         ),
     )
-    fitting = sum(one.fits for one in candidates)
+    fitting = sum(candidate.fits for candidate in candidates)
     summary = f"{fitting} of {len(candidates)} candidates fit into {format_bytes(result.usable_bytes)}."
     return Chart("partitions", "Partitions compared", summary, tuple(traces), layout, table)
 
@@ -89,12 +89,12 @@ def partitions_chart(result: SearchResult) -> Chart:
 def accuracy_chart(comparisons: Sequence[Comparison]) -> Chart:
     """Every compared peak, predicted against measured, with the tolerance as a band around equality."""
     groups = _compared_peaks(comparisons)
-    every = [named for group in groups.values() for named in group]
-    largest = max(max(pair.predicted or 0, pair.measured or 0) for _, pair in every)
+    pairs = [named for group in groups.values() for named in group]
+    largest = max(max(pair.predicted or 0, pair.measured or 0) for _, pair in pairs)
     scale, tolerance = scale_for(largest), comparisons[0].verdict.tolerance
     traces = _band(scale(largest) * 1.05, tolerance)
     traces.extend(_peaks_trace(kind, peaks, scale) for kind, peaks in groups.items() if peaks)
-    outside = sum(abs(pair.error_fraction or 0) > tolerance for _, pair in every)
+    outside = sum(abs(pair.error_fraction or 0) > tolerance for _, pair in pairs)
     layout = {
         "xaxis": {"title": {"text": f"measured ({scale.unit})"}, "rangemode": "tozero"},
         "yaxis": {"title": {"text": f"predicted ({scale.unit})"}, "rangemode": "tozero"},
@@ -103,10 +103,10 @@ def accuracy_chart(comparisons: Sequence[Comparison]) -> Chart:
         ("peak", "predicted", "measured", "error %"),
         tuple(
             (clean(name), bytes_or_nothing(pair.predicted), bytes_or_nothing(pair.measured), error_percent(pair))
-            for name, pair in every
+            for name, pair in pairs
         ),
     )
-    summary = f"{len(every) - outside} of {len(every)} compared peaks are within {tolerance * 100:g}% of the measured."
+    summary = f"{len(pairs) - outside} of {len(pairs)} compared peaks are within {tolerance * 100:g}% of the measured."
     return Chart("accuracy", "Predicted against measured", summary, tuple(traces), layout, table)
 
 
@@ -125,14 +125,14 @@ def _candidates_trace(
         "type": "scatter",
         "mode": "markers+text",
         "name": standing,
-        "x": [scale(one.peak_device_bytes) for one in chosen],
-        "y": [round(one.backward_relative * 100, 1) for one in chosen],
-        "text": [escaped(one.strategy) for one in chosen],
-        "textposition": [sides[one.peak_device_bytes] for one in chosen],
+        "x": [scale(candidate.peak_device_bytes) for candidate in chosen],
+        "y": [round(candidate.backward_relative * 100, 1) for candidate in chosen],
+        "text": [escaped(candidate.strategy) for candidate in chosen],
+        "textposition": [sides[candidate.peak_device_bytes] for candidate in chosen],
         "customdata": [
-            f"{escaped(one.strategy)}, checkpointing {one.checkpointing}, {one.loss} loss<br>"
-            f"{format_bytes(one.peak_device_bytes)}, backward {one.backward_relative:.0%}"
-            for one in chosen
+            f"{escaped(candidate.strategy)}, checkpointing {candidate.checkpointing}, {candidate.loss} loss<br>"
+            f"{format_bytes(candidate.peak_device_bytes)}, backward {candidate.backward_relative:.0%}"
+            for candidate in chosen
         ],
         "hovertemplate": "%{customdata}<extra></extra>",
         "marker": {"symbol": symbol, "size": 14, "color": colour},
@@ -142,11 +142,11 @@ def _candidates_trace(
 def _compared_peaks(comparisons: Sequence[Comparison]) -> dict[str, list[tuple[str, Pair]]]:
     """(name, pair) of every peak that has both sides, by kind."""
     groups: dict[str, list[tuple[str, Pair]]] = {kind: [] for kind in KINDS}
-    for number, one in enumerate(comparisons, start=1):
+    for number, comparison in enumerate(comparisons, start=1):
         run = f"run {number}: " if len(comparisons) > 1 else ""
-        groups["totals"] += [(run + row.name, row.memory) for row in one.totals]
-        groups["phases"] += [(f"{run}phase {row.name}", row.memory) for row in one.phases]
-        groups["blocks"] += [(f"{run}block {row.name}", row.memory) for row in one.blocks]
+        groups["totals"] += [(run + row.name, row.memory) for row in comparison.totals]
+        groups["phases"] += [(f"{run}phase {row.name}", row.memory) for row in comparison.phases]
+        groups["blocks"] += [(f"{run}block {row.name}", row.memory) for row in comparison.blocks]
     return {kind: [peak for peak in peaks if peak[1].error_bytes is not None] for kind, peaks in groups.items()}
 
 
@@ -206,22 +206,25 @@ def methods_chart(result: SearchResult) -> Chart | None:
 
     Of a method with several partitions the recommended one stands for it, or the first that fits.
     """
-    chosen = [_of_method(result, method) for method in dict.fromkeys(one.method for one in result.candidates)]
+    chosen = [
+        _of_method(result, method) for method in dict.fromkeys(candidate.method for candidate in result.candidates)
+    ]
     if len(chosen) + len(result.left_out) < 2:
         return None
-    chosen.sort(key=lambda one: one.peak_device_bytes)
+    chosen.sort(key=lambda candidate: candidate.peak_device_bytes)
     largest = chosen[-1].peak_device_bytes
     scale = scale_for(largest)
-    parts = [device_parts(one) for one in chosen]
+    parts = [device_parts(candidate) for candidate in chosen]
     names = [
-        f"{'' if one.fits else '✗ '}{escaped(one.method)} {one.peak_device_bytes / scale.factor:.1f}" for one in chosen
+        f"{'' if candidate.fits else '✗ '}{escaped(candidate.method)} {candidate.peak_device_bytes / scale.factor:.1f}"
+        for candidate in chosen
     ]
     traces = [
         _part_bars(category, names, [part.get(category, 0) for part in parts], scale)
         for category in Category
         if any(part.get(category) for part in parts)
     ]
-    fitting = [one for one in chosen if one.fits]
+    fitting = [candidate for candidate in chosen if candidate.fits]
     least = f"; {clean(fitting[0].method)} needs least" if fitting else ""
     left_out = "".join(f" Left out: {clean(method)}. {clean(reason)}" for method, reason in result.left_out)
     limit = limit_line(result.usable_bytes, scale, vertical=True)
@@ -255,17 +258,17 @@ def methods_chart(result: SearchResult) -> Chart | None:
         ),
         tuple(
             (
-                clean(one.method),
-                one.strategy,
-                one.checkpointing,
-                one.loss,
-                f"{format_bytes(one.formula_bytes)} = {formula_of(one.method)}",
-                format_bytes(one.peak_device_bytes),
-                format_bytes(one.headroom_bytes),
-                f"{one.backward_relative:.0%}",
-                standing_of(one),
+                clean(candidate.method),
+                candidate.strategy,
+                candidate.checkpointing,
+                candidate.loss,
+                f"{format_bytes(candidate.formula_bytes)} = {formula_of(candidate.method)}",
+                format_bytes(candidate.peak_device_bytes),
+                format_bytes(candidate.headroom_bytes),
+                f"{candidate.backward_relative:.0%}",
+                standing_of(candidate),
             )
-            for one in chosen
+            for candidate in chosen
         )
         + tuple((clean(method), *("-",) * 7, f"left out: {clean(reason)}") for method, reason in result.left_out),
     )
@@ -370,8 +373,11 @@ def device_parts(candidate: Candidate) -> dict[Category, int]:
 
 
 def _of_method(result: SearchResult, method: str) -> Candidate:
-    own = [one for one in result.candidates if one.method == method]
-    return next((one for one in own if one.recommended), next((one for one in own if one.fits), own[0]))
+    own = [candidate for candidate in result.candidates if candidate.method == method]
+    return next(
+        (candidate for candidate in own if candidate.recommended),
+        next((candidate for candidate in own if candidate.fits), own[0]),
+    )
 
 
 def _part_bars(category: Category, names: list[str], sizes: list[int], scale: Scale) -> dict[str, Any]:

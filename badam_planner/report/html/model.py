@@ -78,14 +78,14 @@ def sample_timeline(
     so the drawn peak of the step and of each phase is the true one. What the allocator adds (workspace, context,
     cache) is not part of a timeline.
     """
-    every = [sample for sample in _samples(timeline) if sample.tick >= start]
-    spans = _spans(every)
-    stride = max(1, -(-len(every) // most))
-    kept = {max(every[first : first + stride], key=_height).tick for first in range(0, len(every), stride)}
+    samples = [sample for sample in _samples(timeline) if sample.tick >= start]
+    spans = _spans(samples)
+    stride = max(1, -(-len(samples) // most))
+    kept = {max(samples[first : first + stride], key=_height).tick for first in range(0, len(samples), stride)}
     for span in spans:
-        inside = [sample for sample in every if span.begin <= sample.tick <= span.end]
+        inside = [sample for sample in samples if span.begin <= sample.tick <= span.end]
         kept |= {span.begin, span.end, max(inside, key=_height).tick}
-    return StepTimeline(title, tuple(sample for sample in every if sample.tick in kept), spans, limit_bytes)
+    return StepTimeline(title, tuple(sample for sample in samples if sample.tick in kept), spans, limit_bytes)
 
 
 def _height(sample: Sample) -> int:

@@ -164,15 +164,15 @@ def accuracy_page(accuracy: Accuracy) -> Page:
     number = accuracy.comparisons.index(worst) + 1
     rows = tuple(
         (
-            f"{index}. {one.plan.model.id}, {one.plan.method}, {one.plan.partition.strategy} blocks",
-            f"{one.run.training.batch_size} x {one.run.training.seq_len}",
-            one.run.training.checkpointing,
-            *(error_percent(row.memory) for row in one.totals),
-            "within" if one.verdict.passed else "over",
+            f"{index}. {comparison.plan.model.id}, {comparison.plan.method}, {comparison.plan.partition.strategy} blocks",
+            f"{comparison.run.training.batch_size} x {comparison.run.training.seq_len}",
+            comparison.run.training.checkpointing,
+            *(error_percent(row.memory) for row in comparison.totals),
+            "within" if comparison.verdict.passed else "over",
         )
-        for index, one in enumerate(accuracy.comparisons, start=1)
+        for index, comparison in enumerate(accuracy.comparisons, start=1)
     )
-    passed = sum(one.verdict.passed for one in accuracy.comparisons)
+    passed = sum(comparison.verdict.passed for comparison in accuracy.comparisons)
     columns = ("run", "batch x tokens", "checkpointing", "allocated", "reserved", "device", "tolerance")
     return Page(
         title=f"Accuracy of {len(accuracy.comparisons)} runs",

@@ -60,16 +60,16 @@ def render_verdict(verdict: Verdict) -> Text:
 def render_accuracy(accuracy: Accuracy) -> RenderableType:
     """Several runs together: one row each, then the median, the worst and why."""
     table = _table("run", "predicted", "measured", "error", "reserved", "device", "verdict")
-    for number, one in enumerate(accuracy.comparisons, start=1):
-        _, reserved, device = (row.memory for row in one.totals)
+    for number, comparison in enumerate(accuracy.comparisons, start=1):
+        _, reserved, device = (row.memory for row in comparison.totals)
         table.add_row(
-            Text(f"{number} {_run_name(one)}"),
-            bytes_or_nothing(one.allocated.predicted),
-            bytes_or_nothing(one.allocated.measured),
-            error_percent(one.allocated),
+            Text(f"{number} {_run_name(comparison)}"),
+            bytes_or_nothing(comparison.allocated.predicted),
+            bytes_or_nothing(comparison.allocated.measured),
+            error_percent(comparison.allocated),
             error_percent(reserved),
             error_percent(device),
-            "within" if one.verdict.passed else "OVER",
+            "within" if comparison.verdict.passed else "OVER",
         )
     worst = accuracy.worst
     number = accuracy.comparisons.index(worst) + 1

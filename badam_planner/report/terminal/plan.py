@@ -39,10 +39,10 @@ def render_candidates(result: SearchResult) -> RenderableType:
     states = _states_title(result.candidates)
     words = f"{states}: model states only"
     if states == SEVERAL_FORMULAS:
-        methods = [one.method for one in result.candidates]
+        methods = [candidate.method for candidate in result.candidates]
         words = f"States only: {formulas_in_words(methods)}; {letters_in_words(methods)}"
     explanation = Text(f"Sizes in {unit.name}. {words}. {EXPLANATION}")
-    growing = [_blocks_of(one) for one in result.candidates if one.expandable_segments]
+    growing = [_blocks_of(candidate) for candidate in result.candidates if candidate.expandable_segments]
     notes = [Text(f"With expandable segments: {', '.join(growing)}. {EXPANDABLE}")] if growing else []
     left_out = [Text(f"left out: {method}. {clean(reason)}") for method, reason in result.left_out]
     return Group(heading, Text(), _Candidates(result.candidates, unit), explanation, *notes, *left_out)
@@ -124,7 +124,7 @@ SEVERAL_FORMULAS = "states"
 
 def _states_title(candidates: Sequence[Candidate]) -> str:
     """The closed form that the candidates share, or a word where they have several."""
-    formulas = {formula_of(one.method) for one in candidates}
+    formulas = {formula_of(candidate.method) for candidate in candidates}
     return formulas.pop() if len(formulas) == 1 else SEVERAL_FORMULAS
 
 
