@@ -164,7 +164,7 @@ def accuracy_page(accuracy: Accuracy) -> Page:
     number = accuracy.comparisons.index(worst) + 1
     rows = tuple(
         (
-            f"{index}. {comparison.plan.model.id}, {comparison.plan.method}, {comparison.plan.partition.strategy} blocks",
+            f"{index}. {_model_and_blocks(comparison.plan)}",
             f"{comparison.run.training.batch_size} x {comparison.run.training.seq_len}",
             comparison.run.training.checkpointing,
             *(error_percent(row.memory) for row in comparison.totals),
@@ -200,6 +200,10 @@ def _verdict(comparison: Comparison) -> str:
         f"The largest error is {relation} the tolerance of {verdict.tolerance * 100:g}%: "
         f"{error_in_words(verdict.worst)}, at {verdict.worst_name}; {explain(comparison)}."
     )
+
+
+def _model_and_blocks(plan: Plan) -> str:
+    return f"{plan.model.id}, {plan.method}, {plan.partition.strategy} blocks"
 
 
 def _totals_table(comparison: Comparison) -> TableData:

@@ -192,7 +192,7 @@ def test_a_model_named_by_its_id_opens_one_file(monkeypatch: pytest.MonkeyPatch)
 def test_looking_up_a_card_and_a_model_loads_nothing_heavy() -> None:
     code = """if True:
         import sys
-        from badam_planner.probe import catalogue, host, nvml
+        from badam_planner.sources import catalogue, host, nvml
         catalogue.find_model("gpt2"), catalogue.find_gpu("rtx3090"), host.host_memory()
         print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "transformers", "numpy", "rich"}))
     """
