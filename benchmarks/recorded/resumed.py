@@ -27,6 +27,10 @@ VISIT, SAVED, STEPS = 3, 7, 12
 
 TIMES = {"step_seconds", "seconds_by_phase", "backward_seconds", "tokens_per_second"}
 ABOUT_THE_RUN = {"provenance", "machine", "plan_digest"}  # date and versions; the plan's digest has its date in it
+MEASURED_BYTES = {
+    "live_bytes", "peak_bytes", "peak_allocated_bytes", "by_category", "by_phase", "peak_by_phase", "peak_phase",
+}  # fmt: skip
+"""Vary from run to run by a scalar of Hugging Face's loop or two; the part ``cpu`` compares them, but for so many."""
 STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -76,9 +80,9 @@ def described(run: Path) -> dict[str, Any]:
     for path in sorted(run.rglob("trainer_state.json")):
         files[str(path.relative_to(run))] = without(json.loads(path.read_text(encoding="utf-8")), TIMES)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    files["metrics.jsonl"] = [without(json.loads(line), TIMES) for line in lines]
+    files["metrics.jsonl"] = [without(json.loads(line), TIMES | MEASURED_BYTES) for line in lines]
     measured = json.loads((run / "measured.json").read_text(encoding="utf-8"))
-    files["measured.json"] = without(measured, TIMES | ABOUT_THE_RUN)
+    files["measured.json"] = without(measured, TIMES | ABOUT_THE_RUN | MEASURED_BYTES)
     return files
 
 

@@ -56,6 +56,17 @@ def test_what_differs_is_named_with_its_place(
     assert "1 of 2 identical" in printed
 
 
+@pytest.mark.parametrize(("measured", "code"), [(1_000_064, 0), (1_000_065, 1), (999_935, 1), (None, 1)])
+def test_what_was_measured_may_differ_by_a_few_scalars_and_what_is_predicted_not(
+    tmp_path: Path, measured: int | None, code: int
+) -> None:
+    old = written(tmp_path / "old.json", cpu={"a": {"predicted": 1_000_000, "measured": 1_000_000}})
+    new = written(tmp_path / "new.json", cpu={"a": {"predicted": 1_000_000, "measured": measured}})
+    off = written(tmp_path / "off.json", cpu={"a": {"predicted": 1_000_001, "measured": 1_000_000}})
+    assert unchanged.main(["compare", old, new, "--part", "cpu"]) == code
+    assert unchanged.main(["compare", old, off, "--part", "cpu"]) == 1
+
+
 def test_only_the_named_cases_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = written(tmp_path / "old.json", plans={"gpt2 on a": 1, "llama on b": 2})
     new = written(tmp_path / "new.json", plans={"gpt2 on a": 1})
