@@ -18,7 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from badam import phases
-from badam.vocabulary import Category, Phase
+from badam.vocabulary import Phase
+from badam_planner.recording.recording import TensorRole
 from badam_planner.recording.timeline import Timeline
 from badam_planner.rehearsal.tracker import StorageTracker
 
@@ -49,7 +50,7 @@ def peak_bytes(config: dict[str, Any], layers: int, batch: int, length: int, *, 
         phases.enter(Phase.SETUP)
         tracker = StorageTracker(model)
         weights: dict[int, Tensor] = {each.untyped_storage()._cdata: each for each in model.parameters()}
-        tracker.label(((str(key), tensor) for key, tensor in weights.items()), Category.PARAMETER)
+        tracker.tell(((str(key), tensor) for key, tensor in weights.items()), TensorRole.PARAMETER)
         resident = sum(tensor.untyped_storage().nbytes() for tensor in weights.values())
         with tracker.watching():
             phases.enter(Phase.FORWARD)

@@ -135,15 +135,15 @@ class LayerCycles:
         return spans
 
     def _made_for(self, item: Item) -> int | None:
-        """The cycle with the weight for which ``item`` is a birth, by its label; None if it is none."""
+        """The cycle with the weight for which ``item`` is a birth, by its name; None if it is none."""
         if item.what != "birth":
             return None
         born = self._recording.allocations[item.allocation]
         if born.operation == GIVEN:  # what was there before is there for all layers
             return None
-        if born.label is None:
+        if born.role is None:
             return self._cycle_of_layer.get(born.owner)
-        return self.cycle_of(born.label.rpartition(" ")[2])
+        return self.cycle_of(born.parameter)
 
     def _aside(self, items: Sequence[Item]) -> list[int | None]:
         """By item the cycle for which things are being made there, as for one layer after the other in an update.

@@ -87,7 +87,7 @@ class DepthPeaks:
 
         Args:
             totals: cycles, by run.
-            numbers: what the recording's bytes are places in, if it is the pattern of a family.
+            numbers: of a size, if the recording is the pattern of a family; its bytes otherwise.
 
         Raises:
             NotPeriodic: if a run has fewer than three cycles.
@@ -112,7 +112,7 @@ class DepthPeaks:
             return times_of_cycle(place[1], totals[place[0]])
 
         exact = [
-            (one.nbytes if numbers is None else numbers[one.nbytes]) if self._on_gpu or not one.gpu_only else 0
+            (one.nbytes if numbers is None else numbers[one.size_law]) if self._on_gpu or not one.gpu_only else 0
             for one in self._recording.allocations
         ]
         for index, shares in self._growing:

@@ -14,37 +14,35 @@ Work = TypeVar("Work")
 
 
 class Renamer:
-    """Replaces the module path in a text by its counterpart; remembers, since few texts come often."""
+    """Replaces the start of a module path by its counterpart; remembers, since few paths come often."""
 
     def __init__(self, old: Sequence[str], new: Sequence[str]) -> None:
         self._pairs = [pair for pair in zip(old, new, strict=True) if pair[0] != pair[1]]
         self._known: dict[str, str] = {}
 
-    def __call__(self, text: str) -> str:
-        """The text with the first of the old paths that it contains, whole or as the start of a path, replaced."""
+    def __call__(self, path: str) -> str:
+        """The path with the first of the old ones that it is, or lies in, replaced."""
         if not self._pairs:
-            return text
-        known = self._known.get(text)
+            return path
+        known = self._known.get(path)
         if known is None:
-            known = self._known[text] = self._replaced(text)
+            known = self._known[path] = self._replaced(path)
         return known
 
-    def _replaced(self, text: str) -> str:
+    def _replaced(self, path: str) -> str:
         for before, after in self._pairs:
-            start, found, rest = text.rpartition(before) if text.endswith(before) else text.partition(f"{before}.")
-            if found and (not start or start.endswith(" ")):
-                return f"{start}{after}{'.' if found.endswith('.') else ''}{rest}"
-        return text
+            if path == before or path.startswith(f"{before}."):
+                return after + path.removeprefix(before)
+        return path
 
     def moved(self, one: Allocation, born: int, died: int) -> Allocation:
         """The same allocation in another layer at another time. (dataclasses.replace would take twice as long.)"""
-        label = None if one.label is None else self(one.label)
-        where, kind = self(one.module), one.category
+        where, parameter = self(one.module), self(one.parameter) if one.parameter else ""
         owner = self(one.owner) if one.owner else ""
         shares = tuple((self(layer), nbytes) for layer, nbytes in one.shares) if one.shares else ()
         return Allocation(
-            one.nbytes, born, died, one.phase, where, one.operation, one.shape, one.dtype, kind, label, one.gpu_only,
-            owner, shares, one.grown,
+            one.nbytes, born, died, one.phase, where, one.operation, one.shape, one.dtype, one.category, one.role,
+            parameter, one.state, one.gpu_only, owner, shares, one.grown, one.size_law,
         )  # fmt: skip
 
 

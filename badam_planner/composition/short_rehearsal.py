@@ -14,7 +14,7 @@ from badam.vocabulary import Dtype, Phase
 from badam_planner.composition.compose import Run, compose, composed_work
 from badam_planner.composition.peaks import BlockPeaks, DepthPeaks
 from badam_planner.composition.renaming import renamed, renamed_work
-from badam_planner.composition.sizes import filled_in
+from badam_planner.composition.sizes import SizePattern, filled_in
 from badam_planner.composition.step_time import StepTimes, Work
 from badam_planner.recording.forecast import Forecast, Forecaster
 from badam_planner.recording.recording import Flops, Recording, settled
@@ -27,18 +27,19 @@ class Rehearsed:
     recording: Recording
     names: Sequence[str]  # its layers in order, see names_of
     runs: Sequence[tuple[tuple[str, ...], ...]]  # the four cycles of each run, by these names
-    is_pattern: bool = False
+    flops_laws: dict[tuple[Phase, str], int] | None = None  # of a family's pattern
     depth_peaks_of: dict[Hashable, DepthPeaks] = field(default_factory=dict)
     paces: dict[Hashable, StepTimes] = field(default_factory=dict)
     forecasters: dict[Hashable, Forecaster] = field(default_factory=dict)
     works: dict[Hashable, Flops] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, recording: Recording, layers: Sequence[str], runs: Sequence[Run], *, is_pattern: bool = False
-    ) -> Rehearsed:
+    def of(cls, rehearsed: Recording | SizePattern, layers: Sequence[str], runs: Sequence[Run]) -> Rehearsed:
         """A recording, or the pattern of a family of them, of a model whose ``layers`` form ``runs``."""
-        return cls(recording, names_of(layers, runs), [run.stand_ins() for run in runs], is_pattern)
+        names, stand_ins = names_of(layers, runs), [run.stand_ins() for run in runs]
+        if isinstance(rehearsed, SizePattern):
+            return cls(rehearsed.recording, names, stand_ins, rehearsed.flops_laws)
+        return cls(rehearsed, names, stand_ins)
 
     def depth_peaks(self, target: Target) -> DepthPeaks:
         """Its outline for a device."""
@@ -63,7 +64,7 @@ class Rehearsed:
         recording = renamed(self.recording, self._new_names(layers, runs))
         for run in runs:
             recording = compose(recording, run)
-        return recording if self.is_pattern else settled(recording)
+        return settled(recording) if self.flops_laws is None else recording
 
     def forecaster(self, layers: Sequence[str], runs: Sequence[Run], target: Target, head_module: str) -> Forecaster:
         """A forecaster of what :meth:`composed` gives."""
@@ -73,10 +74,11 @@ class Rehearsed:
         return self.forecasters[key]
 
     def flops(self, layers: Sequence[str], runs: Sequence[Run]) -> Flops:
-        """Operations of what :meth:`composed` gives."""
+        """Operations of what :meth:`composed` gives; of a family's pattern their laws."""
         key = tuple(runs)
         if key not in self.works:
-            flops = renamed_work(self.recording.flops, self._new_names(layers, runs))
+            own = self.recording.flops if self.flops_laws is None else self.flops_laws
+            flops = renamed_work(own, self._new_names(layers, runs))
             for run in runs:
                 flops = composed_work(flops, run)
             self.works[key] = flops
@@ -94,7 +96,7 @@ class Rehearsal:
     layers: Sequence[str]
     runs: Sequence[Run]
     numbers: Sequence[int] | None = None
-    """What bytes and operations of a family's pattern are places in; None if they are themselves."""
+    """Bytes and operations at the block's size, by law of the family; None if there is no family."""
 
     @property
     def _totals(self) -> list[int]:
@@ -103,7 +105,9 @@ class Rehearsal:
     def recording(self) -> Recording:
         """All events at full depth; NotPeriodic is raised if it cannot be composed."""
         recording = self.rehearsed.composed(self.layers, self.runs)
-        return recording if self.numbers is None else filled_in(recording, self.numbers)
+        if self.numbers is None:
+            return recording
+        return filled_in(SizePattern(recording, self.rehearsed.flops(self.layers, self.runs)), self.numbers)
 
     def peaks(self, target: Target) -> BlockPeaks:
         """The peaks at full depth; NotPeriodic is raised if they cannot be told."""
@@ -117,7 +121,7 @@ class Rehearsal:
     def flops(self) -> Flops:
         """Operations at full depth."""
         flops = self.rehearsed.flops(self.layers, self.runs)
-        return flops if self.numbers is None else {place: self.numbers[row] for place, row in flops.items()}
+        return flops if self.numbers is None else {place: self.numbers[law] for place, law in flops.items()}
 
     def work_by_phase(self, rates: Rates | None, dtype: Dtype) -> dict[Phase, Work]:
         """Work and time by phase at full depth; a family's pattern has no traffic."""

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from badam_planner.recording.recording import Allocation, Recording, settled
+from badam.vocabulary import Phase
+from badam_planner.recording.recording import Recording, settled
 
 GRID = 128
 """Lengths that are multiples of this can be a family: kernels round their scratch up to it."""
@@ -91,6 +92,19 @@ class _Growth:
         return int(number)
 
 
+@dataclass(frozen=True, slots=True)
+class SizePattern:
+    """What the recordings of a family have in common: their events, and by which law each number grows.
+
+    Args:
+        recording: that of the smallest size, without shapes and traffic; its allocations name their laws.
+        flops_laws: of its operations, by phase and module.
+    """
+
+    recording: Recording
+    flops_laws: dict[tuple[Phase, str], int]
+
+
 class SizeFamily:
     """Recordings of one rehearsal for every size in a range."""
 
@@ -105,13 +119,15 @@ class SizeFamily:
         if any(_likeness(other) != _likeness(first) for other in probed[1:]):
             raise NoFamily("other events at other sizes")
         rows = list(zip(*(_numbers(recording) for recording in probed), strict=True))
-        place = {row: number for number, row in enumerate(dict.fromkeys(rows))}
-        self._growths = [_growth(row, sizes) for row in place]  # few: layers repeat each other's numbers
-        self.pattern = with_numbers(first, [place[row] for row in rows])
-        """The recording of every size, with places in :meth:`numbers_at` instead of bytes and of operations."""
+        law_of = {row: number for number, row in enumerate(dict.fromkeys(rows))}
+        self._growths = [_growth(row, sizes) for row in law_of]  # few: layers repeat each other's numbers
+        laws = [law_of[row] for row in rows]
+        allocations = [replace(one, shape=(), size_law=law) for one, law in zip(first.allocations, laws, strict=False)]
+        flops_laws = dict(zip(first.flops, laws[len(allocations) :], strict=True))
+        self.pattern = SizePattern(replace(first, allocations=allocations, traffic={}), flops_laws)
 
     def numbers_at(self, size: Size) -> list[int]:
-        """The distinct numbers of the recording at a size.
+        """The distinct numbers of the recording at a size, in the order of their laws.
 
         Raises:
             NoFamily: if one would not be whole.
@@ -127,29 +143,18 @@ class SizeFamily:
         return filled_in(self.pattern, self.numbers_at(size))
 
 
-def filled_in(pattern: Recording, numbers: Sequence[int]) -> Recording:
-    """A family's pattern, composed or not, with the ``numbers`` of one size in their places."""
-    return settled(with_numbers(pattern, [numbers[place] for place in _numbers(pattern)]))
-
-
-def with_numbers(recording: Recording, numbers: Sequence[int]) -> Recording:
-    """The recording with other bytes, one by allocation, followed by operations; without shapes and traffic."""
-    allocations = [
-        Allocation(
-            nbytes, one.born, one.died, one.phase, one.module, one.operation, (), one.dtype, one.category,
-            one.label, one.gpu_only, one.owner, one.shares, one.grown,
-        )
-        for nbytes, one in zip(numbers, recording.allocations, strict=False)
-    ]  # fmt: skip
-    flops = dict(zip(recording.flops, numbers[len(allocations) :], strict=True))
-    return replace(recording, allocations=allocations, flops=flops, traffic={})
+def filled_in(pattern: SizePattern, numbers: Sequence[int]) -> Recording:
+    """A family's pattern, composed or not, with the ``numbers`` of one size for its own."""
+    allocations = [replace(one, nbytes=numbers[one.size_law]) for one in pattern.recording.allocations]
+    flops = {place: numbers[law] for place, law in pattern.flops_laws.items()}
+    return settled(replace(pattern.recording, allocations=allocations, flops=flops))
 
 
 def _likeness(recording: Recording) -> tuple[object, ...]:
     """All that must be the same at every size."""
     events = [
-        (one.born, one.died, one.phase, one.module, one.operation, one.dtype, one.category, one.label, one.gpu_only,
-         one.owner, one.shares)
+        (one.born, one.died, one.phase, one.module, one.operation, one.dtype, one.category, one.role,
+         one.parameter, one.state, one.gpu_only, one.owner, one.shares)
         for one in recording.allocations
     ]  # fmt: skip
     return events, recording.phase_starts, recording.layer_marks, list(recording.flops), recording.end

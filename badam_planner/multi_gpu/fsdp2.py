@@ -18,16 +18,13 @@ from badam.plan import Plan
 from badam.vocabulary import ELEMENT_BYTES, Category, Dtype, Phase
 from badam_planner.multi_gpu.gloo import gloos_copies
 from badam_planner.multi_gpu.per_rank import (
-    GATHER_BUFFER,
-    REDUCTION_INPUT,
     SPREAD,
     buffer,
     cut,
     on_one_gpu,
-    owner_of,
     spread_out,
 )
-from badam_planner.recording.recording import NEVER, Allocation, Recording
+from badam_planner.recording.recording import NEVER, Allocation, Recording, TensorRole
 
 ROOT = ""
 """The unit of all parameters that are in no layer: gathered from the start of forward to the end of backward."""
@@ -166,7 +163,9 @@ def replicate(recording: Recording) -> Recording:
         for allocation in spread.allocations
         if allocation.category is Category.GRADIENT and allocation.born < step <= allocation.died
     )
-    message = buffer("gradients in one message", 4 * entries, step + 1, step + 2, Phase.STEP, "float32")
+    message = buffer(
+        TensorRole.GRADIENTS_IN_ONE_MESSAGE, 4 * entries, born=step + 1, died=step + 2, phase=Phase.STEP, engine="ddp"
+    )
     return replace(spread, allocations=sorted([*spread.allocations, message], key=lambda each: each.born))
 
 
@@ -252,10 +251,10 @@ class Passes:
             prefetched = tick - 1
 
     def _gathering(self, unit: Unit, born: int, died: int, phase: Phase) -> Allocation:
-        return buffer(f"{GATHER_BUFFER} {unit.path or 'the rest'}", self._bytes(unit), born, died, phase, unit.path)
+        return _buffer(TensorRole.GATHER_BUFFER, self._bytes(unit), born=born, died=died, phase=phase, unit=unit)
 
     def _whole(self, unit: Unit, born: int, died: int, phase: Phase) -> Allocation:
-        return buffer(f"gathered {unit.path or 'rest'}", self._bytes(unit), born, died, phase, unit.path)
+        return _buffer(TensorRole.GATHERED, self._bytes(unit), born=born, died=died, phase=phase, unit=unit)
 
     def _bytes(self, unit: Unit) -> int:
         return unit.gathered_entries(self.sharding.shards) * self.sharding.entry_bytes
@@ -275,7 +274,7 @@ def _reduced(
     added: list[Allocation] = []
     by_unit: dict[Unit, list[Allocation]] = {}
     for gradient in gradients:
-        by_unit.setdefault(sharding.unit_of(owner_of(gradient)), []).append(gradient)
+        by_unit.setdefault(sharding.unit_of(gradient.parameter), []).append(gradient)
     for number, one in enumerate(passes.every):
         for unit, members in by_unit.items():
             at = passes.reduced_at(one, unit)
@@ -287,9 +286,9 @@ def _reduced(
                 nbytes = math.prod(member.shape) * sharding.entry_bytes
                 born = (twin or member).born + shift
                 added.append(replace(member, nbytes=nbytes, born=born, died=at + 2, dtype=sharding.dtype))
-            entries = sum(shard_entries(shapes[owner_of(member)], sharding.shards) for member in members)
+            entries = sum(shard_entries(shapes[member.parameter], sharding.shards) for member in members)
             whole = 4 * sharding.shards * entries
-            added.append(buffer(REDUCTION_INPUT, whole, at + 1, one.ends - 1, Phase.BACKWARD, unit.path))
+            added.append(_buffer(TensorRole.REDUCTION_INPUT, whole, born=at + 1, died=one.ends - 1, unit=unit))
             kept = max((member.died for member in members), key=lambda tick: math.inf if tick == NEVER else tick)
             parts = _averaged if sharding.replicas > 1 else _summed
             added += parts(Reduction(unit, entries, number, kept), passes, at, sharding.entry_bytes)
@@ -305,26 +304,28 @@ class Reduction:
     number: int  # of the micro-batch
     kept: int  # when the fp32 gradient of the step goes
 
-    def wide(self, label: str, born: int, died: int) -> Allocation:
+    def fp32(self, role: TensorRole, born: int, died: int) -> Allocation:
         """A part in fp32."""
-        return buffer(label, 4 * self.entries, born, died, Phase.BACKWARD, self.unit.path)
+        return _buffer(role, 4 * self.entries, born=born, died=died, unit=self.unit)
 
-    def narrow(self, born: int, entry_bytes: int) -> list[Allocation]:
+    def half(self, born: int, entry_bytes: int) -> list[Allocation]:
         """A part in the model's type, in passing, if that is not fp32."""
-        size, label = entry_bytes * self.entries, "reduced, in the model's type"
-        return [buffer(label, size, born, born + 2, Phase.BACKWARD, self.unit.path)] if entry_bytes < 4 else []
+        if entry_bytes == 4:
+            return []
+        nbytes = entry_bytes * self.entries
+        return [_buffer(TensorRole.REDUCED_HALF, nbytes, born=born, died=born + 2, unit=self.unit)]
 
     def gradient(self, born: int) -> Allocation:
         """What the optimizer steps with."""
-        return replace(self.wide(f"gradient of {self.unit.path}", born, self.kept), category=Category.GRADIENT)
+        return replace(self.fp32(TensorRole.GRADIENT, born, self.kept), category=Category.GRADIENT)
 
 
 def _summed(reduction: Reduction, passes: Passes, at: int, entry_bytes: int) -> list[Allocation]:
     """This card's part of a sum over the cards of the only copy, which the optimizer takes at once."""
-    parts = reduction.narrow(at + 4, entry_bytes)
+    parts = reduction.half(at + 4, entry_bytes)
     if reduction.number == 0:
         return [*parts, reduction.gradient(at + 3)]
-    return [*parts, reduction.wide("gradient of the batch", at + 3, at + 6)] if parts else []
+    return [*parts, reduction.fp32(TensorRole.GRADIENT_OF_MICRO_BATCH, at + 3, at + 6)] if parts else []
 
 
 def _averaged(reduction: Reduction, passes: Passes, at: int, entry_bytes: int) -> list[Allocation]:
@@ -336,10 +337,19 @@ def _averaged(reduction: Reduction, passes: Passes, at: int, entry_bytes: int) -
     last = passes.every[-1]
     if reduction.number < len(passes.every) - 1:
         until = passes.reduced_at(last, reduction.unit) + 7 if reduction.number == 0 else at + 6
-        return [reduction.wide("sum over the batches", at + 3, until)]
-    narrow = reduction.narrow(at + 4, entry_bytes)
-    held = [reduction.wide("averaged over the copies", at + 3, last.ends - 1)] if narrow else []
-    return [*held, *narrow, reduction.gradient(at + 5 if narrow else at + 3)]
+        return [reduction.fp32(TensorRole.GRADIENT_SUM, at + 3, until)]
+    half = reduction.half(at + 4, entry_bytes)
+    held = [reduction.fp32(TensorRole.AVERAGED, at + 3, last.ends - 1)] if half else []
+    return [*held, *half, reduction.gradient(at + 5 if half else at + 3)]
+
+
+def _buffer(
+    role: TensorRole, nbytes: int, *, born: int, died: int, unit: Unit, phase: Phase = Phase.BACKWARD
+) -> Allocation:
+    """What FSDP2 holds of a unit while this runs."""
+    return buffer(
+        role, nbytes, born=born, died=died, phase=phase, engine="fsdp2", module=unit.path, parameter=unit.path
+    )
 
 
 def twin_of(gradient: Allocation, allocations: Sequence[Allocation], sharding: Sharding) -> Allocation | None:

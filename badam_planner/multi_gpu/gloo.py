@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from badam_planner.multi_gpu.per_rank import GATHER_BUFFER, GATHERED_MATRICES, REDUCTION_INPUT
-from badam_planner.recording.recording import Allocation
+from badam_planner.recording.recording import Allocation, TensorRole
 
-COPY = "gloo's copy of a message"
+GATHERED_INTO = (TensorRole.GATHER_BUFFER, TensorRole.GATHERED_MATRICES)
 
 
 def gloos_copies(allocations: Iterable[Allocation]) -> Iterator[Allocation]:
@@ -22,8 +21,11 @@ def gloos_copies(allocations: Iterable[Allocation]) -> Iterator[Allocation]:
     that a copy may be there at another time.
     """
     for message in allocations:
-        label = message.label or ""
-        if label.startswith(REDUCTION_INPUT):
-            yield replace(message, label=COPY, born=message.born + 1, died=message.born + 3)
-        elif label.startswith((GATHER_BUFFER, GATHERED_MATRICES)):
-            yield replace(message, label=COPY, died=message.born + 1)
+        if message.role is TensorRole.REDUCTION_INPUT:
+            yield replace(_copy(message), born=message.born + 1, died=message.born + 3)
+        elif message.role in GATHERED_INTO:
+            yield replace(_copy(message), died=message.born + 1)
+
+
+def _copy(message: Allocation) -> Allocation:
+    return replace(message, role=TensorRole.GLOO_COPY, parameter="")

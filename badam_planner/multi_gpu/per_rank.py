@@ -7,18 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from badam.blocks.names import ParameterInfo
-from badam.vocabulary import Category, Phase
-from badam_planner.recording.recording import NEVER, Allocation, Recording
+from badam.vocabulary import Category, Engine, Phase
+from badam_planner.recording.recording import NEVER, Allocation, Recording, TensorRole
 
 SPREAD = 16
 """Ticks between two ticks of the rehearsal: room for what sharding adds there."""
-
-GATHER_BUFFER, GATHERED_MATRICES, REDUCTION_INPUT = (
-    "gather buffer of",
-    "message of gathered matrices",
-    "input of the reduction",
-)
-"""How labels of buffers begin that messages between cards are received in and sent from."""
 
 STATES = (Category.MASTER, Category.OPTIMIZER_STATE, Category.GRADIENT)
 
@@ -57,7 +50,7 @@ def on_one_gpu(
     gradients: list[Allocation] = []
     others: list[Allocation | None] = []
     for allocation in recording.allocations:
-        info = shapes.get(owner_of(allocation))
+        info = shapes.get(allocation.parameter)
         if allocation.category is Category.GRADIENT and allocation.phase is Phase.BACKWARD and info is not None:
             gradients.append(allocation)
         elif info is not None and allocation.category in (Category.PARAMETER, *STATES):
@@ -77,11 +70,36 @@ def cut(allocation: Allocation, info: ParameterInfo, shape: tuple[int, ...]) -> 
     return replace(allocation, nbytes=entry * math.prod(shape), shape=shape)
 
 
-def owner_of(allocation: Allocation) -> str:
-    """The parameter that a labelled allocation belongs to: the last word of its label."""
-    return (allocation.label or "").rpartition(" ")[2]
+def buffer(
+    role: TensorRole,
+    nbytes: int,
+    *,
+    born: int,
+    died: int,
+    phase: Phase,
+    engine: Engine,
+    module: str = "",
+    parameter: str = "",
+    category: Category = Category.WORKSPACE,
+) -> Allocation:
+    """What an engine holds besides the rehearsal's allocations, in ticks of a recording that was spread out.
 
-
-def buffer(label: str, nbytes: int, born: int, died: int, phase: Phase, module: str) -> Allocation:
-    """What an engine holds besides the rehearsal's allocations, in ticks of a recording that was spread out."""
-    return Allocation(nbytes, born, died, phase, module, "fsdp2", (nbytes,), "uint8", Category.WORKSPACE, label)
+    Args:
+        role, nbytes, born, died, phase, category: as of any allocation.
+        engine: that makes it.
+        module: that runs meanwhile.
+        parameter: what it is of: a parameter, or the module whose parameters it has.
+    """
+    return Allocation(
+        nbytes,
+        born,
+        died,
+        phase,
+        module,
+        operation=engine,
+        shape=(nbytes,),
+        dtype="uint8",
+        category=category,
+        role=role,
+        parameter=parameter,
+    )

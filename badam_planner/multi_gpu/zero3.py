@@ -23,10 +23,10 @@ from badam_planner.multi_gpu.fsdp2 import (
 )
 from badam_planner.multi_gpu.gloo import gloos_copies
 from badam_planner.multi_gpu.module_uses import uses_of
-from badam_planner.multi_gpu.per_rank import REDUCTION_INPUT, STATES, buffer, cut, on_one_gpu, spread_out
+from badam_planner.multi_gpu.per_rank import STATES, buffer, cut, on_one_gpu, spread_out
 from badam_planner.multi_gpu.traffic import Traffic, traffic, traffic_of_everything
 from badam_planner.multi_gpu.zero3_gathers import Gathers, Rules
-from badam_planner.recording.recording import NEVER, Allocation, Recording
+from badam_planner.recording.recording import NEVER, Allocation, Recording, TensorRole
 
 
 def partition(
@@ -123,7 +123,16 @@ def _whole(gathers: Gathers, one: Pass, sharding: Sharding) -> Iterator[Allocati
     for each in gathers.found:
         phase = Phase.FORWARD if each.born < one.turns else Phase.BACKWARD
         died = one.ends - 1 if each.died is None else each.died
-        yield buffer(each.label, each.entries * sharding.entry_bytes, each.born, died, phase, each.module)
+        yield buffer(
+            each.role,
+            each.entries * sharding.entry_bytes,
+            born=each.born,
+            died=died,
+            phase=phase,
+            engine="zero3",
+            module=each.parameter.rpartition(".")[0],
+            parameter=each.parameter,
+        )
 
 
 def _whole_gradients(
@@ -145,7 +154,16 @@ def _whole_gradients(
     if found:
         largest = max(gradient.nbytes for gradient in found)
         begins = min(gradient.born for gradient in found)
-        found.append(buffer(REDUCTION_INPUT, largest, begins + 1, one.ends - 1, Phase.BACKWARD, ROOT))
+        found.append(
+            buffer(
+                TensorRole.REDUCTION_INPUT,
+                largest,
+                born=begins + 1,
+                died=one.ends - 1,
+                phase=Phase.BACKWARD,
+                engine="zero3",
+            )
+        )
     return found
 
 
@@ -161,35 +179,42 @@ def on_host(sharding: Sharding, offload: Offload) -> list[Allocation]:
         return []
     parts = _parts(sharding)
     held = [
-        ("masters", 4 * parts, Category.MASTER),
-        ("moments", 8 * parts, Category.OPTIMIZER_STATE),
-        ("gradients as collected", 4 * parts, Category.GRADIENT),
-        ("gradients of the step", 4 * parts, Category.GRADIENT),
+        (TensorRole.HOST_MASTERS, 4 * parts, Category.MASTER),
+        (TensorRole.HOST_MOMENTS, 8 * parts, Category.OPTIMIZER_STATE),
+        (TensorRole.HOST_COLLECTED_GRADIENTS, 4 * parts, Category.GRADIENT),
+        (TensorRole.HOST_STEP_GRADIENTS, 4 * parts, Category.GRADIENT),
     ]
     if offload == "all":
         every = sum(_part(info, sharding) for info in sharding.shapes.values())
-        held.append(("parts of parameters", every * sharding.entry_bytes, Category.PARAMETER))
-    return [
-        replace(buffer(f"{what} in host memory", nbytes, 0, NEVER, Phase.SETUP, ROOT), category=category)
-        for what, nbytes, category in held
-    ]
+        held.append((TensorRole.HOST_PARAMETERS, every * sharding.entry_bytes, Category.PARAMETER))
+    return [_resident(role, nbytes, category) for role, nbytes, category in held]
+
+
+def _resident(role: TensorRole, nbytes: int, category: Category = Category.WORKSPACE) -> Allocation:
+    """What is there from beginning to end."""
+    return buffer(role, nbytes, born=0, died=NEVER, phase=Phase.SETUP, engine="zero3", category=category)
 
 
 def _buffers(sharding: Sharding, offload: Offload, passes: Passes) -> Iterator[Allocation]:
     """What DeepSpeed keeps for the active block on the card."""
     largest = max((info.numel for info in _trained(sharding)), default=0)
-    yield buffer("bucket of gradients", largest * sharding.entry_bytes, 0, NEVER, Phase.SETUP, ROOT)
+    yield _resident(TensorRole.GRADIENT_BUCKET, largest * sharding.entry_bytes)
     parts = 4 * _parts(sharding)
     if offload == "none":
-        gradients = buffer("gradients of this card's part", parts, 0, NEVER, Phase.SETUP, ROOT)
-        yield replace(gradients, category=Category.GRADIENT)
+        yield _resident(TensorRole.GRADIENTS_OF_PART, parts, Category.GRADIENT)
         if sharding.entry_bytes == 4:  # DeepSpeed copies fp32 parameters too
-            master = buffer("masters of this card's part", parts, 0, NEVER, Phase.SETUP, ROOT)
-            yield replace(master, category=Category.MASTER)
+            yield _resident(TensorRole.MASTERS_OF_PART, parts, Category.MASTER)
         return
     on_its_way = -(-4 * largest // sharding.shards)
     for one in passes.every:
-        passing = buffer("gradient on its way to the host", on_its_way, one.turns + 1, one.ends, Phase.BACKWARD, ROOT)
+        passing = buffer(
+            TensorRole.GRADIENT_TO_HOST,
+            on_its_way,
+            born=one.turns + 1,
+            died=one.ends,
+            phase=Phase.BACKWARD,
+            engine="zero3",
+        )
         yield replace(passing, gpu_only=True)
 
 

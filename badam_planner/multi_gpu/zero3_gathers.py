@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from badam.blocks.names import ParameterInfo
 from badam_planner.multi_gpu.module_uses import Use
-from badam_planner.multi_gpu.per_rank import GATHERED_MATRICES
+from badam_planner.recording.recording import TensorRole
 
 _BEFORE = -1
 """The use of a parameter that nothing has looked ahead to yet."""
@@ -26,8 +26,8 @@ _BEFORE = -1
 class Gathered:
     """Entries that are on the card from one tick to another: a message, or a whole matrix."""
 
-    label: str
-    module: str
+    role: TensorRole
+    parameter: str  # "" of a message
     entries: int
     born: int
     died: int | None  # None: until the micro-batch has ended
@@ -151,7 +151,7 @@ class Gathers:
                 self._there[member.name] = (member, entries, message.sent if alone else tick - 1)
         message.awaited.discard(info.name)
         if not message.awaited and not alone:
-            self._note(GATHERED_MATRICES, "", message.members, message.sent, tick)
+            self._note_message(message.members, message.sent, tick)
 
     def _leave(self, use: Use) -> None:
         members = [
@@ -172,16 +172,17 @@ class Gathers:
     def _release(self, name: str, tick: int | None) -> None:
         info, entries, born = self._there.pop(name)
         self._live -= info.numel
-        self.found.append(Gathered(f"gathered {name}", name.rpartition(".")[0], entries, born, tick))
+        self.found.append(Gathered(TensorRole.GATHERED, name, entries, born, tick))
 
     def _end(self) -> None:
         for name in list(self._there):
             self._release(name, None)
         for message in {id(message): message for message in self._arriving.values()}.values():
-            self._note(GATHERED_MATRICES, "", message.members, message.sent, None)
+            self._note_message(message.members, message.sent, None)
 
-    def _note(self, label: str, module: str, members: Iterable[ParameterInfo], born: int, died: int | None) -> None:
-        self.found.append(Gathered(label, module, sum(self._padded(info) for info in members), born, died))
+    def _note_message(self, members: Iterable[ParameterInfo], born: int, died: int | None) -> None:
+        entries = sum(self._padded(info) for info in members)
+        self.found.append(Gathered(TensorRole.GATHERED_MATRICES, "", entries, born, died))
 
     def _padded(self, info: ParameterInfo) -> int:
         return self.rules.shards * -(-info.numel // self.rules.shards)

@@ -10,7 +10,7 @@ from badam.plan import Target
 from badam.vocabulary import Category, Phase
 from badam_planner.recording.caching_allocator import ROUNDING, CachingAllocator, SimulatedAllocator
 from badam_planner.recording.expandable_allocator import ExpandableAllocator
-from badam_planner.recording.recording import GIVEN, NEVER, Allocation, Recording
+from badam_planner.recording.recording import GIVEN, NEVER, Allocation, Recording, TensorRole
 from badam_planner.recording.timeline import Peak, Timeline
 
 
@@ -63,7 +63,7 @@ class Forecaster:
 
         Args:
             target: gives the bytes outside torch and the kind of segments; otherwise like the forecaster's own.
-            numbers: what the recording's bytes are places in, if it is the pattern of a family.
+            numbers: of a size, if the recording is the pattern of a family; its bytes otherwise.
             largest: how many of the live tensors at the peak to name.
         """
         tensors = self._tensors if numbers is None else self._tensors.resized(self._sizes(numbers))
@@ -88,15 +88,15 @@ class Forecaster:
         )
 
     def _sizes(self, numbers: Sequence[int]) -> list[int]:
-        """Rounded bytes by allocation; those of the workspace, which come last, are no place in ``numbers``."""
+        """Rounded bytes by allocation; those of the workspace, which come last, are the same at every size."""
         granularity = self._tensors.granularity
         rounded = [-(-number // granularity) * granularity for number in numbers]
         allocations = self._tensors.recording.allocations
         tensors = allocations[:-1] if self._workspace_bytes else allocations
-        sizes = [0 if one.gpu_only and not self._on_gpu else rounded[one.nbytes] for one in tensors]
+        sizes = [0 if one.gpu_only and not self._on_gpu else rounded[one.size_law] for one in tensors]
         for index, one in enumerate(tensors):
             if one.grown:
-                sizes[index] = -(-(numbers[one.nbytes] + one.grown) // granularity) * granularity
+                sizes[index] = -(-(numbers[one.size_law] + one.grown) // granularity) * granularity
         return [*sizes, self._tensors.sizes[-1]] if self._workspace_bytes else sizes
 
 
@@ -119,7 +119,7 @@ def with_workspace(recording: Recording, nbytes: int) -> Recording:
         shape=(nbytes,),
         dtype="uint8",
         category=Category.WORKSPACE,
-        label="workspace of matrix multiplication",
+        role=TensorRole.MATMUL_WORKSPACE,
     )
     return replace(recording, allocations=[*recording.allocations, workspace]) if nbytes else recording
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from badam.vocabulary import Category, Phase
@@ -13,6 +14,65 @@ NEVER = -1
 
 GIVEN = "given"
 """``operation`` of what existed before the recording began."""
+
+
+class TensorRole(StrEnum):
+    """What an allocation is for, known where it is made; the value is how its label begins."""
+
+    PARAMETER = ""
+    BUFFER = "buffer"
+    MASTER = "master of"
+    GRADIENT = "gradient of"
+    STATE = "of"  # an optimizer's; its name comes before
+    BATCH = "batch"
+    FLASH_SCRATCH = "scratch of flash attention in"
+    UNPACKED_WEIGHT = "unpacked weight in"
+    FP32_COPY = "fp32 copy in"
+    MATMUL_WORKSPACE = "workspace of matrix multiplication"
+    GATHER_BUFFER = "gather buffer of"
+    GATHERED = "gathered"
+    GATHERED_MATRICES = "message of gathered matrices"
+    REDUCTION_INPUT = "input of the reduction"
+    REDUCED_HALF = "reduced, in the model's type"
+    GRADIENT_OF_MICRO_BATCH = "gradient of the batch"
+    GRADIENT_SUM = "sum over the batches"
+    AVERAGED = "averaged over the copies"
+    GRADIENTS_IN_ONE_MESSAGE = "gradients in one message"
+    GRADIENT_BUCKET = "bucket of gradients"
+    GRADIENTS_OF_PART = "gradients of this card's part"
+    MASTERS_OF_PART = "masters of this card's part"
+    GRADIENT_TO_HOST = "gradient on its way to the host"
+    HOST_MASTERS = "masters in host memory"
+    HOST_MOMENTS = "moments in host memory"
+    HOST_COLLECTED_GRADIENTS = "gradients as collected in host memory"
+    HOST_STEP_GRADIENTS = "gradients of the step in host memory"
+    HOST_PARAMETERS = "parts of parameters in host memory"
+    GLOO_COPY = "gloo's copy of a message"
+
+
+CATEGORY_OF_ROLE = {
+    TensorRole.PARAMETER: Category.PARAMETER,
+    TensorRole.BUFFER: Category.PARAMETER,
+    TensorRole.MASTER: Category.MASTER,
+    TensorRole.GRADIENT: Category.GRADIENT,
+    TensorRole.STATE: Category.OPTIMIZER_STATE,
+    TensorRole.BATCH: Category.ACTIVATION,
+}
+"""Of what a rehearsal names; the category of everything else is given where it is made, or follows from its life."""
+
+_SCRATCH = (TensorRole.FLASH_SCRATCH, TensorRole.UNPACKED_WEIGHT, TensorRole.FP32_COPY)
+"""Labels of these say in which module they are taken."""
+_OF_WEIGHTS = (*CATEGORY_OF_ROLE, TensorRole.GATHER_BUFFER, TensorRole.GATHERED)
+"""Labels of these say which weights they are of."""
+_REST = {
+    TensorRole.GATHER_BUFFER: "the rest",
+    TensorRole.GATHERED: "rest",
+    TensorRole.GRADIENT: "the rest",
+}
+"""How a label ends that is of the parameters outside of every layer."""
+
+NO_LAW = -1
+"""``size_law`` of an allocation that is in no family of sizes."""
 
 
 @dataclass(slots=True)
@@ -28,11 +88,24 @@ class Allocation:
     shape: tuple[int, ...]
     dtype: str
     category: Category | None = None  # None until something is known about it
-    label: str | None = None  # a name that a person understands, where there is one
+    role: TensorRole | None = None  # None where nobody said what it is
+    parameter: str = ""  # the weight, or the module with the weights, that it is or belongs to
+    state: str = ""  # which of the optimizer's states it is, such as "exp_avg"
     gpu_only: bool = False  # scratch of a card's kernel; a CPU takes none of it
     owner: str = ""  # the layer from whose weights it was computed, where no module ran
     shares: tuple[tuple[str, int], ...] = ()  # bytes that single layers have in it, where it joins what is theirs
-    grown: int = 0  # bytes that come on top for layers which were not rehearsed; see composition.compose.settled
+    grown: int = 0  # bytes that come on top for layers which were not rehearsed; see :func:`settled`
+    size_law: int = NO_LAW  # by which number of its family its bytes grow with the size; see composition.sizes
+
+    @property
+    def label(self) -> str | None:
+        """A name that a person understands, where there is one."""
+        if self.role is None:
+            return None
+        of = self.module if self.role in _SCRATCH else ""
+        if self.role in _OF_WEIGHTS:
+            of = self.parameter or _REST.get(self.role, "")
+        return " ".join(word for word in (self.state, self.role, of) if word)
 
     def describe(self) -> str:
         """A name for reports: the label, or where and by which operator it was made, with its shape."""

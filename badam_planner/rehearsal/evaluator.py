@@ -271,7 +271,7 @@ class Evaluator:
             if key not in self._families:
                 self._families[key] = None
                 family = self._family(plan, index, runs, sizes)
-                self._families[key] = (family, Rehearsed.of(family.pattern, self.tree.layers, runs, is_pattern=True))
+                self._families[key] = (family, Rehearsed.of(family.pattern, self.tree.layers, runs))
             known = self._families[key]
             return None if known is None else (known[1], known[0].numbers_at(size))
         except NoFamily:

@@ -31,8 +31,8 @@ from badam.training.build import build_model, build_optimizer, prepare_checkpoin
 from badam.training.methods import method_of
 from badam.training.step import update
 from badam.training.tasks import blank_batch
-from badam.vocabulary import Category, Phase
-from badam_planner.recording.recording import Entries, Recording
+from badam.vocabulary import Phase
+from badam_planner.recording.recording import Entries, Recording, TensorRole
 from badam_planner.rehearsal.kept_layers import build_without, with_left_out
 from badam_planner.rehearsal.tracker import StorageTracker
 from badam_planner.rehearsal.values import refusing_what_needs_values
@@ -177,9 +177,9 @@ def rehearse(
         on_host = list(method.resident_states(model, plan, block)) if plan.target.gpu == "cpu" else []
         for name, (key, tensor), is_there in with_left_out(((n, (k, t)) for n, k, t in on_host), layers, without):
             if is_there:
-                tracker.label([(name, tensor)], Category.OPTIMIZER_STATE, f"{key} of")
+                tracker.tell([(name, tensor)], TensorRole.STATE, key)
             else:
-                tracker.stand_in(tensor, name, Category.OPTIMIZER_STATE, f"{key} of")
+                tracker.stand_in(tensor, name, TensorRole.STATE, key)
         with tracker.watching():
             optimizer = build_optimizer(model, staged, start_block=start)
             prepare_checkpointing(model, optimizer, staged)
@@ -201,13 +201,17 @@ def _label_weights(
     without: Mapping[str, str],
 ) -> None:
     """Tell the tracker of all parameters and buffers, in the order of the whole model."""
-    every = ((model.named_parameters(), ""), (model.named_buffers(), "buffer"), (method.unnamed_weights(model), ""))
-    for named, word in every:
+    every = (
+        (model.named_parameters(), TensorRole.PARAMETER),
+        (model.named_buffers(), TensorRole.BUFFER),
+        (method.unnamed_weights(model), TensorRole.PARAMETER),
+    )
+    for named, role in every:
         for name, tensor, is_there in with_left_out(named, layers, without):
             if is_there:
-                tracker.label([(name, tensor)], Category.PARAMETER, word)
+                tracker.tell([(name, tensor)], role)
             else:
-                tracker.stand_in(tensor, name, Category.PARAMETER, word)
+                tracker.stand_in(tensor, name, role)
 
 
 @contextmanager
@@ -282,7 +286,7 @@ def _training_step(
     """One optimizer step as transformers' Trainer makes it: micro-batches, clipping, step, zero_grad."""
     for _ in range(plan.training.grad_accum):
         batch = blank_batch(plan, model.config)
-        tracker.label(batch.items(), Category.ACTIVATION, "batch")
+        tracker.tell(batch.items(), TensorRole.BATCH)
         loss = method.loss(model, batch, plan, optimizer, torch.zeros((), dtype=torch.int64))
         del batch
         method.backward(loss, optimizer)
@@ -293,14 +297,13 @@ def _training_step(
 
 def label_gradients(model: PreTrainedModel, tracker: StorageTracker) -> None:
     """Tell the tracker which live tensors are gradients."""
-    tracker.label(
+    tracker.tell(
         (
             (name, getattr(parameter.grad, "window_values", parameter.grad))
             for name, parameter in model.named_parameters()
             if parameter.grad is not None
         ),
-        Category.GRADIENT,
-        "gradient of",
+        TensorRole.GRADIENT,
     )
 
 
@@ -310,9 +313,9 @@ def label_states(model: PreTrainedModel, optimizer: Optimizer, tracker: StorageT
     for name, parameter, master in masters(optimizer):
         names[id(master)] = name
         if master is not parameter:
-            tracker.label([(name, master)], Category.MASTER, "master of")
+            tracker.tell([(name, master)], TensorRole.MASTER)
     for parameter, key, value in state_tensors(base_of(optimizer)):
-        tracker.label([(f"{key} of {names.get(id(parameter), '')}", value)], Category.OPTIMIZER_STATE)
+        tracker.tell([(names.get(id(parameter), ""), value)], TensorRole.STATE, key)
 
 
 def _no_packed_sequences(*_args: Any, **_kwargs: Any) -> None:

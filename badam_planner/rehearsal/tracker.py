@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from badam import phases
 from badam.blocks.names import enclosing
-from badam.vocabulary import Category, Phase
+from badam.vocabulary import Phase
 from badam_planner.recording.kernel_scratch import (
     BY_INDEX,
     FLASH_BACKWARD,
@@ -26,7 +26,16 @@ from badam_planner.recording.kernel_scratch import (
     flash_backward_bytes,
     unpacked_bytes,
 )
-from badam_planner.recording.recording import GIVEN, NEVER, Allocation, LayerMark, MemoryTraffic, Recording
+from badam_planner.recording.recording import (
+    CATEGORY_OF_ROLE,
+    GIVEN,
+    NEVER,
+    Allocation,
+    LayerMark,
+    MemoryTraffic,
+    Recording,
+    TensorRole,
+)
 from badam_planner.recording.timeline import LOSS_MODULE
 from badam_planner.rehearsal.accumulation import accumulates_in_place, holders_of_a_sum, scatters_in_place
 from badam_planner.rehearsal.fake_ops import Maker, answer, moved_bytes
@@ -110,15 +119,15 @@ class StorageTracker(TorchDispatchMode):
         if name == FLASH_BACKWARD:
             _, query, key = args[:3]
             sizes = flash_backward_bytes(query.shape, key.shape, query.element_size())
-            self._pass_through(sizes, name, "scratch of flash attention", gpu_only=True)
+            self._pass_through(sizes, name, TensorRole.FLASH_SCRATCH, gpu_only=True)
         elif name == FOUR_BIT_PRODUCT:
             inputs, _, shape, _, blocksize = args[:5]
             sizes = unpacked_bytes(shape, blocksize, inputs.element_size())
-            self._pass_through(sizes, name, "unpacked weight", gpu_only=False)
+            self._pass_through(sizes, name, TensorRole.UNPACKED_WEIGHT, gpu_only=False)
             FLOPS.setdefault(func._overloadpacket, four_bit_product)  # it exists since bitsandbytes was imported
         elif self._on_cpu and name in BY_INDEX:
             sizes = by_index_bytes(output.shape, output.element_size())
-            self._pass_through(sizes, name, "fp32 copy", gpu_only=False)
+            self._pass_through(sizes, name, TensorRole.FP32_COPY, gpu_only=False)
         self._count(func, args, kwargs, output, moved)
         return output
 
@@ -164,14 +173,14 @@ class StorageTracker(TorchDispatchMode):
         known = self._living.get(values.untyped_storage()._cdata)
         return None if known is None else known[0]
 
-    def _pass_through(self, sizes: Iterable[int], operation: str, what: str, *, gpu_only: bool) -> None:
+    def _pass_through(self, sizes: Iterable[int], operation: str, role: TensorRole, *, gpu_only: bool) -> None:
         """Record scratch of a kernel: born together, dead before the operator returns."""
         scratch = [
             Allocation(nbytes, self._tick(), NEVER, self._phase, self.module, operation, (nbytes,), "uint8")
             for nbytes in sizes
         ]
         for allocation in scratch:
-            allocation.gpu_only, allocation.label = gpu_only, f"{what} in {self.module}"
+            allocation.gpu_only, allocation.role = gpu_only, role
             allocation.died = self._tick()
         self.recording.allocations += scratch
 
@@ -209,20 +218,27 @@ class StorageTracker(TorchDispatchMode):
 
     # -- what the rehearsal tells
 
-    def label(self, tensors: Iterable[tuple[str, Tensor]], category: Category, word: str = "") -> None:
-        """Say what live tensors are; those not seen before (made before the mode was entered) are born now."""
-        for name, tensor in tensors:
+    def tell(self, tensors: Iterable[tuple[str, Tensor]], role: TensorRole, state: str = "") -> None:
+        """Say what live tensors are; those not seen before (made before the mode was entered) are born now.
+
+        Args:
+            tensors: each with the name of the weight that it is or belongs to.
+            role: what all of them are.
+            state: which of the optimizer's states they are.
+        """
+        for parameter, tensor in tensors:
             index = self._see(tensor, GIVEN)
             allocation = self.recording.allocations[index]
-            allocation.owner = self._owners.told(index, name.rpartition(" ")[2])
-            allocation.category = category
-            allocation.label = f"{word} {name}".strip()
+            allocation.owner = self._owners.told(index, parameter)
+            allocation.category = CATEGORY_OF_ROLE[role]
+            allocation.role, allocation.parameter, allocation.state = role, parameter, state
 
-    def stand_in(self, like: Tensor, name: str, category: Category, word: str = "") -> None:
-        """Record a tensor that is not there: it is like a live one that was labelled, and outlives the recording."""
+    def stand_in(self, like: Tensor, parameter: str, role: TensorRole, state: str = "") -> None:
+        """Record a tensor that is not there: it is like a live one that was told of, and outlives the recording."""
         known = self.recording.allocations[self._see(like, GIVEN)]
+        born, category = self._tick(), CATEGORY_OF_ROLE[role]
         self.recording.allocations.append(
-            replace(known, born=self._tick(), died=NEVER, category=category, label=f"{word} {name}".strip())
+            replace(known, born=born, died=NEVER, category=category, role=role, parameter=parameter, state=state)
         )
 
     # -- where the code is

@@ -9,7 +9,7 @@ from typing import Literal
 from hypothesis import strategies as st
 
 from badam.vocabulary import Category, Phase
-from badam_planner.recording.recording import GIVEN, Recording
+from badam_planner.recording.recording import GIVEN, Recording, TensorRole
 from tests.badam_planner.recording.recordings import Script
 
 Fate = Literal["at once", "next forward", "next backward", "own backward", "previous backward", "step", "never"]
@@ -27,7 +27,7 @@ class Make:
 
     nbytes: int
     fate: Fate
-    labelled: bool = False
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Step:
         """The step, after the parameters of the layers called ``given`` came into being."""
         script = self.script
         for name in given:
-            script.birth(7, operation=GIVEN, category=Category.PARAMETER, label=f"{name}.weight")
+            script.birth(
+                7, operation=GIVEN, category=Category.PARAMETER, role=TensorRole.PARAMETER, parameter=f"{name}.weight"
+            )
         for _ in range(self.passes):
             script.phase(Phase.FORWARD)
             embedded = script.birth(11, "embed")
@@ -98,8 +100,8 @@ class Step:
     def make(self, place: int, makes: Sequence[Make], phase: Phase) -> None:
         layer = self.layers[place]
         for make in makes:
-            label = f"something of {layer}.w" if make.labelled else None
-            index = self.script.birth(make.nbytes, f"{layer}.mlp", label=label)
+            named = {"role": TensorRole.STATE, "state": "something", "parameter": f"{layer}.w"} if make.named else {}
+            index = self.script.birth(make.nbytes, f"{layer}.mlp", **named)
             if make.fate == "at once":
                 self.script.death(index)
             elif make.fate == "step":

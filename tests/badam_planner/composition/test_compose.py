@@ -153,10 +153,10 @@ def refused(kinds: Sequence[Layer]) -> bool:
         replace(PLAIN, forward=(Make(5, "at once"), Make(9, "never"))),
         replace(PLAIN, forward=(Make(5, "at once"), Make(9, "step"))),
         replace(PLAIN, backward=(Make(3, "at once"),)),
-        replace(PLAIN, forward=(Make(5, "at once", labelled=True), Make(9, "own backward"))),
+        replace(PLAIN, forward=(Make(5, "at once", named=True), Make(9, "own backward"))),
         replace(PLAIN, recomputed=()),
     ],
-    ids=["size", "order", "number", "never released", "released elsewhere", "released at once", "label", "recomputed"],
+    ids=["size", "order", "number", "never released", "released elsewhere", "released at once", "name", "recomputed"],
 )
 def test_middle_layers_that_differ_are_refused(other: Layer) -> None:
     assert not refused([PLAIN])
@@ -244,7 +244,7 @@ def test_a_phase_that_begins_between_middle_layers_is_refused() -> None:
 
 
 def test_a_renamed_recording_is_the_same_step_of_other_layers() -> None:
-    kinds = [Layer((Make(5, "own backward", labelled=True),), (Make(3, "step", labelled=True),), flops=3)]
+    kinds = [Layer((Make(5, "own backward", named=True),), (Make(3, "step", named=True),), flops=3)]
     old, new = [("a.1",), ("a.2",), ("a.3",)], [("a.2",), ("a.3",), ("a.11",)]
     names = {"a.1": "a.2", "a.2": "a.3", "a.3": "a.11"}
     recording = simulated(old, kinds, ["a.1", "a.2"], passes=1, order="by layer")

@@ -9,7 +9,7 @@ from badam.units import GIB, MIB
 from badam.vocabulary import Category, Phase
 from badam_planner.recording.caching_allocator import AllocationRefused
 from badam_planner.recording.forecast import Forecast, forecast, replay, with_workspace
-from badam_planner.recording.recording import Recording
+from badam_planner.recording.recording import Recording, TensorRole
 from badam_planner.recording.timeline import Timeline
 from tests.badam_planner.recording.recordings import Script, scripted
 
@@ -27,7 +27,7 @@ def predict(recording: Recording, target: Target, **options: int) -> Forecast:
 def one_step() -> Recording:
     """Weights of 64 MiB; forward saves 13 MiB, which takes a segment of 14 whole; backward needs 5 MiB beside it."""
     script = Script()
-    script.birth(64 * MIB, "model", category=Category.PARAMETER, label="w")
+    script.birth(64 * MIB, "model", category=Category.PARAMETER, role=TensorRole.PARAMETER, parameter="w")
     script.phase(Phase.FORWARD)
     saved = script.birth(13 * MIB, "layers.0")
     script.phase(Phase.BACKWARD)

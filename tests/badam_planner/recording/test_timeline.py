@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from badam.vocabulary import Category, Phase
-from badam_planner.recording.recording import NEVER, Allocation, Recording
+from badam_planner.recording.recording import NEVER, Allocation, Recording, TensorRole
 from badam_planner.recording.timeline import LOSS_MODULE, Timeline
 from tests.badam_planner.recording.recordings import Script, scripted
 
@@ -201,10 +201,14 @@ def test_a_resized_timeline_leaves_the_original_alone() -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"label": "gradient of w"}, "gradient of w 2×3 bfloat16"),
+        ({"role": TensorRole.PARAMETER, "parameter": "layers.0.w"}, "layers.0.w 2×3 bfloat16"),
+        ({"role": TensorRole.GRADIENT, "parameter": "w"}, "gradient of w 2×3 bfloat16"),
+        ({"role": TensorRole.STATE, "state": "exp_avg", "parameter": "w"}, "exp_avg of w 2×3 bfloat16"),
+        ({"role": TensorRole.GATHER_BUFFER}, "gather buffer of the rest 2×3 bfloat16"),
+        ({"role": TensorRole.UNPACKED_WEIGHT, "module": "up"}, "unpacked weight in up 2×3 bfloat16"),
         ({"module": "layers.0.mlp"}, "layers.0.mlp: mm 2×3 bfloat16"),
         ({}, "outside the modules: mm 2×3 bfloat16"),
-        ({"label": "loss", "shape": ()}, "loss scalar bfloat16"),
+        ({"role": TensorRole.BATCH, "parameter": "labels", "shape": ()}, "batch labels scalar bfloat16"),
     ],
 )
 def test_an_allocation_describes_itself_to_a_person(fields: dict[str, object], expected: str) -> None:

@@ -14,10 +14,9 @@ import pytest
 from badam.errors import InputError
 from badam.plan import Plan, Target
 from badam.vocabulary import Category, Phase
-from badam_planner.multi_gpu.gloo import COPY
 from badam_planner.multi_gpu.links import BETWEEN_NODES, LINKS, transfer_times
 from badam_planner.multi_gpu.nccl import with_communication
-from badam_planner.recording.recording import NEVER, Recording
+from badam_planner.recording.recording import NEVER, Recording, TensorRole
 from badam_planner.recording.timeline import Timeline
 from badam_planner.rehearsal.evaluator_cards import MOST_GPUS, GpusEvaluator, shard_sizes, smallest_number
 from badam_planner.search.planner import Request, make_plan
@@ -61,7 +60,7 @@ def planned(processes: int, settings: dict[str, Any], engine: str = "fsdp2") -> 
 def recorded(plan: Plan, evaluator: GpusEvaluator, block: int) -> Recording:
     """A block's recording without the copies of gloo, which a process that is alone does not have."""
     recording = evaluator.recording(plan, block)
-    kept = [each for each in recording.allocations if each.label != COPY]
+    kept = [each for each in recording.allocations if each.role is not TensorRole.GLOO_COPY]
     assert len(kept) < len(recording.allocations)
     return replace(recording, allocations=kept)
 

@@ -9,7 +9,6 @@ import pytest
 
 from badam.plan import Plan
 from badam.vocabulary import Category
-from badam_planner.multi_gpu.per_rank import owner_of
 from badam_planner.multi_gpu.zero3 import on_host
 from badam_planner.recording.timeline import Timeline
 from badam_planner.rehearsal.evaluator_cards import GpusEvaluator
@@ -114,7 +113,7 @@ def test_under_zero3_a_card_holds_its_part_of_the_states_and_deepspeeds_bucket()
     matrices = sum(-(-info.numel // 4) for info in evaluator.tree.parameters if info.is_matrix)
     vectors = sum(info.numel for info in evaluator.tree.parameters if not info.is_matrix)
     names = {info.name for info in evaluator.tree.parameters}  # the tables of positions are no parameters
-    parameters = [each for each in held if each.category is Category.PARAMETER and owner_of(each) in names]
+    parameters = [each for each in held if each.category is Category.PARAMETER and each.parameter in names]
     assert sum(each.nbytes for each in parameters) == 2 * (matrices + vectors)
     active = [info for info in evaluator.tree.parameters if info.name.startswith("model.layers.0.")]
     masters = sum(each.nbytes for each in held if each.category is Category.MASTER)
@@ -134,7 +133,7 @@ def test_what_is_offloaded_is_on_no_card() -> None:
         plan_there = plan.model_copy(update={"target": target.model_copy(update={"gpu": "a100-80gb"})})
         held = GpusEvaluator(evaluator.tree).recording(plan_there, 0).allocations
         matrices = {info.name for info in evaluator.tree.parameters if info.is_matrix}
-        kinds[offload] = {each.category for each in held if owner_of(each) in matrices}
+        kinds[offload] = {each.category for each in held if each.parameter in matrices}
     states = {Category.MASTER, Category.OPTIMIZER_STATE}
     assert states | {Category.PARAMETER} <= kinds["none"]
     assert kinds["none"] - kinds["optimizer"] == states
