@@ -293,20 +293,21 @@ def load_record(path: Path, kind: type[RecordT], word: str, advice: str) -> Reco
     try:
         return kind.model_validate_json(text, strict=True)
     except ValidationError as error:
-        raise PlanError(f"The {word} {path}{_first_mistake(error)}.", advice=advice) from error
+        field, mistake = mistakes_in(error)
+        where = f", field {field}" if field else " as a whole"
+        raise PlanError(f"The {word} {path}{where}: {mistake}.", advice=advice) from error
 
 
-def _first_mistake(error: ValidationError) -> str:
-    """The first wrong field by its path, what is expected there and what was found, and how many more there are."""
+def mistakes_in(error: ValidationError) -> tuple[str, str]:
+    """The first wrong field by its path, and what is expected there, what was found, and how many more there are."""
     first = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"])
-    where = f", field {field}" if field else " as a whole"
     expected = {"extra_forbidden": "there is no field of this name", "missing": "this field is missing"}
     if first["type"] == "value_error":  # fields that do not go together; the sentence is ours and names them
         expected["value_error"] = str(first["ctx"]["error"])
     found = "" if first["type"] in ("missing", "value_error") else f"; found {repr(first['input'])[:80]}"
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{where}: {expected.get(first['type'], first['msg'])}{found}{more}"
+    return field, f"{expected.get(first['type'], first['msg'])}{found}{more}"
 
 
 def save_record(record: Record, path: str | Path, *, parents: bool = False) -> None:

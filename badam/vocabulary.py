@@ -38,6 +38,16 @@ OnLong = Literal["truncate", "drop", "refuse"]
 
 Padding = Literal["auto", "plan", "longest"]
 
+TaskChoice = Literal["auto", Task]
+PartitionChoice = Literal["auto", BlockStrategy]
+CheckpointingChoice = Literal["auto", "all", "none"]
+LossChoice = Literal["auto", Loss]
+SegmentsChoice = Literal["auto", "on", "off"]
+"""Of expandable segments in torch's allocator."""
+
+AttentionChoice = Literal["auto", Attention]
+"""What a question to the planner may say of each, or leave to it."""
+
 
 class Category(StrEnum):
     """What a byte is for. Predicted and measured memory are compared category by category."""

@@ -34,8 +34,8 @@ from badam.profiling.machine import this_machine
 from badam.training.build import build_model, build_optimizer, prepare_checkpointing, prepare_model
 from badam.training.step import forward_loss
 from badam.vocabulary import Phase
+from badam_planner.search.model_spec import describe_model
 from badam_planner.search.planner import Request, make_plan
-from badam_planner.sources.model_source import describe_model
 from badam_planner.sources.target import find_target
 
 WITHIN_BACKWARD = (Phase.BACKWARD, Phase.RECOMPUTE)

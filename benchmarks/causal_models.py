@@ -64,9 +64,9 @@ def examine(model_type: str) -> Outcome:
     from badam.training.build import choose_attention
     from badam_planner.rehearsal.evaluator import Evaluator
     from badam_planner.rehearsal.model_tree import inspect_model
+    from badam_planner.search.model_spec import explaining, specify
     from badam_planner.search.planner import Request, staged_plan
     from badam_planner.search.settings import MemorySetting
-    from badam_planner.sources.model_source import explaining, specify
     from benchmarks.tiny_configs import tiny
 
     torch.set_num_threads(1)

@@ -12,9 +12,10 @@ import argparse
 from badam_planner.multi_gpu.links import BETWEEN_NODES, LINKS, seconds, transfer_times
 from badam_planner.rehearsal.evaluator_cards import GpusEvaluator
 from badam_planner.rehearsal.model_tree import inspect_model
+from badam_planner.search.model_spec import specify
 from badam_planner.search.planner import Request, staged_plan
 from badam_planner.search.settings import MemorySetting
-from badam_planner.sources.model_source import find_config, specify
+from badam_planner.sources.model_source import find_config
 from badam_planner.sources.target import find_target
 
 MODELS = ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-70b-hf")

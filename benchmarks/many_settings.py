@@ -74,9 +74,9 @@ def ask_all(workers: int) -> dict[str, float]:
 
     from badam_planner.rehearsal.evaluator_cards import GpusEvaluator
     from badam_planner.rehearsal.model_tree import inspect_model
+    from badam_planner.search.model_spec import describe_model
     from badam_planner.search.planner import Request, staged_plan
     from badam_planner.search.settings import MemorySetting
-    from badam_planner.sources.model_source import describe_model
     from badam_planner.sources.target import find_target
 
     torch.set_num_threads(1)

@@ -29,8 +29,8 @@ from badam_planner.report.html.page import Page, render_page
 from badam_planner.report.html.pages import comparison_page, plan_page
 from badam_planner.report.terminal.comparison import render_comparison
 from badam_planner.report.terminal.plan import render_candidates, render_peak
+from badam_planner.search.model_spec import describe_model
 from badam_planner.search.planner import Request, make_plan
-from badam_planner.sources.model_source import describe_model
 from badam_planner.sources.target import find_target
 
 ROOT = Path(__file__).parents[1]

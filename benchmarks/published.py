@@ -19,11 +19,11 @@ from badam.vocabulary import Attention
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.model_tree import inspect_model
 from badam_planner.rehearsal.workers import available_workers
+from badam_planner.search.model_spec import describe_model
 from badam_planner.search.planner import Request, make_plan, staged_plan
 from badam_planner.search.prediction import candidate_of
 from badam_planner.search.result import Candidate
 from badam_planner.search.settings import MemorySetting
-from badam_planner.sources.model_source import describe_model
 from badam_planner.sources.target import find_target
 
 TOLERANCE = 0.05

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from badam.errors import InputError, require
+from badam.vocabulary import OnLong, Padding, Profile
 from badam_cli._allocator import configure_allocator
 from badam_cli._app import OneVoice, Version, ending_at_once, quiet_libraries, reporting_errors, say
 
@@ -70,20 +71,20 @@ def train(
     warmup_steps: Annotated[int, typer.Option(min=0, help="Steps in which the learning rate rises from zero.")] = 0,
     warmup_share: Annotated[float, typer.Option(help="The same as a share of all steps, such as 0.03.")] = 0.0,
     pad_to: Annotated[
-        Literal["auto", "plan", "longest"],
+        Padding,
         typer.Option(
             help="Length of batches: the plan's, their longest example's, or the plan's for the first two steps of "
             "each visit, which shows early whether the plan fits."
         ),
     ] = "auto",
     on_long: Annotated[
-        Literal["truncate", "drop", "refuse"],
+        OnLong,
         typer.Option(help="What to do with examples that are longer than planned."),
     ] = "truncate",
     seed: Annotated[int, typer.Option(min=0, help="Seed of random weights and of the order of the data.")] = 0,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by deepspeed's launcher.")] = 0,
     profile: Annotated[
-        Literal["normal", "full"],
+        Profile,
         typer.Option(
             help="full also records each module's time and memory, and on CUDA a snapshot for torch's memory viewer; "
             "slow."

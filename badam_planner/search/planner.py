@@ -23,9 +23,10 @@ from badam_planner.rehearsal.evaluator_cards import (
     with_traffic,
 )
 from badam_planner.rehearsal.model_tree import inspect_model
+from badam_planner.search.model_spec import explaining
 from badam_planner.search.prediction import candidate_of, with_prediction
 from badam_planner.search.refusal import refusal
-from badam_planner.search.request import Request, staged_plan
+from badam_planner.search.request import Request, check_engine, staged_plan
 from badam_planner.search.result import Answer, SearchResult
 from badam_planner.search.settings import recommended_index, strategies
 from badam_planner.search.trial import (
@@ -36,7 +37,6 @@ from badam_planner.search.trial import (
     in_words,
     settings_of,
 )
-from badam_planner.sources.model_source import explaining
 
 __all__ = ["Progress", "Request", "make_plan", "staged_plan", "with_prediction"]
 
@@ -54,6 +54,7 @@ def make_plan(request: Request, progress: Progress = lambda _text: None, *, work
     Raises:
         InputError: if the model cannot be cut or rehearsed as the request asks.
     """
+    check_engine(request)
     with explaining(request.spec.id):
         return _made(request, progress, workers)
 

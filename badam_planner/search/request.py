@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import fields
 from datetime import UTC, datetime
-from math import inf
+from typing import Any
+
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
 
 from badam.blocks.partition import partition_parameters
 from badam.errors import InputError
 from badam.plan import (
     BlockPlan,
-    MethodOptions,
     ModelSpec,
     OptimizerSpec,
     Partition,
@@ -20,64 +22,81 @@ from badam.plan import (
     Target,
     Training,
 )
+from badam.training.build import choose_attention, model_config
 from badam.training.methods import method_of
-from badam.training.tasks import TRAINED_HERE
+from badam.training.tasks import TRAINED_HERE, chosen_lengths
 from badam.units import format_batch
-from badam.vocabulary import Attention, Dtype, Method, Strategy, SwitchMode
+from badam.vocabulary import Attention, ModelSource, Strategy
 from badam_planner.rehearsal.model_tree import ModelTree
+from badam_planner.search.model_spec import specify
+from badam_planner.search.question import Choices, Question
 from badam_planner.search.settings import MemorySetting, strategies
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the user asked for; "auto" leaves the choice to the search."""
+@dataclass(frozen=True, kw_only=True)
+class Request(Choices):
+    """A question whose model and device are known: what the search works on."""
 
     spec: ModelSpec
     target: Target
-    method: Method = "badam"
-    compare_methods: bool = False
-    partition: str = "auto"
-    include_embedding: bool = False
-    include_lm_head: bool = False
-    active_modules: tuple[str, ...] = ()
-    batch_size: int = 1
-    seq_len: int = 512
-    decoder_len: int | None = None
-    grad_accum: int = 1
-    dtype: Dtype = "bfloat16"
-    checkpointing: str = "auto"
-    loss: str = "auto"
-    expandable_segments: str = "auto"
+    seq_len: PositiveInt = 512
+    decoder_len: PositiveInt | None = None
     attention: Attention = "sdpa"
-    switch_every: int | None = None
-    switch_mode: SwitchMode = "random"
-    samples: int | None = None
-    epochs: float = 1.0
-    learning_rate: float = 1e-5
-    options: MethodOptions = field(default_factory=MethodOptions)
-    seed: int = 0
-    exact: bool = False
-    find_num_gpus: bool = False
+    find_num_gpus: bool = False  # the target's number is to be found
     find_shard_size: bool = False
-    command: str = ""
+    command: str = ""  # as the plan records it
 
-    def __post_init__(self) -> None:
-        if not 0 < self.learning_rate < inf:
-            raise InputError(
-                f"The learning rate {self.learning_rate} is not a positive number.",
-                advice="Give one: --learning-rate 1e-5.",
-            )
-        if self.target.engine != "single" and (self.method != "badam" or self.compare_methods):
-            raise InputError(
-                f"Only --method badam can be planned for several cards, not {self.method}"
-                + (" beside other methods." if self.compare_methods else "."),
-                advice="Plan other methods with --engine single.",
-            )
-        if self.target.engine != "single" and self.spec.task not in TRAINED_HERE:
-            raise InputError(
-                f"Training for {self.spec.task} can be planned for one card only, not for several.",
-                advice="Plan it with --engine single.",
-            )
+
+def request_for(
+    question: Question, source: tuple[str, ModelSource, dict[str, Any]], target: Target, command: str
+) -> Request:
+    """What a question asks of the search, now that its model and its device were found.
+
+    Args:
+        question: what was asked.
+        source: its model, as :func:`badam_planner.sources.model_source.find_config` returns it.
+        target: its device.
+        command: for the plan's record.
+
+    Raises:
+        InputError: if transformers cannot build the model, or it is not made for the task or the length.
+    """
+    task = None if question.task == "auto" else question.task
+    spec = specify(*source, task=task, labels=question.num_labels)
+    seq_len, decoder_len = chosen_lengths(spec, model_config(spec), question.seq_len, question.decoder_len)
+    choices = {field.name: getattr(question, field.name) for field in fields(Choices)}
+    return Request(
+        **choices,
+        spec=spec,
+        target=target,
+        seq_len=seq_len,
+        decoder_len=decoder_len,
+        attention=choose_attention(spec) if question.attention == "auto" else question.attention,
+        find_num_gpus=question.num_gpus == "auto",
+        find_shard_size=question.shard_size == "auto",
+        command=command,
+    )
+
+
+def check_engine(request: Request) -> None:
+    """Refuse what cannot be planned for several GPUs.
+
+    Raises:
+        InputError: for another method than badam, and for a task that is not trained here.
+    """
+    if request.target.engine == "single":
+        return
+    if request.method != "badam" or request.compare_methods:
+        raise InputError(
+            f"Only --method badam can be planned for several cards, not {request.method}"
+            + (" beside other methods." if request.compare_methods else "."),
+            advice="Plan other methods with --engine single.",
+        )
+    if request.spec.task not in TRAINED_HERE:
+        raise InputError(
+            f"Training for {request.spec.task} can be planned for one card only, not for several.",
+            advice="Plan it with --engine single.",
+        )
 
 
 def batch_in_words(request: Request) -> str:

@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from badam.vocabulary import Checkpointing, Loss, Method, Strategy
+from badam.vocabulary import (
+    Checkpointing,
+    CheckpointingChoice,
+    Loss,
+    LossChoice,
+    Method,
+    PartitionChoice,
+    SegmentsChoice,
+    Strategy,
+)
 
 Found = TypeVar("Found")
 
@@ -24,19 +33,23 @@ class MemorySetting:
 
 
 def ladder(
-    checkpointing: str, loss: str, can_chunk: bool, *, expandable_segments: str = "off"
+    checkpointing: CheckpointingChoice,
+    loss: LossChoice,
+    can_chunk: bool,
+    *,
+    expandable_segments: SegmentsChoice = "off",
 ) -> tuple[MemorySetting, ...]:
     """The settings to try, fastest first and leanest last. "auto" opens a lever, if the model's loss can be chunked.
 
     Expandable segments cost nothing that is seen in a step; the chunked loss costs one more projection, checkpointing
     one more forward of every layer: hence the order.
     """
-    choices: tuple[Checkpointing, ...] = ("none", "all") if checkpointing == "auto" else (_as(checkpointing),)
+    choices: tuple[Checkpointing, ...] = ("none", "all") if checkpointing == "auto" else (checkpointing,)
     losses: tuple[Loss, ...] = ("full", "chunked") if can_chunk else ("full",)
     if loss != "auto":
-        losses = ("chunked" if loss == "chunked" else "full",)
+        losses = (loss,)
     allocators = (False, True) if expandable_segments == "auto" else (expandable_segments == "on",)
-    return tuple(MemorySetting(choice, each, grows) for choice in choices for each in losses for grows in allocators)
+    return tuple(MemorySetting(choice, kind, grows) for choice in choices for kind in losses for grows in allocators)
 
 
 def first_fitting(
@@ -58,11 +71,7 @@ def first_fitting(
     return len(settings), None
 
 
-def _as(checkpointing: str) -> Checkpointing:
-    return "all" if checkpointing == "all" else "none"
-
-
-def strategies(method: Method, partition: str) -> tuple[Strategy, ...]:
+def strategies(method: Method, partition: PartitionChoice) -> tuple[Strategy, ...]:
     """The partitions to try for a method, in order of preference; one that trains no blocks has one of everything."""
     if method == "badam-ratio":
         return ("ratio",)
@@ -70,7 +79,7 @@ def strategies(method: Method, partition: str) -> tuple[Strategy, ...]:
         return ("layer",)
     if method not in ("badam", "hift"):
         return ("full",)
-    return PREFERENCE if partition == "auto" else tuple(known for known in PREFERENCE if known == partition)
+    return PREFERENCE if partition == "auto" else (partition,)
 
 
 def recommended_index(fits: list[bool]) -> int:

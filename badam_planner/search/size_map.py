@@ -8,6 +8,7 @@ from functools import partial
 from badam.plan import Plan
 from badam.training.build import model_config
 from badam.training.tasks import input_positions
+from badam.vocabulary import SegmentsChoice
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.model_tree import ModelTree
 from badam_planner.search.result import SizeCell, SizeMap
@@ -30,8 +31,8 @@ def map_sizes(plan: Plan, evaluator: Evaluator, progress: Callable[[str], None] 
     fixed = input_positions(model_config(plan.model), plan.model.task) is not None
     lengths = [training.seq_len] if fixed else sizes_around(training.seq_len, SHORTEST)
     lengths = [length for length in lengths if length <= max(_longest(plan), training.seq_len)]
-    grows = "on" if plan.target.expandable_segments else "off"
-    settings = ladder("auto", "auto", evaluator.tree.can_chunk, expandable_segments=grows)
+    segments: SegmentsChoice = "on" if plan.target.expandable_segments else "off"
+    settings = ladder("auto", "auto", evaluator.tree.can_chunk, expandable_segments=segments)
     evaluator.expect_sizes(batches, lengths)
     first_open: dict[tuple[int, int], int] = {}  # index of the first setting that fits; len(settings) where none does
     cells = []

@@ -1,16 +1,14 @@
-"""From what the user typed as MODEL to a model specification: catalogue name, Hub id, directory or config.json."""
+"""From what the user typed as MODEL to a configuration: catalogue name, Hub id, directory or config.json. No torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from badam.errors import BadamError, InputError, in_one_line, near_matches
-from badam.plan import ModelSpec, config_digest
-from badam.vocabulary import ModelSource, Task
+from badam.errors import InputError, in_one_line, near_matches
+from badam.vocabulary import ModelSource
 from badam_planner.sources import catalogue
 
 CONFIG_FILE = "config.json"
@@ -37,81 +35,6 @@ def find_config(name: str) -> tuple[str, ModelSource, dict[str, Any]]:
             raise unknown
         return name, "hub", _fetch_config(name)
     return record.id, "catalogue", dict(record.config)
-
-
-def describe_model(name: str, **changes: Any) -> ModelSpec:
-    """The specification of the model that ``name`` means; its parameters are counted on its module tree.
-
-    Args:
-        name: what to look up.
-        changes: ``task`` and ``labels``, see :func:`specify`.
-
-    Raises:
-        InputError: as :func:`find_config`, and if transformers cannot build the model.
-    """
-    return specify(*find_config(name), **changes)
-
-
-def specify(
-    model_id: str, source: ModelSource, config: dict[str, Any], *, task: Task | None = None, labels: int | None = None
-) -> ModelSpec:
-    """The specification of a model whose configuration was found; loads torch to count its parameters.
-
-    Args:
-        model_id, source, config: as :func:`find_config` returns them.
-        task: what to train the model for; None is what its configuration says.
-        labels: classes to tell apart; None leaves the configuration's, which are two if it names none.
-
-    Raises:
-        InputError: if transformers cannot build the model, or classes are given for another task.
-    """
-    from badam.training.tasks import CLASSIFICATIONS, TASKS, default_task
-
-    task = task or default_task(config)
-    if labels is not None:
-        if task not in CLASSIFICATIONS:
-            raise InputError(
-                f"{model_id} is planned for {TASKS[task].words}, which has no {labels} classes.",
-                advice="Add --task sequence-classification.",
-            )
-        named = ("id2label", "label2id")
-        config = {**{key: value for key, value in config.items() if key not in named}, "num_labels": labels}
-    spec = ModelSpec(
-        id=model_id,
-        source=source,
-        config=config,
-        config_digest=config_digest(config),
-        task=task,
-        parameters=1,
-    )
-    with explaining(model_id):
-        return spec.model_copy(update={"parameters": count_parameters(spec)})
-
-
-@contextmanager
-def explaining(model_id: str) -> Iterator[None]:
-    """Turn what a model's own code raises into a sentence: its configuration, or the size asked for, is at fault.
-
-    Raises:
-        InputError: in place of any exception that is not already one of ours.
-    """
-    try:
-        yield
-    except BadamError:
-        raise
-    except Exception as error:  # a model may refuse its facts with any error there is
-        raise InputError(
-            f"The code of {model_id} fails with this configuration and this request: {in_one_line(error)}",
-            advice="BADAM_TRACEBACK=1 in the environment shows where.",
-        ) from error
-
-
-def count_parameters(spec: ModelSpec) -> int:
-    """Entries of all distinct parameters of the model's module tree; tied ones count once."""
-    from badam.training.build import choose_attention
-    from badam_planner.rehearsal.model_tree import inspect_model
-
-    return inspect_model(spec, choose_attention(spec)).entries
 
 
 def _exists(path: Path, as_what: Callable[[Path], bool]) -> bool:

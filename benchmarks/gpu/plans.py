@@ -10,9 +10,9 @@ from badam.training.build import choose_attention
 from badam.training.methods import method_of
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.model_tree import ModelTree, inspect_model
+from badam_planner.search.model_spec import describe_model
 from badam_planner.search.planner import Request, staged_plan, with_prediction
 from badam_planner.search.settings import MemorySetting, strategies
-from badam_planner.sources.model_source import describe_model
 from benchmarks.gpu.cases import Case
 
 

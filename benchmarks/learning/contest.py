@@ -11,9 +11,9 @@ from typing import Any
 from badam.plan import MethodOptions, Plan, Target
 from badam.vocabulary import Method, Strategy
 from badam_planner.rehearsal.model_tree import ModelTree, inspect_model
+from badam_planner.search.model_spec import specify
 from badam_planner.search.planner import Request, staged_plan
 from badam_planner.search.settings import MemorySetting
-from badam_planner.sources.model_source import specify
 
 VOCABULARY = 4096
 CONFIG: dict[str, Any] = {

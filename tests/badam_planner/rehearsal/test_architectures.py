@@ -9,7 +9,7 @@ import pytest
 from badam.errors import InputError
 from badam.vocabulary import Dtype
 from badam_planner.rehearsal.evaluator import Evaluator
-from badam_planner.sources.model_source import specify
+from badam_planner.search.model_spec import specify
 from tests.badam_planner.rehearsal.measuring import measure
 from tests.badam_planner.rehearsal.plans import DEBERTA, MODERNBERT, plan_of
 

@@ -11,9 +11,9 @@ from badam.plan import Target
 from badam.vocabulary import Category
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.model_tree import inspect_model
+from badam_planner.search.model_spec import describe_model, specify
 from badam_planner.search.planner import Request, staged_plan
 from badam_planner.search.settings import MemorySetting
-from badam_planner.sources.model_source import describe_model, specify
 from tests.badam_planner.rehearsal.plans import BERT, CPU, DEBERTA, GPT2, LLAMA, ROBERTA, plan_of
 from tests.badam_planner.rehearsal.test_evaluator import everything_in
 

@@ -188,22 +188,18 @@ def test_a_plan_is_made_for_the_fewest_cards_that_fit_and_not_for_one_less() -> 
         checkpointing="none",
         loss="full",
     )
-    answer = make_plan(Request(**{**vars_of(request), "find_num_gpus": True}))
+    answer = make_plan(replace(request, find_num_gpus=True))
     assert answer.plan is not None
     assert answer.plan.target.num_gpus == 3
     assert answer.plan.prediction is not None
     assert answer.plan.prediction.sent_bytes < answer.plan.prediction.sent_bytes_of_full
     fewer = target.model_copy(update={"num_gpus": 2})
-    assert make_plan(Request(**{**vars_of(request), "target": fewer})).plan is None
-
-
-def vars_of(request: Request) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in request.__slots__}
+    assert make_plan(replace(request, target=fewer)).plan is None
 
 
 def test_other_methods_are_refused_for_several_cards() -> None:
     with pytest.raises(InputError, match="Only --method badam"):
-        Request(spec=spec_of(LLAMA, 2), target=CPU.model_copy(update={"engine": "fsdp2"}), method="lora")
+        make_plan(Request(spec=spec_of(LLAMA, 2), target=CPU.model_copy(update={"engine": "fsdp2"}), method="lora"))
 
 
 def test_a_ring_that_leaves_a_node_is_as_slow_as_the_link_between_nodes() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from badam.plan import ModelSpec, Target
+from badam_planner.search.model_spec import specify
 from badam_planner.search.planner import Request, make_plan
 from badam_planner.search.result import Answer
-from badam_planner.sources.model_source import find_config, specify
+from badam_planner.sources.model_source import find_config
 from badam_planner.sources.target import find_target
 
 

@@ -6,14 +6,18 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from badam.errors import DoesNotFit
 from badam.files import CACHE_DIRECTORY
+from badam.plan import MethodOptions, Target
 from badam.vocabulary import Category, Phase
-from badam_planner.search import answer_cache as answers
+from badam_planner.search import answers
+from badam_planner.search.question import Question
 from badam_planner.search.result import Answer, Candidate, SearchResult
 from tests.badam_planner import factories
 
@@ -24,7 +28,9 @@ CANDIDATE = Candidate(
     by_phase={Phase.STEP: 5}, fits=True, recommended=True,
 )  # fmt: skip
 RESULT = SearchResult("model", "card", 9, 1, 2, (CANDIDATE,))
-QUESTION = {"model": ("id", "catalogue", {"hidden_size": 8}), "batch_size": 1}
+QUESTION = Question(model="id")
+SOURCE = ("id", "catalogue", {"hidden_size": 8})
+TARGET = Target(gpu="rtx3090", total_bytes=24, usable_bytes=23)
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +70,18 @@ def test_a_damaged_file_counts_as_none_and_is_replaced(own_cache: Path, damage: 
 
 
 def test_every_part_of_the_question_and_every_version_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {answers.answer_key(QUESTION), answers.answer_key({**QUESTION, "batch_size": 2})}
-    keys.add(answers.answer_key({**QUESTION, "model": ("id", "catalogue", {"hidden_size": 9})}))
+    def key(question: Question = QUESTION, source: Any = SOURCE, target: Target = TARGET) -> str:
+        return answers.answer_key(question, source, target)
+
+    keys = {key(), key(replace(QUESTION, batch_size=2)), key(replace(QUESTION, options=MethodOptions(rank=4)))}
+    keys.add(key(source=("id", "catalogue", {"hidden_size": 9})))
+    keys.add(key(target=TARGET.model_copy(update={"usable_bytes": 22})))
     monkeypatch.setattr(answers, "version", lambda name: "0.0")
-    keys.add(answers.answer_key(QUESTION))
+    keys.add(key())
     monkeypatch.setattr(answers, "_sources_digest", lambda: "other sources")
-    keys.add(answers.answer_key(QUESTION))
-    assert len(keys) == 5
-    assert answers.answer_key(QUESTION) in keys
+    keys.add(key())
+    assert len(keys) == 7
+    assert key() in keys
 
 
 def test_writers_at_the_same_time_leave_one_whole_answer(own_cache: Path) -> None:
