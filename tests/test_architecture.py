@@ -31,8 +31,8 @@ HEAVY = {"accelerate", "datasets", "numpy", "peft", "pynvml", "torch", "transfor
 
 
 MAY_IMPORT = {
-    "torch": ("badam", "badam_planner.rehearsal", "badam_planner.search", "badam_planner.sources"),
-    "transformers": ("badam", "badam_planner.rehearsal", "badam_planner.search", "badam_planner.sources"),
+    "torch": ("badam", "badam_planner.rehearsal", "badam_planner.search"),
+    "transformers": ("badam", "badam_planner.rehearsal", "badam_planner.search"),
     "trl": ("badam.training",),
     "datasets": ("badam.training",),
     "accelerate": ("badam",),
