@@ -32,7 +32,7 @@ from badam import phases
 from badam.plan import ModelSpec, Plan
 from badam.profiling.machine import this_machine
 from badam.training.build import build_model, build_optimizer, prepare_checkpointing, prepare_model
-from badam.training.step import forward_loss
+from badam.training.losses import forward_loss
 from badam.vocabulary import Phase
 from badam_planner.search.model_spec import describe_model
 from badam_planner.search.planner import Request, make_plan

@@ -103,7 +103,7 @@ def _measured_bytes(plan: Any, block: int) -> int:
     from badam.profiling.memory.states import ModelStates
     from badam.training.build import build_model, build_optimizer, prepare_checkpointing, prepare_model
     from badam.training.methods import method_of
-    from badam.training.step import update
+    from badam.training.step import train_step
     from badam.training.tasks import blank_batch
 
     torch.manual_seed(0)
@@ -119,22 +119,24 @@ def _measured_bytes(plan: Any, block: int) -> int:
     peaks = []
     with phases.listening(lambda _previous, phase: memory.phase_begins(phase)):
         for _ in range(STEPS):
-            batch = blank_batch(plan, model.config)
-            _fill(batch)
-            loss = method.loss(model, batch, plan, optimizer, torch.tensor(BATCH * LENGTH))
-            del batch
-            method.backward(loss, optimizer)
-            del loss
-            update(model, optimizer, plan.training.optimizer.max_grad_norm)
+            train_step(
+                plan,
+                method,
+                model,
+                optimizer,
+                lambda: (_filled(blank_batch(plan, model.config)), torch.tensor(BATCH * LENGTH)),
+                micro_batches=1,
+            )
             peaks.append(memory.end_step(pause=False).peak_bytes)
     memory.stop()
     return max(peaks) - before
 
 
-def _fill(batch: dict[str, Any]) -> None:
-    """Random tokens; a function, so that no name is left that holds on to one of the tensors."""
+def _filled(batch: dict[str, Any]) -> dict[str, Any]:
+    """``batch`` with random tokens."""
     for tensor in batch.values():
         tensor.random_(0, 96)
+    return batch
 
 
 def in_a_process(model_type: str) -> Outcome:

@@ -34,12 +34,12 @@ from badam.profiling.machine import provenance, this_machine
 from badam.profiling.memory.cpu import CpuMemory
 from badam.profiling.memory.source import StepMemory
 from badam.profiling.recorder import Recorder
-from badam.training.arguments import training_arguments
 from badam.training.build import build_model
 from badam.training.data.batches import PlanCollator, enforce_length
 from badam.training.data.inputs import Inputs, load_inputs
 from badam.training.options import RunOptions
-from badam.training.trainer import PlanTrainer
+from badam.training.setup import training_arguments
+from badam.training.trainer import LanguageModelTrainer
 from badam.vocabulary import Phase, Profile
 from benchmarks.training_overhead import through_trainer
 
@@ -127,12 +127,12 @@ def with_visits(plan: Plan, setting: MemorySetting) -> Plan:
     return plan.model_copy(update={"schedule": schedule})
 
 
-def trainer_of(plan: Plan, options: RunOptions, inputs: Inputs, recorder: Recorder | None) -> PlanTrainer:
+def trainer_of(plan: Plan, options: RunOptions, inputs: Inputs, recorder: Recorder | None) -> LanguageModelTrainer:
     """The trainer of one run, over the same examples in the same order each time."""
     torch.manual_seed(0)
     pad_token_id = inputs.tokenizer.pad_token_id
     assert isinstance(pad_token_id, int), "the tokenizer was prepared"
-    trainer = PlanTrainer(
+    trainer = LanguageModelTrainer(
         plan=plan,
         model=build_model(plan.model, plan.training),
         args=training_arguments(plan, options, CPU, assistant_only=False),

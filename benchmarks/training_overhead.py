@@ -36,13 +36,13 @@ from transformers.trainer_callback import PrinterCallback
 from badam import phases
 from badam.plan import Plan, load_plan
 from badam.profiling.recorder import Recorder
-from badam.training.arguments import training_arguments
 from badam.training.build import build_model, build_optimizer
 from badam.training.data.batches import PlanCollator, enforce_length
 from badam.training.data.inputs import load_inputs
+from badam.training.losses import forward_loss
 from badam.training.options import RunOptions
-from badam.training.step import forward_loss
-from badam.training.trainer import PlanTrainer
+from badam.training.setup import training_arguments
+from badam.training.trainer import LanguageModelTrainer
 from badam.vocabulary import Phase
 
 ROUNDS = 3
@@ -64,7 +64,7 @@ class StepTimes(TrainerCallback):
         self._since = now
 
 
-def bare(plan: Plan, trainer: PlanTrainer, steps: int) -> list[float]:
+def bare(plan: Plan, trainer: LanguageModelTrainer, steps: int) -> list[float]:
     """Seconds per step of a plain loop over the trainer's own batches."""
     model = build_model(plan.model, plan.training)
     optimizer = build_optimizer(model, plan)
@@ -82,7 +82,7 @@ def bare(plan: Plan, trainer: PlanTrainer, steps: int) -> list[float]:
     return seconds
 
 
-def through_trainer(trainer: PlanTrainer, recorder: Recorder | None) -> list[float]:
+def through_trainer(trainer: LanguageModelTrainer, recorder: Recorder | None) -> list[float]:
     """Seconds per step of the trainer."""
     times = StepTimes()
     trainer.add_callback(times)
@@ -108,9 +108,9 @@ def main() -> None:
         options = RunOptions(output_dir=Path(directory), max_steps=steps, padding="plan")
         inputs = load_inputs(plan, options, None)
 
-        def trainer(recorder: Recorder | None = None) -> PlanTrainer:
+        def trainer(recorder: Recorder | None = None) -> LanguageModelTrainer:
             arguments = training_arguments(plan, options, torch.device("cpu"), assistant_only=False)
-            made = PlanTrainer(
+            made = LanguageModelTrainer(
                 plan=plan,
                 model=build_model(plan.model, plan.training),
                 args=arguments,

@@ -7,7 +7,7 @@ reducer would know the first block only, and DeepSpeed is driven from block to b
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from badam.errors import InputError
+from badam.integrations.accelerate import hides_gradients
 from badam.optim.block import BlockOptimizer
 from badam.plan import Plan
 
@@ -57,6 +58,23 @@ class Engine:
         """Backward of one micro-batch; ``is_last`` of an optimizer step."""
         method.backward(loss, optimizer)
 
+    def loss(self, compute: Callable[..., Tensor], model: PreTrainedModel, *args: Any) -> Tensor:
+        """``compute(model, *args)``, the loss of one micro-batch, ready for :meth:`backward`."""
+        return compute(model, *args)
+
+    def clip(
+        self, model: PreTrainedModel, optimizer: Optimizer, max_norm: float, on_norm: Callable[[Tensor], None] | None
+    ) -> None:
+        """Scale the step's gradients to a joint norm of at most ``max_norm``, if it is not 0; tell what it was."""
+        if not max_norm:
+            return
+        if hides_gradients(optimizer):
+            norm = cast(Any, optimizer).clip_grad_norm_(max_norm)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        if on_norm is not None:
+            on_norm(norm)
+
     def gradient_norm(self) -> float | None:
         """The norm of the last step's gradients, where only the engine knows it."""
         return None
@@ -85,6 +103,16 @@ class Copies(Engine):
     """A whole copy in every process; the optimizer averages the active block's gradients."""
 
     keeps_shards = True
+
+    def loss(self, compute: Callable[..., Tensor], model: PreTrainedModel, *args: Any) -> Tensor:
+        """The mean of the processes' losses, as which their gradients are averaged, is that of all labels."""
+        return self._within(compute, model, *args) * dist.get_world_size()
+
+    def _within(self, compute: Callable[..., Tensor], model: PreTrainedModel, *args: Any) -> Tensor:
+        """``compute(model, *args)``, where a part of the model that it calls directly is gathered as in a forward."""
+        within = getattr(model, "loss_within", None) if self.plan.training.loss == "chunked" else None
+        found: Tensor = compute(model, *args) if within is None else within(lambda: compute(model, *args))
+        return found
 
     def save(self, directory: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
         from badam.distributed import save_checkpoint
@@ -153,10 +181,8 @@ class Sharded(Copies):
         cast(Any, model).reshard()
 
 
-class ZeroThree(Engine):
+class ZeroThree(Copies):
     """DeepSpeed's ZeRO-3, which partitions the model when the optimizer is there."""
-
-    keeps_shards = True
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -205,6 +231,11 @@ class ZeroThree(Engine):
         from badam.distributed.deepspeed import engine as zero3_engine
 
         zero3_engine.backward(self._deepspeed, loss, is_last=is_last)
+
+    def clip(
+        self, model: PreTrainedModel, optimizer: Optimizer, max_norm: float, on_norm: Callable[[Tensor], None] | None
+    ) -> None:
+        """Nothing: DeepSpeed clips in its step."""
 
     def gradient_norm(self) -> float | None:
         norm = self._deepspeed.get_global_grad_norm()

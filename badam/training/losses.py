@@ -1,4 +1,4 @@
-"""The two losses a plan can name for a language model, and those of other tasks.
+"""Forward and loss of one micro-batch: the two losses a plan can name for a language model, and those of other tasks.
 
 ``full`` is what transformers' own forward does: logits of every position at once, 10 bytes per token and vocabulary
 entry in forward and 12 in backward. ``chunked`` holds the logits of a few positions at a time.
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from badam import phases
 from badam.errors import InputError
-from badam.vocabulary import Phase
+from badam.vocabulary import Loss, Phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +38,39 @@ _UNSUPPORTED = {
     "output_router_logits": (None, False),
 }
 """What a configuration may ask for that the chunked loss does not do, each with the values that ask for nothing."""
+
+
+def forward_loss(
+    model: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    loss: Loss,
+    *,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """Run forward and return the scalar loss; on return the phase is BACKWARD, and the caller's next act.
+
+    Args:
+        model: the model, in training mode.
+        batch: ``input_ids`` and ``labels``, int64 of shape [batch, length]. Padding is on the right, where the causal
+            mask hides it, so no ``attention_mask`` is given: with one, transformers would leave the memory-saving
+            attention path. For classification labels have shape [batch], and there is an ``attention_mask``: every
+            token of an encoder sees every other. Other tasks have the inputs that badam.training.tasks.blank_batch
+            lists; what is no text is in the type of the weights.
+        loss: which of the losses of this module to compute.
+        num_items: label tokens (or labelled examples) of the whole optimizer step, to divide the summed loss by under
+            accumulation.
+    """
+    phases.enter(Phase.FORWARD)
+    if batch["labels"].ndim == 1:
+        scalar = classification_loss(model, batch, num_items)
+    elif loss == "chunked":
+        scalar = chunked_loss(model, batch, num_items)
+    elif getattr(model.config, "is_encoder_decoder", False):
+        scalar = sequence_to_sequence_loss(model, batch, num_items)
+    else:
+        scalar = full_loss(model, batch, num_items)
+    phases.enter(Phase.BACKWARD)
+    return scalar
 
 
 def full_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], num_items: Tensor | int | None) -> Tensor:

@@ -28,10 +28,9 @@ from badam.training.data.dataset import in_directory
 from badam.training.data.inputs import load_inputs
 from badam.training.engines import Engine, check_kind, engine_of
 from badam.training.interruption import Interruption
-from badam.training.loop import PlanLoop
+from badam.training.memory_limit import explained
 from badam.training.methods import method_of
 from badam.training.options import RunOptions
-from badam.training.out_of_memory import explained
 from badam.training.processes import Processes, explain_lost_processes, join_processes, shared_options, shared_plan
 from badam.training.progress import MetricsFile, ProgressDisplay
 from badam.training.run_callback import RunCallback
@@ -48,6 +47,7 @@ from badam.training.run_directory import (
 )
 from badam.training.setup import prepare_trainer
 from badam.training.tasks import TRAINED_HERE
+from badam.training.trainer import PlanTrainer
 from badam.training.weights import locate_weights, tokenizer_source
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _run(
 
 def _callback(
     stack: ExitStack,
-    trainer: PlanLoop,
+    trainer: PlanTrainer,
     options: RunOptions,
     recorder: Recorder,
     interruption: Interruption,
@@ -187,7 +187,7 @@ def _callback(
     return RunCallback(trainer, recorder, display, metrics, evaluations, interruption, names)
 
 
-def _save_measured(trainer: PlanLoop, recorder: Recorder, command: str | None, path: Path) -> MeasuredRun | None:
+def _save_measured(trainer: PlanTrainer, recorder: Recorder, command: str | None, path: Path) -> MeasuredRun | None:
     """Write what was measured; where no step was made, what the run before has left is all there is."""
     processes = trainer.processes
     if trainer.steps_made == 0:
@@ -197,7 +197,7 @@ def _save_measured(trainer: PlanLoop, recorder: Recorder, command: str | None, p
     return measured
 
 
-def _measured(trainer: PlanLoop, recorder: Recorder, command: str | None) -> MeasuredRun:
+def _measured(trainer: PlanTrainer, recorder: Recorder, command: str | None) -> MeasuredRun:
     """What was measured, with the micro-batches that memory allowed."""
     measured = recorder.measured_run(trainer.plan, command=command)
     micro, training = trainer.micro_batches, trainer.plan.training
@@ -213,7 +213,7 @@ def _save_profile(recorder: Recorder, plan: Plan, options: RunOptions, console: 
         _tell(console, f"profile: {path}")
 
 
-def _best(trainer: PlanLoop) -> BestEvaluation | None:
+def _best(trainer: PlanTrainer) -> BestEvaluation | None:
     state = trainer.state
     if not trainer.has_best_weights or state.best_global_step is None or state.best_metric is None:
         return None
@@ -224,7 +224,7 @@ def _check_runnable(plan: Plan, options: RunOptions, device: torch.device) -> No
     if plan.model.task not in TRAINED_HERE:
         raise InputError(
             f"badam-train trains language models and classifiers of texts; this plan is for {plan.model.task}.",
-            advice="Train it in a loop of your own with badam.BlockOptimizer and badam.training.step.forward_loss; "
+            advice="Train it in a loop of your own with badam.BlockOptimizer and badam.training.losses.forward_loss; "
             "badam.profiling.record(optimizer, model, plan=plan) measures it.",
         )
     method = method_of(plan.method)
@@ -290,7 +290,7 @@ def _own_display() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _total_steps(trainer: PlanLoop, options: RunOptions, checkpoint: Path | None) -> int:
+def _total_steps(trainer: PlanTrainer, options: RunOptions, checkpoint: Path | None) -> int:
     """Optimizer steps of the whole run.
 
     Raises:
@@ -338,7 +338,7 @@ def _warn(plan: Plan, device: torch.device, total_steps: int, console: Console) 
         _tell(console, f"warning: {warning}")
 
 
-def _save_model(trainer: PlanLoop, output_dir: Path) -> Path:
+def _save_model(trainer: PlanTrainer, output_dir: Path) -> Path:
     """The trained model with its tokenizer, ready for from_pretrained."""
     if not trainer.has_best_weights:
         trainer.method.settle(trainer.plan_optimizer)
@@ -354,7 +354,7 @@ def _save_model(trainer: PlanLoop, output_dir: Path) -> Path:
     return target
 
 
-def _release(trainer: PlanLoop) -> None:
+def _release(trainer: PlanTrainer) -> None:
     """Let go of the last block: autograd's hooks on its parameters would keep masters and moments forever."""
     optimizer = trainer.plan_optimizer
     if isinstance(optimizer, BlockOptimizer):

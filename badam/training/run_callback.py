@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from badam.training.loop import PlanLoop
+    from badam.training.trainer import PlanTrainer
 
 
 class RunCallback(TrainerCallback):
@@ -35,7 +35,7 @@ class RunCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: PlanLoop,
+        trainer: PlanTrainer,
         recorder: Recorder,
         display: ProgressDisplay,
         metrics: MetricsFile,

@@ -6,30 +6,41 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig
+from trl.chat_template_utils import get_training_chat_template
 
 from badam.errors import InputError
 from badam.integrations.transformers import BAdamCallback
 from badam.plan import Plan
 from badam.profiling.recorder import Recorder
-from badam.training.arguments import marks_assistant, training_arguments
 from badam.training.data.batches import LengthReport, PlanCollator, enforce_length, pack
 from badam.training.data.classes import ClassCollator, Classes, encode
+from badam.training.data.dataset import TrainingData
 from badam.training.data.inputs import Inputs
-from badam.training.loop import PlanLoop
 from badam.training.options import RunOptions
-from badam.training.trainer import PlanClassifier, PlanTrainer
+from badam.training.trainer import LanguageModelTrainer, PlanTrainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# transformers' own checkpointing changed its name in 5.23; TRL would switch it on, beside the plan's.
+OWN_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+EVERY_EPOCH = 500  # transformers wants a number of steps even where it counts epochs
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A trainer, and what to tell of its data."""
 
-    trainer: PlanLoop
+    trainer: PlanTrainer
     lengths: LengthReport
     packed: int | None = None  # rows that the examples were packed into
 
@@ -48,7 +59,7 @@ def prepare_trainer(
     tell: Callable[[str], None],
     **together: Any,
 ) -> Prepared:
-    """The trainer of the plan's task over the run's data; ``together`` is for PlanLoop.
+    """The trainer of the plan's task over the run's data; ``together`` is for PlanTrainer.
 
     Raises:
         DataError: if the data is longer than allowed, or has nothing to learn within the plan's length.
@@ -83,7 +94,7 @@ def _callbacks(plan: Plan, options: RunOptions) -> list[TrainerCallback]:
 def _language_model(plan: Plan, options: RunOptions, inputs: Inputs, shared: dict[str, Any]) -> Prepared:
     limit, pad_token_id = plan.training.seq_len, inputs.tokenizer.pad_token_id
     assert isinstance(pad_token_id, int), "the tokenizer was prepared"
-    trainer = PlanTrainer(
+    trainer = LanguageModelTrainer(
         **shared,
         collator=PlanCollator(limit, pad_token_id),
         train_dataset=inputs.training.dataset,
@@ -112,10 +123,87 @@ def _classifier(plan: Plan, options: RunOptions, inputs: Inputs, shared: dict[st
     assert isinstance(pad_token_id, int), "the tokenizer was prepared"
     if config.pad_token_id is None:
         config.pad_token_id = pad_token_id  # decoders classify by their last token that is no padding
-    trainer = PlanClassifier(
+    trainer = PlanTrainer(
         **shared,
         collator=ClassCollator(limit, pad_token_id, token_types=getattr(config, "type_vocab_size", 0) > 1),
         train_dataset=training,
         eval_dataset=evaluation,
     )
     return Prepared(trainer, lengths)
+
+
+def training_arguments(
+    plan: Plan, options: RunOptions, device: torch.device, *, assistant_only: bool
+) -> TrainingArguments:
+    """Hugging Face's settings for a plan; what the plan's own code does is switched off there.
+
+    Args:
+        plan: what to run; TRL's settings are given for a language model only.
+        options: what a run needs beyond the plan.
+        device: where to train.
+        assistant_only: take the loss of conversations over what the assistant says.
+    """
+    training, optimizer = plan.training, plan.training.optimizer
+    settings: dict[str, Any] = {
+        "output_dir": str(options.output_dir),
+        "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": training.batch_size,
+        "gradient_accumulation_steps": training.grad_accum,
+        "max_steps": options.max_steps or -1,
+        "num_train_epochs": options.epochs,
+        "learning_rate": optimizer.learning_rate,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "lr_scheduler_type": options.lr_scheduler,
+        "warmup_steps": options.warmup_steps or options.warmup_share,  # below 1 it is a share of all steps
+        "logging_steps": 1,
+        "seed": options.seed,
+        "use_cpu": device.type == "cpu",
+        "bf16": False,  # the model is in the plan's type already; these switch autocast on
+        "fp16": False,
+        "report_to": list(options.report_to) or "none",
+        "disable_tqdm": True,
+        "average_tokens_across_devices": plan.target.engine != "single",
+        **_saving(options),
+        **_evaluating(plan, options),
+    }
+    if plan.model.task != "causal-lm":
+        return TrainingArguments(**settings)
+    return SFTConfig(
+        **settings,
+        **{OWN_CHECKPOINTING: False},
+        max_length=None,  # TRL tokenizes whole examples, so that lengths can be told before they are cut
+        assistant_only_loss=assistant_only,
+    )
+
+
+def _saving(options: RunOptions) -> dict[str, Any]:
+    if options.checkpoint_steps is None and not options.keep_best:
+        return {"save_strategy": "no"}
+    return {
+        "save_strategy": "steps" if options.checkpoint_steps else "epoch",
+        "save_steps": options.checkpoint_steps or EVERY_EPOCH,
+    }
+
+
+def _evaluating(plan: Plan, options: RunOptions) -> dict[str, Any]:
+    if not options.evaluates:
+        return {"eval_strategy": "no"}
+    return {
+        "eval_strategy": "steps" if options.evaluation_steps else "epoch",
+        "eval_steps": options.evaluation_steps or EVERY_EPOCH,
+        "load_best_model_at_end": options.keep_best,
+        "metric_for_best_model": "loss" if plan.model.task == "causal-lm" else "accuracy",
+        # Without this a resumed run would count its patience anew.
+        "restore_callback_states_from_checkpoint": options.patience is not None,
+    }
+
+
+def marks_assistant(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template lets the loss be taken over the assistant's words alone."""
+    if data.kind != "messages":
+        return False
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError:
+        return False
+    return True

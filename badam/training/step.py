@@ -1,66 +1,79 @@
-"""Forward and loss of one micro-batch, which trainer and planner share, and the update as the Trainer makes it."""
+"""One training step, which the trainer runs, the planner rehearses, and benchmarks and tests time and measure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from badam import phases
-from badam.training.losses import chunked_loss, classification_loss, full_loss, sequence_to_sequence_loss
-from badam.vocabulary import Loss, Phase
+from badam.plan import Plan
+from badam.training.engines import Engine
+from badam.vocabulary import Phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from badam.training.methods.base import TrainingMethod
 
-def forward_loss(
+Batch = dict[str, Tensor]
+
+
+def train_step(
+    plan: Plan,
+    method: TrainingMethod,
     model: PreTrainedModel,
-    batch: Mapping[str, Tensor],
-    loss: Loss,
+    optimizer: Optimizer,
+    next_batch: Callable[[], tuple[Batch, Tensor | int]],
     *,
-    num_items: Tensor | int | None = None,
-) -> Tensor:
-    """Run forward and return the scalar loss; on return the phase is BACKWARD, and the caller's next act.
+    micro_batches: int,
+    engine: Engine | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    on_loss: Callable[[Tensor], None] | None = None,
+    on_norm: Callable[[Tensor], None] | None = None,
+) -> None:
+    """One optimizer step: forward, loss and backward of each micro-batch, then clip, update and zero_grad.
 
     Args:
-        model: the model, in training mode.
-        batch: ``input_ids`` and ``labels``, int64 of shape [batch, length]. Padding is on the right, where the causal
-            mask hides it, so no ``attention_mask`` is given: with one, transformers would leave the memory-saving
-            attention path. For classification labels have shape [batch], and there is an ``attention_mask``: every
-            token of an encoder sees every other. Other tasks have the inputs that badam.training.tasks.blank_batch
-            lists; what is no text is in the type of the weights.
-        loss: which of the losses to compute, see badam.training.losses.
-        num_items: label tokens (or labelled examples) of the whole optimizer step, to divide the summed loss by under
-            accumulation.
+        plan: the loss, and the bound on the norm of all gradients together (0 leaves them alone).
+        method: of the plan; says what loss, backward and so the gradients are.
+        model: in training mode, prepared by :func:`badam.training.build.prepare_model`.
+        optimizer: of :func:`badam.training.build.build_optimizer`, or what its engine drives it by.
+        next_batch: makes the next micro-batch, which the step alone holds and lets go of before its backward (see
+            badam.training.losses.forward_loss for what is in it), and tells the number of label tokens, or of labelled
+            examples, that its summed loss is divided by: those of all micro-batches of the step.
+        micro_batches: how many make the step.
+        engine: what several processes do otherwise; one alone by default.
+        scaler: of losses in float16, whose gradients would underflow.
+        on_loss: called after each backward with the loss of its micro-batch, shape ().
+        on_norm: called with the norm of all gradients before they were clipped, shape (), where they are clipped here.
     """
-    phases.enter(Phase.FORWARD)
-    if batch["labels"].ndim == 1:
-        scalar = classification_loss(model, batch, num_items)
-    elif loss == "chunked":
-        scalar = chunked_loss(model, batch, num_items)
-    elif getattr(model.config, "is_encoder_decoder", False):
-        scalar = sequence_to_sequence_loss(model, batch, num_items)
-    else:
-        scalar = full_loss(model, batch, num_items)
-    phases.enter(Phase.BACKWARD)
-    return scalar
-
-
-def update(model: nn.Module, optimizer: Optimizer, max_grad_norm: float) -> None:
-    """What follows the last backward of an optimizer step, as transformers' Trainer does it: clip, step, zero_grad.
-
-    Args:
-        model: whose gradients are clipped.
-        optimizer: takes the step.
-        max_grad_norm: bound on the norm of all gradients together; 0 leaves them alone.
-    """
+    engine = engine or Engine(plan)
+    for number in range(1, micro_batches + 1):
+        batch, num_items = next_batch()
+        loss = engine.loss(method.loss, model, batch, plan, optimizer, num_items)
+        del num_items, batch
+        scaled = loss if scaler is None else scaler.scale(loss)
+        engine.backward(scaled, method, optimizer, is_last=number == micro_batches)
+        if on_loss is not None:
+            on_loss(loss)
+        del loss, scaled
+    if scaler is not None:
+        _unscale(scaler, optimizer)
     phases.enter(Phase.STEP)
-    if max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    engine.clip(model, optimizer, plan.training.optimizer.max_grad_norm, on_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     phases.enter(Phase.SETUP)
+
+
+def _unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+    """Take the scale out of the step's gradients; drop them if one overflowed, and try a smaller scale then."""
+    before = scaler.get_scale()
+    scaler.unscale_(optimizer)
+    scaler.update()
+    if scaler.get_scale() < before and not hasattr(optimizer, "non_finite_steps"):
+        optimizer.zero_grad(set_to_none=True)  # ours see for themselves, and count

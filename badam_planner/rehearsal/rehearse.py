@@ -29,7 +29,7 @@ from badam.plan import ModelSpec, Plan, Schedule, Target, Training
 from badam.profiling.memory.states import base_of, masters, state_tensors
 from badam.training.build import build_model, build_optimizer, prepare_checkpointing, prepare_model
 from badam.training.methods import method_of
-from badam.training.step import update
+from badam.training.step import train_step
 from badam.training.tasks import blank_batch
 from badam.vocabulary import Phase
 from badam_planner.recording.recording import Entries, Recording, TensorRole
@@ -283,16 +283,22 @@ def _first_update(model: PreTrainedModel, optimizer: Optimizer, tracker: Storage
 def _training_step(
     plan: Plan, method: TrainingMethod, model: PreTrainedModel, optimizer: Optimizer, tracker: StorageTracker
 ) -> None:
-    """One optimizer step as transformers' Trainer makes it: micro-batches, clipping, step, zero_grad."""
-    for _ in range(plan.training.grad_accum):
+    """The trainer's step, on batches without content."""
+
+    def next_batch() -> tuple[dict[str, Tensor], Tensor]:
         batch = blank_batch(plan, model.config)
         tracker.tell(batch.items(), TensorRole.BATCH)
-        loss = method.loss(model, batch, plan, optimizer, torch.zeros((), dtype=torch.int64))
-        del batch
-        method.backward(loss, optimizer)
-        del loss
-        label_gradients(model, tracker)
-    update(model, optimizer, plan.training.optimizer.max_grad_norm)
+        return batch, torch.zeros((), dtype=torch.int64)
+
+    train_step(
+        plan,
+        method,
+        model,
+        optimizer,
+        next_batch,
+        micro_batches=plan.training.grad_accum,
+        on_loss=lambda _loss: label_gradients(model, tracker),
+    )
 
 
 def label_gradients(model: PreTrainedModel, tracker: StorageTracker) -> None:

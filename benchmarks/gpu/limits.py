@@ -13,7 +13,7 @@ from badam import phases
 from badam.errors import BadamError, OutOfMemory
 from badam.plan import Plan, Target
 from badam.profiling.memory.states import live_cpu_tensors
-from badam.training.out_of_memory import explained
+from badam.training.memory_limit import explained
 from badam.vocabulary import Phase
 from badam_planner.rehearsal.evaluator import Evaluator
 from benchmarks.gpu.draws import Draw, Outcome

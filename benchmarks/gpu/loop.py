@@ -12,7 +12,7 @@ from badam.plan import Plan
 from badam.profiling.record import MeasuredRun
 from badam.training.build import build_model
 from badam.training.methods import method_of
-from badam.training.step import update
+from badam.training.step import train_step
 from badam.vocabulary import Phase
 
 if TYPE_CHECKING:
@@ -57,19 +57,17 @@ def run_steps(
 def optimizer_step(
     plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> Tensor:
-    """One optimizer step in the order of transformers' Trainer; returns the loss, shape (), detached."""
-    method = method_of(plan.method)
-    total = torch.zeros((), device=device)
-    items = torch.tensor(_tokens(plan), device=device)
-    for _ in range(plan.training.grad_accum):
-        batch = random_batch(plan, model, device)
-        loss = method.loss(model, batch, plan, optimizer, items)
-        del batch
-        method.backward(loss, optimizer)
-        total += loss.detach()
-        del loss
-        phases.enter(Phase.SETUP)
-    update(model, optimizer, plan.training.optimizer.max_grad_norm)
+    """One optimizer step on random tokens; returns the loss, shape (), detached."""
+    total, items = torch.zeros((), device=device), torch.tensor(_tokens(plan), device=device)
+    train_step(
+        plan,
+        method_of(plan.method),
+        model,
+        optimizer,
+        lambda: (random_batch(plan, model, device), items),
+        micro_batches=plan.training.grad_accum,
+        on_loss=lambda loss: total.add_(loss.detach()),
+    )
     return total
 
 

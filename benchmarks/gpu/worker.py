@@ -154,7 +154,7 @@ def _predicted_plan(case: Case, job: Job) -> Plan:
 
 
 def _measured(case: Case, plan: Plan, job: Job, seconds: dict[str, float]) -> dict[str, Any]:
-    from badam.training.out_of_memory import explained
+    from badam.training.memory_limit import explained
     from benchmarks.gpu.loop import build_on, run_steps
     from benchmarks.gpu.optimizers import case_optimizer
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from badam.errors import InputError, require
 from badam.plan import Plan
 from badam.tensors.dtensor import shape_of
-from badam.training.step import forward_loss
+from badam.training.losses import forward_loss
 from badam.vocabulary import Method
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class TrainingMethod(ABC):
         optimizer: Optimizer,
         num_items: Tensor | int | None,
     ) -> Tensor:
-        """The loss of one micro-batch, ready for :meth:`backward`; see badam.training.step.forward_loss."""
+        """The loss of one micro-batch, ready for :meth:`backward`; see badam.training.losses.forward_loss."""
         return forward_loss(model, batch, plan.training.loss, num_items=num_items)
 
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from badam import phases
 from badam.plan import Plan
 from badam.tensors.functional import round_stochastically_
+from badam.training.losses import forward_loss
 from badam.training.methods.base import TrainingMethod, parameter_groups
-from badam.training.step import forward_loss
 from badam.vocabulary import Method, Phase
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from badam.plan import Plan
 from badam.profiling.memory.cpu_allocator_log import AllocatorLog
 from badam.profiling.memory.states import ModelStates, distinct_bytes
 from badam.training.build import build_model, prepare_checkpointing
-from badam.training.step import forward_loss
+from badam.training.losses import forward_loss
 
 
 def llama_peak(plan_json: str, block: int) -> dict[str, Any]:

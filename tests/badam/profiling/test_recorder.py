@@ -17,7 +17,7 @@ from badam.plan import Plan
 from badam.profiling.record import load_measured
 from badam.profiling.recorder import Recorder
 from badam.training.build import build_model, build_optimizer
-from badam.training.step import forward_loss
+from badam.training.losses import forward_loss
 from badam.vocabulary import STEP_PHASES, Category, Phase
 from tests.badam.training.tiny import LAYERS, tiny_plan
 

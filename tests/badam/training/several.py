@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from badam.errors import BadamError
 from badam.plan import Plan
 from badam.training.interruption import Interruption
-from badam.training.loop import PlanLoop
 from badam.training.options import RunOptions
 from badam.training.processes import Processes
 from badam.training.run import run_plan
+from badam.training.trainer import PlanTrainer
 
 
 def run_all(plan: str, runs: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -61,7 +61,7 @@ def run_all(plan: str, runs: dict[str, dict[str, Any]]) -> dict[str, str]:
 def fail_alone(plan: str, settings: dict[str, Any]) -> None:
     """A run in which the disk is full for what the first process alone writes of a checkpoint."""
     if dist.get_rank() == 0:
-        PlanLoop.save_model = no_space  # type: ignore[method-assign]
+        PlanTrainer.save_model = no_space  # type: ignore[method-assign]
     run_plan(Plan.model_validate_json(plan), RunOptions(**settings), Console(quiet=True), command="test")
 
 

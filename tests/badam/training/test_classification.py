@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from badam.errors import DataError, InputError
 from badam.plan import BlockPlan, Partition, Plan
-from badam.training import loop as loop_module
+from badam.training import step as step_module
+from badam.training import trainer as trainer_module
 from badam.training.data.formats import CLASS_FORMATS, detect
 from tests.badam.training.tiny import run_tiny, tiny_plan, write_jsonl
 
@@ -117,13 +118,17 @@ def test_long_texts_are_cut_at_the_longer_part_and_special_tokens_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    original = loop_module.PlanLoop.training_step
+    original = step_module.train_step
 
-    def noted(self: Any, model: Any, inputs: Any, *others: Any) -> Any:
-        seen.append({name: tensor.clone() for name, tensor in inputs.items()})
-        return original(self, model, inputs, *others)
+    def noted(plan: Any, method: Any, model: Any, optimizer: Any, next_batch: Any, **options: Any) -> Any:
+        def noted_batch() -> Any:
+            batch, num_items = next_batch()
+            seen.append({name: tensor.clone() for name, tensor in batch.items()})
+            return batch, num_items
 
-    monkeypatch.setattr(loop_module.PlanLoop, "training_step", noted)
+        return original(plan, method, model, optimizer, noted_batch, **options)
+
+    monkeypatch.setattr(trainer_module, "train_step", noted)
     rows = [{"premise": "rain " * 100, "hypothesis": "wet", "label": index % 2} for index in range(4)]
     _, printed = run(tmp_path, rows, max_steps=1)
     assert seen[0]["input_ids"].shape == (4, 24)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from badam import phases
 from badam.errors import InputError
-from badam.training import loop as loop_module
+from badam.training import trainer as trainer_module
 from badam.training.evaluation import Evaluation, evaluate
 from badam.vocabulary import Phase
 from tests.badam.training.test_methods import plan_for
@@ -32,7 +32,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 def given_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """Evaluations find these losses, one after the other."""
     left = iter(losses)
-    monkeypatch.setattr(loop_module, "evaluate", lambda *_: Evaluation(next(left), 1))
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *_: Evaluation(next(left), 1))
 
 
 def test_the_loss_is_the_mean_over_all_labels_whatever_the_batches(
@@ -45,7 +45,7 @@ def test_the_loss_is_the_mean_over_all_labels_whatever_the_batches(
         seen.append(dataset)
         return evaluate(model, dataset, *others)
 
-    monkeypatch.setattr(loop_module, "evaluate", noted)
+    monkeypatch.setattr(trainer_module, "evaluate", noted)
     held_out = write_jsonl(tmp_path / "eval.jsonl", records(5))
     plan = tiny_plan(training={"dtype": "float32"}, optimizer={"learning_rate": 1e-12})
     run_tiny(plan, tmp_path, max_steps=1, eval_data=str(held_out), eval_steps=1)
@@ -81,7 +81,7 @@ def test_a_share_of_the_data_is_held_out_and_never_trained_on(tmp_path: Path, mo
         sizes["held out"] = len(dataset)
         return Evaluation(1.0, 1)
 
-    monkeypatch.setattr(loop_module, "evaluate", noted)
+    monkeypatch.setattr(trainer_module, "evaluate", noted)
     _, printed = run_tiny(tiny_plan(), tmp_path, eval_share=0.25, max_steps=None, epochs=1)
     assert sizes["held out"] == 6
     assert len(lines(tmp_path / "run", "metrics.jsonl")) == 9  # the other 18 in batches of two

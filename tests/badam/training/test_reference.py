@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from badam.plan import BlockPlan, Partition
 from badam.training.build import build_optimizer
 from badam.training.losses import full_loss
-from badam.training.step import update
+from badam.training.methods import method_of
+from badam.training.step import train_step
 from tests.badam.training.tiny import LAYERS, tiny_plan
 
 RATE, STEPS = 1e-2, 12
@@ -65,10 +66,10 @@ def test_every_visit_is_a_new_adamw_over_its_block(tiny_llama: Any, blocks: list
     plan = tiny_plan(partition=partition, optimizer=settings, schedule={"switch_every": visit})
     model, twin = (tiny_llama(dtype=torch.float32, vocab_size=320) for _ in range(2))
     twin.load_state_dict(model.state_dict())
-    optimizer = build_optimizer(model, plan)
+    optimizer, method = build_optimizer(model, plan), method_of(plan.method)
     for batch in batches():
-        full_loss(model, batch, None).backward()
-        update(model, optimizer, 1.0)
+        labels = (batch["labels"][:, 1:] != -100).sum()
+        train_step(plan, method, model, optimizer, lambda step=(batch, labels): step, micro_batches=1)
     by_definition(twin, blocks, visit)
     reference = dict(twin.named_parameters())
     for name, parameter in model.named_parameters():

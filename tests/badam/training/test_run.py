@@ -15,8 +15,8 @@ from badam.errors import DataError, InputError, OutOfMemory
 from badam.plan import load_plan, record_digest
 from badam.profiling.record import load_measured
 from badam.training import engines as engines_module
-from badam.training import loop as loop_module
 from badam.training import run_directory as checkpoints_module
+from badam.training import trainer as trainer_module
 from badam.training import weights as weights_module
 from badam.training.data import batches as batches_module
 from badam.training.methods import base as base_module
@@ -145,13 +145,13 @@ def test_the_loss_is_taken_over_the_answer_alone(
 
 def test_the_second_pass_over_the_data_has_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     orders = []
-    original = loop_module.EpochSampler.__iter__
+    original = trainer_module.EpochSampler.__iter__
 
     def noted(self: Any) -> Any:
         orders.append(list(original(self)))
         return iter(orders[-1])
 
-    monkeypatch.setattr(loop_module.EpochSampler, "__iter__", noted)
+    monkeypatch.setattr(trainer_module.EpochSampler, "__iter__", noted)
     run_tiny(tiny_plan(), tmp_path, max_steps=None, epochs=2)
     assert len(orders) == 2
     assert orders[0] != orders[1]
@@ -231,7 +231,7 @@ def test_resuming_without_a_checkpoint_says_so(tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_run_and_leaves_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = loop_module.Trainer._save_optimizer_and_scheduler
+    original = trainer_module.Trainer._save_optimizer_and_scheduler
 
     def fill_disk(self: Any, output: str) -> None:
         if self.state.global_step > 1:
@@ -239,7 +239,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_previous_checkpoint(
             raise OSError(28, "No space left on device")
         original(self, output)
 
-    monkeypatch.setattr(loop_module.Trainer, "_save_optimizer_and_scheduler", fill_disk)
+    monkeypatch.setattr(trainer_module.Trainer, "_save_optimizer_and_scheduler", fill_disk)
     with pytest.raises(InputError, match=r"checkpoint of step 2 .* No space left"):
         run_tiny(tiny_plan(), tmp_path, save_steps=1)
     left = sorted(path.name for path in (tmp_path / "run").iterdir())

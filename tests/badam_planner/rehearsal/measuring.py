@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from badam.profiling.memory.cpu import CpuMemory
 from badam.profiling.memory.states import ModelStates
 from badam.training.build import build_model, build_optimizer, prepare_checkpointing, prepare_model
 from badam.training.methods import method_of
-from badam.training.step import update
+from badam.training.step import train_step
 from badam.training.tasks import blank_batch
 from badam.vocabulary import Category
 from badam_planner.rehearsal.rehearse import VISIT_STEPS
@@ -56,18 +57,24 @@ def measure(
     found, losses = [], []
     with phases.listening(lambda _previous, phase: memory.phase_begins(phase)):
         for _ in range(steps):
-            total = 0.0
-            for micro in range(plan.training.grad_accum):
+            seeds, micro_losses = iter(range(plan.training.grad_accum)), list[float]()
+
+            def next_batch(seeds: Iterator[int] = seeds) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+                seed = next(seeds)
                 if same_data:
-                    torch.manual_seed(micro)
-                batch = _random_batch(plan, model.config)
-                loss = method.loss(model, batch, plan, optimizer, torch.tensor(items))
-                del batch
-                method.backward(loss, optimizer)
-                total += loss.item()
-                del loss
-            losses.append(total)
-            update(model, optimizer, plan.training.optimizer.max_grad_norm)
+                    torch.manual_seed(seed)
+                return _random_batch(plan, model.config), torch.tensor(items)
+
+            train_step(
+                plan,
+                method,
+                model,
+                optimizer,
+                next_batch,
+                micro_batches=plan.training.grad_accum,
+                on_loss=lambda loss, losses=micro_losses: losses.append(loss.item()),
+            )
+            losses.append(sum(micro_losses))
             found.append(memory.end_step(pause=False))
     memory.stop()
     highest = max(found, key=lambda step: step.peak_bytes)

@@ -13,9 +13,9 @@ from badam import BlockOptimizer
 from badam.errors import InputError
 from badam.plan import Target
 from badam.training.build import build_model, model_config
+from badam.training.losses import forward_loss
 from badam.training.options import RunOptions
 from badam.training.run import run_plan
-from badam.training.step import forward_loss
 from badam.training.tasks import blank_batch, chosen_lengths, default_task
 from badam.vocabulary import Strategy
 from badam_planner.rehearsal.evaluator import Evaluator

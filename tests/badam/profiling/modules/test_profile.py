@@ -25,7 +25,7 @@ from badam.profiling.modules.record import (
 )
 from badam.profiling.recorder import Recording
 from badam.training.build import build_model, build_optimizer
-from badam.training.step import forward_loss
+from badam.training.losses import forward_loss
 from badam.vocabulary import Phase, Profile
 from tests.badam.training.tiny import LAYERS, run_tiny, tiny_plan
 

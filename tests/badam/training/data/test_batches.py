@@ -13,8 +13,7 @@ from badam.errors import DataError
 from badam.training.build import build_model
 from badam.training.data.batches import EpochSampler, PlanCollator, enforce_length
 from badam.training.data.dataset import to_dataset
-from badam.training.losses import IGNORE_INDEX
-from badam.training.step import forward_loss
+from badam.training.losses import IGNORE_INDEX, forward_loss
 from badam.vocabulary import OnLong
 from tests.badam.training.tiny import tiny_plan
 

@@ -1,0 +1,52 @@
+"""The one training step: its order, and that whoever makes a step makes this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from badam import phases
+from badam.training import trainer as trainer_module
+from badam.training.build import build_model, build_optimizer
+from badam.training.methods import method_of
+from badam.training.step import train_step
+from badam_planner.rehearsal import rehearse as rehearse_module
+from tests.badam.training.tiny import run_tiny, tiny_plan
+
+
+def test_a_step_goes_through_its_phases_in_order_and_leaves_no_gradient() -> None:
+    plan = tiny_plan(training={"grad_accum": 2})
+    model = build_model(plan.model, plan.training)
+    optimizer, tokens = build_optimizer(model, plan), torch.ones((2, 16), dtype=torch.int64)
+    seen: list[str] = []
+    with phases.listening(lambda _previous, phase: seen.append(phase)):
+        train_step(
+            plan,
+            method_of(plan.method),
+            model,
+            optimizer,
+            lambda: ({"input_ids": tokens, "labels": tokens}, 60),
+            micro_batches=2,
+            on_loss=lambda _loss: seen.append("loss known"),
+            on_norm=lambda _norm: seen.append("clipped"),
+        )
+    micro_batch = ["forward", "loss", "backward", "loss known"]
+    assert seen == [*micro_batch, *micro_batch, "step", "clipped", "setup"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_trainer_and_rehearsal_make_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def counted(*args: Any, **options: Any) -> None:
+        made.append(type(args[3]).__name__)
+        train_step(*args, **options)
+
+    for module in (trainer_module, rehearse_module):
+        monkeypatch.setattr(module, "train_step", counted)
+    rehearse_module.rehearse(tiny_plan(), 0)
+    run_tiny(tiny_plan(), tmp_path, max_steps=2)
+    assert made == ["BlockOptimizer"] * 3
