@@ -7,7 +7,7 @@ The model (benchmarks/learning/contest.py) is first trained by Adam on one half 
 fine-tuned to write docstrings of the other half (benchmarks/learning/corpus.py). Learning rates are chosen by one rule
 for all (benchmarks/learning/rates.py). Some methods then run four times as long, and for three epochs; two more runs
 look for the reason of what comes out (benchmarks/learning/contest.py). Each run is kept in
-profiles/measured/convergence as soon as it is over, so a stopped benchmark goes on where it was; those weights
+benchmarks/records/convergence as soon as it is over, so a stopped benchmark goes on where it was; those weights
 are kept in the user's cache.
 """
 
@@ -58,7 +58,7 @@ from benchmarks.learning.records import (
 if TYPE_CHECKING:
     from benchmarks.learning.corpus import Corpus
 
-RECORDS = Path(__file__).parents[1] / "profiles/measured/convergence"
+RECORDS = Path(__file__).parent / "records" / "convergence"
 PAGE = Path(__file__).parents[1] / "docs/convergence.md"
 
 Run = Callable[[float, int], RunRecord]

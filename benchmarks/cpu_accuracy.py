@@ -2,7 +2,7 @@
 
 Twelve architectures, every method but qlora, activation checkpointing on and off, two lengths: each is
 planned with badam-plan, trained with badam-train and compared with badam-report. What was measured is kept in
-profiles/measured/cpu after every case, and a call goes on where an earlier one stopped.
+benchmarks/records/cpu after every case, and a call goes on where an earlier one stopped.
 
     python -m benchmarks.cpu_accuracy [--minutes 20] [--fresh] [--only llama]
 """

@@ -1,6 +1,6 @@
 """The pictures of the README: what the commands print as SVG, what their pages show through a headless Chromium.
 
-The report is that of the run stored in profiles/measured/demo; ``--run`` plans and trains it again. Without a Chromium
+The report is that of the run stored in benchmarks/records/demo; ``--run`` plans and trains it again. Without a Chromium
 only the SVG files are written.
 
     python -m benchmarks.pictures [--run]
@@ -34,7 +34,7 @@ from badam_planner.search.planner import Request, make_plan
 from badam_planner.sources.target import find_target
 
 ROOT = Path(__file__).parents[1]
-STORED = ROOT / "profiles" / "measured" / "demo"
+STORED = ROOT / "benchmarks" / "records" / "demo"
 PICTURES = ROOT / "docs" / "pictures"
 KEPT = ("plan.json", "measured.json", "metrics.jsonl")
 PLAN = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import statistics
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +31,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "published.md"
 HEAD = """# Predicted beside published
 
 Written by `python -m benchmarks.published` with torch {torch} and transformers {transformers}. GB = 1e9 bytes;
-published figures and their sources are in `profiles/published.json`. The published runs used transformers 4.35 and
-eager attention, and do not say whether their totals are allocated, reserved or device memory; predictions are shown for
+published figures and their sources are in `benchmarks/records/published.json`. The published runs used transformers 4.35
+and eager attention, and do not say whether their totals are allocated, reserved or device memory; predictions are shown for
 both kinds of attention that a run of today can have.
 
 | method | run | published | attention | allocated | reserved | device | against published |
@@ -123,7 +122,7 @@ def _named(run: dict[str, Any]) -> str:
 
 def main() -> None:
     """Predict every published run with both kinds of attention and write the page."""
-    content = json.loads((files("badam_profiles") / "published.json").read_text(encoding="utf-8"))
+    content = json.loads((Path(__file__).parent / "records" / "published.json").read_text(encoding="utf-8"))
     rows, offs, notes = [], [], []
     for run in content["runs"]:
         for attention in ("eager", "sdpa"):

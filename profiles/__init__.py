@@ -1,1 +1,1 @@
-"""Data only: model, GPU and measurement records. Read them through badam_planner.sources."""
+"""Data only: the records of models and GPUs. Read them through badam_planner.sources."""

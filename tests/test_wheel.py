@@ -39,11 +39,10 @@ def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(wheel: Pat
     names = [Path(name) for name in zipfile.ZipFile(wheel).namelist()]
     packages = {name.parts[0] for name in names} - {"badam-2.0.0.dev0.dist-info"}
     assert packages == {"badam", "badam_planner", "badam_cli", "badam_profiles"}
-    sources = {
-        path.relative_to(ROOT / "profiles") for path in (ROOT / "profiles").rglob("*.json") if "runs" not in path.parts
-    }
+    read = {Path("gpus.json"), *(Path("models") / path.name for path in (ROOT / "profiles/models").iterdir())}
     shipped = {name.relative_to("badam_profiles") for name in names if name.suffix == ".json"}
-    assert shipped == sources
+    assert shipped == read
+    assert {path.relative_to(ROOT / "profiles") for path in (ROOT / "profiles").rglob("*.json")} == read
     pages = {name.name for name in names if name.parent == Path("badam_planner/report/html") and name.suffix != ".py"}
     assert pages == {"page.html.jinja", "page.css", "page.js"}
     assert {Path(package) / "py.typed" for package in packages} <= set(names)

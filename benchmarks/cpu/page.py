@@ -13,7 +13,7 @@ BAR = 0.005
 
 HEAD = """# Accuracy on CPU
 
-Written by `python -m benchmarks.cpu_accuracy` from the records in `profiles/measured/cpu`: {architectures}
+Written by `python -m benchmarks.cpu_accuracy` from the records in `benchmarks/records/cpu`: {architectures}
 architectures ({layers} layers, hidden size {hidden}, vocabulary {vocabulary}), every method but qlora,
 activation checkpointing on and off, {short} and {long} tokens, batch {batch}, bf16. Each case is planned by
 `badam-plan`, trained by `badam-train` until every block was visited and whatever the method keeps was made, and

@@ -13,7 +13,7 @@ from badam.files import write_file
 from badam.plan import Bytes, Record
 from badam.vocabulary import Category, Phase
 
-FOLDER = Path(__file__).parents[2] / "profiles" / "measured" / "cpu"
+FOLDER = Path(__file__).parents[1] / "records" / "cpu"
 
 
 class Sides(Record):

@@ -1,6 +1,6 @@
 """Random configurations close to a pretended limit: how often does the planner say that something fits that does not?
 
-    python -m benchmarks.gpu.budget --out profiles/measured/gpu/h200/budget --cases 200 --minutes 8
+    python -m benchmarks.gpu.budget --out benchmarks/records/gpu/h200/budget --cases 200 --minutes 8
     python -m benchmarks.gpu.budget --out /tmp/budget --cases 6 --device cpu --models tiny.json
 
 Each draw's limit lies within 5 % of what is predicted for it, above or below, and torch's allocator keeps to it. Goes

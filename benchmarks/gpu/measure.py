@@ -1,6 +1,6 @@
 """Measure the cases of the table on this machine, one record per case; goes on where an earlier call stopped.
 
-    python -m benchmarks.gpu.measure --out profiles/measured/h200 --minutes 8
+    python -m benchmarks.gpu.measure --out benchmarks/records/gpu/h200 --minutes 8
     python -m benchmarks.gpu.measure --out /tmp/records --device cpu --cases tiny.json
 
 Each case runs in a process of its own. Loads no torch.

@@ -1,6 +1,6 @@
 """Predict again, with today's code, what records made earlier have measured. Needs no card.
 
-    python -m benchmarks.gpu.predict profiles/measured/gpu
+    python -m benchmarks.gpu.predict benchmarks/records/gpu
 
 What was predicted before the run stays in the record; the new prediction stands beside it.
 """

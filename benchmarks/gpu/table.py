@@ -22,7 +22,7 @@ from benchmarks.gpu.page import Machines, page
 from benchmarks.gpu.record import Assumptions, CaseRecord, load_assumptions, load_case
 
 ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "profiles" / "measured" / "gpu"
+RECORDS = ROOT / "benchmarks" / "records" / "gpu"
 PAGE = ROOT / "docs" / "accuracy.md"
 
 
