@@ -31,9 +31,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "published.md"
 HEAD = """# Predicted beside published
 
 Written by `python -m benchmarks.published` with torch {torch} and transformers {transformers}. GB = 1e9 bytes;
-published figures and their sources are in `benchmarks/records/published.json`. The published runs used transformers 4.35
-and eager attention, and do not say whether their totals are allocated, reserved or device memory; predictions are shown for
-both kinds of attention that a run of today can have.
+published figures and their sources are in `benchmarks/records/published.json`. The published runs used transformers
+4.35 and eager attention, and do not say whether their totals are allocated, reserved or device memory; predictions are
+shown for both kinds of attention that a run of today can have.
 
 | method | run | published | attention | allocated | reserved | device | against published |
 |---|---|---|---|---|---|---|---|

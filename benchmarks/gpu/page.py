@@ -18,8 +18,8 @@ from benchmarks.gpu.record import Assumptions, CaseRecord, Scratch
 HEAD = """# Accuracy on GPUs
 
 Written by `python -m benchmarks.gpu.table` from the records in `benchmarks/records/gpu`; `benchmarks/gpu/README.md`
-says how to make more. The error is predicted less measured, as a share of the measured bytes: with a minus the prediction
-was too low. The CPU has a page of its own, [accuracy-cpu.md](accuracy-cpu.md).
+says how to make more. The error is predicted less measured, as a share of the measured bytes: with a minus the
+prediction was too low. The CPU has a page of its own, [accuracy-cpu.md](accuracy-cpu.md).
 """
 
 NONE_YET = """
