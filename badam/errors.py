@@ -8,6 +8,7 @@ command can print it on a line of its own. Members are also what torch's optimiz
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 
@@ -109,3 +110,18 @@ def require(what: str, libraries: Mapping[str, str], *, extra: str) -> None:
             f"{what} needs {listed}, which cannot be imported here.",
             advice=f"Install it with: pip install 'badam[{extra}]'.",
         )
+
+
+def missing_library(what: str, error: ImportError) -> InputError:
+    """What to raise where code of another library misses a third one.
+
+    Args:
+        what: cannot be had without it, such as a model.
+        error: as transformers raises it, with the command that installs the library in its text, or as Python does.
+    """
+    text = " ".join(str(error).split())
+    named = re.search(r"pip install (?:-U )?([\w.-]+)", text)
+    package = named[1].rstrip(".") if named else (error.name or "").partition(".")[0]
+    if not package:
+        return InputError(f"{what} needs a library that is not installed: {text}")
+    return InputError(f"{what} needs {package}, which is not installed.", advice=f"Install it: pip install {package}.")

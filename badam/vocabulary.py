@@ -36,6 +36,12 @@ Profile = Literal["normal", "full"]
 OnLong = Literal["truncate", "drop", "refuse"]
 """What happens to an example that is longer than the plan's length."""
 
+OnBadRow = Literal["refuse", "skip"]
+"""What happens to a record that cannot be trained on."""
+
+LossOn = Literal["assistant", "completion", "all"]
+"""What is learned of a record."""
+
 Padding = Literal["auto", "plan", "longest"]
 
 TaskChoice = Literal["auto", Task]

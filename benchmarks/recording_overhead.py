@@ -35,7 +35,7 @@ from badam.profiling.memory.cpu import CpuMemory
 from badam.profiling.memory.source import StepMemory
 from badam.profiling.recorder import Recorder
 from badam.training.build import build_model
-from badam.training.data.batches import PlanCollator, enforce_length
+from badam.training.data.batches import PlanCollator
 from badam.training.data.inputs import Inputs, load_inputs
 from badam.training.options import RunOptions
 from badam.training.setup import training_arguments
@@ -135,7 +135,7 @@ def trainer_of(plan: Plan, options: RunOptions, inputs: Inputs, recorder: Record
     trainer = LanguageModelTrainer(
         plan=plan,
         model=build_model(plan.model, plan.training),
-        args=training_arguments(plan, options, CPU, assistant_only=False),
+        args=training_arguments(plan, options, CPU),
         train_dataset=inputs.training.dataset,
         processing_class=inputs.tokenizer,
         collator=PlanCollator(plan.training.seq_len, pad_token_id),
@@ -143,7 +143,6 @@ def trainer_of(plan: Plan, options: RunOptions, inputs: Inputs, recorder: Record
         before_step=recorder.next_step if recorder else None,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train_dataset, _ = enforce_length(trainer.train_dataset, plan.training.seq_len, "truncate")
     return trainer
 
 

@@ -37,7 +37,7 @@ from badam import phases
 from badam.plan import Plan, load_plan
 from badam.profiling.recorder import Recorder
 from badam.training.build import build_model, build_optimizer
-from badam.training.data.batches import PlanCollator, enforce_length
+from badam.training.data.batches import PlanCollator
 from badam.training.data.inputs import load_inputs
 from badam.training.losses import forward_loss
 from badam.training.options import RunOptions
@@ -109,7 +109,7 @@ def main() -> None:
         inputs = load_inputs(plan, options, None)
 
         def trainer(recorder: Recorder | None = None) -> LanguageModelTrainer:
-            arguments = training_arguments(plan, options, torch.device("cpu"), assistant_only=False)
+            arguments = training_arguments(plan, options, torch.device("cpu"))
             made = LanguageModelTrainer(
                 plan=plan,
                 model=build_model(plan.model, plan.training),
@@ -121,7 +121,6 @@ def main() -> None:
                 before_step=recorder.next_step if recorder else None,
             )
             made.remove_callback(PrinterCallback)
-            made.train_dataset, _ = enforce_length(made.train_dataset, plan.training.seq_len, "truncate")
             return made
 
         def recorded(*, every_step: bool) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from badam.errors import InputError, require
-from badam.vocabulary import OnLong, Padding, Profile
+from badam.vocabulary import LossOn, OnBadRow, OnLong, Padding, Profile
 from badam_cli._allocator import configure_allocator
 from badam_cli._app import OneVoice, Version, ending_at_once, quiet_libraries, reporting_errors, say
 
@@ -32,6 +32,21 @@ def train(
         list[str] | None, typer.Option(metavar="NAME=YOURS", help="Your name for a column, as in completion=answer.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
+    records: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Key of the list of records in a .json file that is an object, as in train."),
+    ] = None,
+    on_bad_row: Annotated[
+        OnBadRow,
+        typer.Option(help="What to do with records that cannot be read, or that the chat template does not take."),
+    ] = "refuse",
+    loss_on: Annotated[
+        LossOn | None,
+        typer.Option(
+            help="What is learned: all that the assistant says, the completion (the assistant's last turn) or "
+            "everything. By default the completion where there is a prompt, else what the assistant says."
+        ),
+    ] = None,
     eval_data: Annotated[str | None, typer.Option(help="Data to evaluate on, as --data.")] = None,
     eval_split: Annotated[str, typer.Option(help="Split of --eval-data, if it is a Hub data set.")] = "validation",
     eval_share: Annotated[
@@ -108,7 +123,8 @@ def train(
         from badam.plan import load_plan
 
         loaded = load_plan(plan)
-        require("badam-train", {"trl": "trl", "datasets": "datasets", "accelerate": "accelerate"}, extra="train")
+        libraries = ("trl", "datasets", "accelerate", "ijson")
+        require("badam-train", dict(zip(libraries, libraries, strict=True)), extra="train")
         columns = _columns(column or [])
         quiet_libraries()
         configure_allocator(loaded.target)
@@ -126,6 +142,9 @@ def train(
             data=data,
             columns=columns,
             split=split,
+            records=records,
+            on_bad_row=on_bad_row,
+            loss_on=loss_on,
             init=init,
             max_steps=max_steps,
             epochs=epochs,

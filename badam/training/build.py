@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from badam.checkpointing import checkpoint_layers
-from badam.errors import InputError, in_one_line, near_matches
+from badam.errors import InputError, in_one_line, missing_library, near_matches
 from badam.optim.block import BlockOptimizer
 from badam.plan import ModelSpec, Plan, Training
 from badam.training.methods import method_of
@@ -38,6 +38,13 @@ def model_config(spec: ModelSpec) -> PretrainedConfig:
 
     facts = dict(spec.config)
     model_type = str(facts.pop("model_type", None))
+    if model_type not in CONFIG_MAPPING and (own := facts.get("auto_map")):
+        raise InputError(
+            f"{spec.id} comes with its own code for the model type {model_type!r} "
+            f"({', '.join(dict.fromkeys(map(str, own.values()))) if isinstance(own, dict) else own}); "
+            f"transformers {_version('transformers')} has none, and code of a checkpoint is not run.",
+            advice="Look for a copy of it that was converted to a model type of transformers.",
+        )
     if model_type not in CONFIG_MAPPING:
         close = near_matches(model_type, CONFIG_MAPPING.keys())
         raise InputError(
@@ -46,6 +53,8 @@ def model_config(spec: ModelSpec) -> PretrainedConfig:
         )
     try:
         return cast("PretrainedConfig", AutoConfig.for_model(model_type, **facts))
+    except ImportError as error:
+        raise missing_library(spec.id, error) from error
     except Exception as error:  # each configuration class checks its facts in its own way, with its own errors
         raise InputError(
             f"transformers {_version('transformers')} refuses the configuration of {spec.id}: {in_one_line(error)}"
@@ -79,6 +88,8 @@ def build_model(
             model = auto.from_config(config, **options)
         else:
             model = auto.from_pretrained(weights, config=config, use_safetensors=True, **options, **(loading or {}))
+    except ImportError as error:
+        raise missing_library(spec.id, error) from error
     except ValueError as error:
         if "attention implementation" not in str(error):
             raise

@@ -10,7 +10,7 @@ from uuid import uuid4
 from badam.errors import InputError
 from badam.training.data import demo as demo_data
 from badam.training.weights import PRETRAINED
-from badam.vocabulary import OnLong, Padding, Profile
+from badam.vocabulary import LossOn, OnBadRow, OnLong, Padding, Profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,9 @@ class RunOptions:
     data: str = demo_data.NAME  # file, directory, Hub id, or the name of the data every machine has
     columns: Mapping[str, str] = field(default_factory=dict)  # names the formats know -> the data's names
     split: str = "train"
+    records: str | None = None  # key of the list of records in a JSON file that is an object
+    on_bad_row: OnBadRow = "refuse"
+    loss_on: LossOn | None = None  # None is the completion, or what the assistant says
     init: str = PRETRAINED  # or "random", or a directory
     max_steps: int | None = None  # instead of epochs
     epochs: float = 1.0

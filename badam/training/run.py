@@ -125,12 +125,14 @@ def _run(
     has_all = checkpoint is not None and not method_of(plan.method).saves_adapters_only
     weights = None if has_all else locate_weights(plan.model, options.init)
     tokenizer_from = str(checkpoint) if checkpoint else tokenizer_source(plan.model, weights)
-    inputs = load_inputs(plan, options, tokenizer_from)
-    for data in (inputs.training, inputs.evaluation):
-        if data is not None:
-            _tell(console, f"data: {data.description}" + (f"; {data.skipped:,} skipped" if data.skipped else ""))
     with ExitStack() as stack:
         stack.enter_context(_own_display())
+        inputs = load_inputs(plan, options, tokenizer_from)
+        for data in (inputs.training, inputs.evaluation):
+            if data is not None:
+                _tell(console, f"data: {data.description}" + (f"; {data.skipped:,} skipped" if data.skipped else ""))
+                for note in data.notes:
+                    _tell(console, f"      {note}")
         recorder = Recorder(device, every_step=False, profile=options.profile)
         recorder.start()
         stack.callback(_save_profile, recorder, plan, options, console)  # also of a run that memory has ended

@@ -10,21 +10,19 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
-from trl.chat_template_utils import get_training_chat_template
 
 from badam.errors import InputError
 from badam.integrations.transformers import BAdamCallback
 from badam.plan import Plan
 from badam.profiling.recorder import Recorder
-from badam.training.data.batches import LengthReport, PlanCollator, enforce_length, pack
+from badam.training.data.batches import LengthReport, PlanCollator
 from badam.training.data.classes import ClassCollator, Classes, encode
-from badam.training.data.dataset import TrainingData
 from badam.training.data.inputs import Inputs
 from badam.training.options import RunOptions
 from badam.training.trainer import LanguageModelTrainer, PlanTrainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 # transformers' own checkpointing changed its name in 5.23; TRL would switch it on, beside the plan's.
@@ -65,11 +63,10 @@ def prepare_trainer(
         DataError: if the data is longer than allowed, or has nothing to learn within the plan's length.
         InputError: if an option does not go with the task.
     """
-    assistant_only = marks_assistant(inputs.training, inputs.tokenizer)
     shared: dict[str, Any] = {
         "plan": plan,
         "model": model,
-        "args": training_arguments(plan, options, recorder.device, assistant_only=assistant_only),
+        "args": training_arguments(plan, options, recorder.device),
         "processing_class": inputs.tokenizer,
         "padding": options.padding,
         "before_step": recorder.next_step,
@@ -91,22 +88,15 @@ def _callbacks(plan: Plan, options: RunOptions) -> list[TrainerCallback]:
     return callbacks if plan.target.engine == "single" else [*callbacks, BAdamCallback()]
 
 
-def _language_model(plan: Plan, options: RunOptions, inputs: Inputs, shared: dict[str, Any]) -> Prepared:
-    limit, pad_token_id = plan.training.seq_len, inputs.tokenizer.pad_token_id
-    assert isinstance(pad_token_id, int), "the tokenizer was prepared"
+def _language_model(plan: Plan, _options: RunOptions, inputs: Inputs, shared: dict[str, Any]) -> Prepared:
+    assert inputs.lengths is not None, "the data of a language model has been tokenized"
     trainer = LanguageModelTrainer(
         **shared,
-        collator=PlanCollator(limit, pad_token_id),
+        collator=PlanCollator(plan.training.seq_len, inputs.pad_token_id),
         train_dataset=inputs.training.dataset,
         eval_dataset=inputs.evaluation.dataset if inputs.evaluation else None,
     )
-    trainer.train_dataset, lengths = enforce_length(trainer.train_dataset, limit, options.on_long)
-    if trainer.eval_dataset is not None:
-        trainer.eval_dataset, _ = enforce_length(trainer.eval_dataset, limit, options.on_long)
-    if not options.pack:
-        return Prepared(trainer, lengths)
-    trainer.train_dataset = pack(trainer.train_dataset, limit)
-    return Prepared(trainer, lengths, len(trainer.train_dataset))
+    return Prepared(trainer, inputs.lengths, inputs.packed)
 
 
 def _classifier(plan: Plan, options: RunOptions, inputs: Inputs, shared: dict[str, Any]) -> Prepared:
@@ -119,8 +109,7 @@ def _classifier(plan: Plan, options: RunOptions, inputs: Inputs, shared: dict[st
     evaluation = None
     if inputs.evaluation is not None:
         evaluation, _ = encode(inputs.evaluation.dataset, tokenizer, classes, limit, options.on_long)
-    pad_token_id = tokenizer.pad_token_id
-    assert isinstance(pad_token_id, int), "the tokenizer was prepared"
+    pad_token_id = inputs.pad_token_id
     if config.pad_token_id is None:
         config.pad_token_id = pad_token_id  # decoders classify by their last token that is no padding
     trainer = PlanTrainer(
@@ -132,16 +121,13 @@ def _classifier(plan: Plan, options: RunOptions, inputs: Inputs, shared: dict[st
     return Prepared(trainer, lengths)
 
 
-def training_arguments(
-    plan: Plan, options: RunOptions, device: torch.device, *, assistant_only: bool
-) -> TrainingArguments:
+def training_arguments(plan: Plan, options: RunOptions, device: torch.device) -> TrainingArguments:
     """Hugging Face's settings for a plan; what the plan's own code does is switched off there.
 
     Args:
         plan: what to run; TRL's settings are given for a language model only.
         options: what a run needs beyond the plan.
         device: where to train.
-        assistant_only: take the loss of conversations over what the assistant says.
     """
     training, optimizer = plan.training, plan.training.optimizer
     settings: dict[str, Any] = {
@@ -171,8 +157,7 @@ def training_arguments(
     return SFTConfig(
         **settings,
         **{OWN_CHECKPOINTING: False},
-        max_length=None,  # TRL tokenizes whole examples, so that lengths can be told before they are cut
-        assistant_only_loss=assistant_only,
+        max_length=None,  # the data is tokenized, and the collator cuts
     )
 
 
@@ -196,14 +181,3 @@ def _evaluating(plan: Plan, options: RunOptions) -> dict[str, Any]:
         # Without this a resumed run would count its patience anew.
         "restore_callback_states_from_checkpoint": options.patience is not None,
     }
-
-
-def marks_assistant(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template lets the loss be taken over the assistant's words alone."""
-    if data.kind != "messages":
-        return False
-    try:
-        get_training_chat_template(tokenizer)
-    except ValueError:
-        return False
-    return True

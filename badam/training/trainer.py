@@ -393,7 +393,7 @@ def _add(total: Tensor, micro_loss: Tensor) -> None:
 
 
 class LanguageModelTrainer(PlanTrainer, SFTTrainer):
-    """Trains a language model; TRL tokenizes the data and builds labels.
+    """Trains a language model on data that is tokenized already (badam.training.data.tokens).
 
     Args:
         options: see PlanTrainer, and for TRL's SFTTrainer.

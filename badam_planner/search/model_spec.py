@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from badam.errors import BadamError, InputError, in_one_line
+from badam.errors import BadamError, InputError, in_one_line, missing_library
 from badam.plan import ModelSpec, config_digest
 from badam.training.build import choose_attention
 from badam.training.tasks import CLASSIFICATIONS, TASKS, default_task
@@ -74,6 +74,8 @@ def explaining(model_id: str) -> Iterator[None]:
         yield
     except BadamError:
         raise
+    except ImportError as error:
+        raise missing_library(model_id, error) from error
     except Exception as error:  # a model may refuse its facts with any error there is
         raise InputError(
             f"The code of {model_id} fails with this configuration and this request: {in_one_line(error)}",

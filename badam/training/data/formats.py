@@ -1,7 +1,7 @@
-"""The record formats that training data comes in, and what each becomes for TRL's trainer. No torch.
+"""The record formats that training data comes in, and what each becomes. No torch.
 
-TRL knows three: ``prompt`` and ``completion`` (text, or chat messages where the tokenizer has a chat template),
-``messages`` and ``text``. The loss is taken over completions and, in ``messages``, over what the assistant says.
+A record of a language model has ``prompt`` and ``completion`` (both text, or both messages where the tokenizer has a
+chat template), ``messages`` or ``text``; with messages also ``tools`` and ``chat_template_kwargs`` if there are some.
 A classification has ``text``, possibly ``pair``, and ``label`` as text.
 """
 
@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from badam.errors import DataError
+from badam.training.data.messages import MASKED, Message, messages_of, says_something, short, tools_of
 
 Kind = Literal["prompt-completion", "messages", "text", "classes"]
 Row = Mapping[str, Any]
 SftRow = dict[str, Any]
-
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-"""Names of speakers in ShareGPT and chat records, and the role each is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,27 +57,37 @@ def detect(columns: Collection[str], *, source: str, classes: bool = False) -> F
 
 
 def _from_messages(row: Row, _chat: bool) -> SftRow | None:
-    return _conversation(row["messages"], "messages")
+    return _conversation(row, "messages")
 
 
 def _from_sharegpt(row: Row, _chat: bool) -> SftRow | None:
-    return _conversation(row["conversations"], "conversations")
+    return _conversation(row, "conversations")
 
 
 def _from_prompt_completion(row: Row, chat: bool) -> SftRow | None:
     prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return {"prompt": _messages(prompt, "prompt"), "completion": _messages(completion, "completion")}
-    return _pair(_text(row, "prompt"), _text(row, "completion"), chat)
+    if isinstance(prompt, list) or isinstance(completion, list):
+        asked, said = _turns(prompt, "prompt", "user"), _turns(completion, "completion", "assistant")
+        return _answered([*_system(row, asked), *asked], said, row)
+    prompt, completion = _text(row, "prompt"), _text(row, "completion")
+    if chat:
+        return _asked(row, prompt, completion)
+    return {"prompt": prompt, "completion": completion} if completion.strip() else None
 
 
 def _from_alpaca(row: Row, chat: bool) -> SftRow | None:
     instruction, context = _text(row, "instruction"), _text(row, "input", default="")
+    output = _text(row, "output")
     if chat:
-        return _pair("\n\n".join(part for part in (instruction, context) if part), _text(row, "output"), chat)
-    parts = [("Instruction", instruction), ("Input", context), ("Response", "")]
-    prompt = "\n\n".join(f"### {title}:\n{body}" for title, body in parts if body or title == "Response")
-    return _pair(prompt, _text(row, "output"), chat)
+        return _asked(row, "\n\n".join(part for part in (instruction, context) if part), output)
+    if not output.strip():
+        return None
+    parts = [("System", _text(row, "system", default=""))]
+    for question, answer in _history(row):
+        parts += [("Instruction", question), ("Response", answer)]
+    parts += [("Instruction", instruction), ("Input", context)]
+    headed = [f"### {title}:\n{body}" for title, body in parts if body]
+    return {"prompt": "\n\n".join([*headed, "### Response:\n"]), "completion": output}
 
 
 def _from_text(row: Row, _chat: bool) -> SftRow | None:
@@ -119,7 +127,7 @@ def _label(value: Any) -> str | None:
     if isinstance(value, int):
         return None if value == -1 else str(value)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"label is {_short(value)}, not the number or name of a class")
+        raise ValueError(f"label is {short(value)}, not the number or name of a class")
     return value
 
 
@@ -139,37 +147,67 @@ CLASS_FORMATS = (
 """The schemas of SuperGLUE and GLUE, each made into one text or two."""
 
 
-def _pair(prompt: str, completion: str, chat: bool) -> SftRow | None:
-    if not completion.strip():
+def _asked(row: Row, question: str, answer: str) -> SftRow | None:
+    """A question and its answer as messages, after what was said before."""
+    asked: list[Message] = []
+    for earlier, reply in _history(row):
+        asked += [{"role": "user", "content": earlier}, {"role": "assistant", "content": reply}]
+    asked.append({"role": "user", "content": question})
+    return _answered([*_system(row, asked), *asked], [{"role": "assistant", "content": answer}], row)
+
+
+def _answered(prompt: list[Message], completion: list[Message], row: Row) -> SftRow | None:
+    if not _learns(completion):
         return None
-    if not chat:
-        return {"prompt": prompt, "completion": completion}
-    return {
-        "prompt": [{"role": "user", "content": prompt}],
-        "completion": [{"role": "assistant", "content": completion}],
-    }
+    return {"prompt": prompt, "completion": completion, **_for_the_template(row)}
 
 
-def _conversation(turns: Any, column: str) -> SftRow | None:
-    messages = _messages(turns, column)
-    return {"messages": messages} if any(message["role"] == "assistant" for message in messages) else None
+def _conversation(row: Row, column: str) -> SftRow | None:
+    messages = messages_of(row[column], column)
+    messages = [*_system(row, messages), *messages]
+    return {"messages": messages, **_for_the_template(row)} if _learns(messages) else None
 
 
-def _messages(turns: Any, column: str) -> list[dict[str, str]]:
-    if not isinstance(turns, list):
-        raise ValueError(f"{column} is {_short(turns)}, not a list of messages")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"message {number} in {column} is {_short(turn)}, not an object")
-        speaker, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = ROLES.get(str(speaker).lower())
-        if role is None:
-            raise ValueError(f"message {number} in {column} has the role {_short(speaker)}; known: {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"message {number} in {column} has the content {_short(content)}, not text")
-        messages.append({"role": role, "content": content})
-    return messages
+def _learns(messages: list[Message]) -> bool:
+    return any(
+        message["role"] == "assistant" and message.get(MASKED) != 0 and says_something(message) for message in messages
+    )
+
+
+def _turns(value: Any, column: str, role: str) -> list[Message]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else messages_of(value, column)
+
+
+def _system(row: Row, messages: list[Message]) -> list[Message]:
+    """The system message that stands in a column of its own."""
+    text = _text(row, "system", default="") or _text(row, "system_prompt", default="")
+    if not text:
+        return []
+    if messages and messages[0]["role"] == "system":
+        raise ValueError("there is a system message in a column of its own and another one among the messages")
+    return [{"role": "system", "content": text}]
+
+
+def _history(row: Row) -> list[tuple[str, str]]:
+    """Questions and answers that came before."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in history
+    ):
+        raise ValueError(f"history is {short(history)}, not a list of pairs of question and answer")
+    return [(question, answer) for question, answer in history]
+
+
+def _for_the_template(row: Row) -> SftRow:
+    """What templates take besides messages."""
+    found: SftRow = {}
+    if tools := tools_of(row.get("tools") or row.get("functions")):
+        found["tools"] = tools
+    if arguments := row.get("chat_template_kwargs"):
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"chat_template_kwargs is {short(arguments)}, not an object")
+        found["chat_template_kwargs"] = dict(arguments)
+    return found
 
 
 def _text(row: Row, column: str, *, default: str | None = None) -> str:
@@ -177,10 +215,5 @@ def _text(row: Row, column: str, *, default: str | None = None) -> str:
     if value is None and default is not None:
         return default
     if not isinstance(value, str):
-        raise ValueError(f"{column} is {_short(value)}, not text")
+        raise ValueError(f"{column} is {short(value)}, not text")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -16,8 +16,13 @@ PADDING, BEGIN, END_OF_TEXT = SPECIAL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>
 ALPHABET = 256  # every byte is a token, so that no text is unknown
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '### ' + message.role + ':\n' }}"
-    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
+    "{% if tools %}{{ '### tools:\n' + (tools | tojson) + '\n\n' }}{% endif %}"
+    "{% for message in messages %}{{ '### ' + message.role }}{% if message.name %}{{ ' ' + message.name }}{% endif %}"
+    "{{ ':\n' }}{% if message.role == 'assistant' %}{% generation %}"
+    "{% if message.reasoning_content %}{{ '<think>\n' + message.reasoning_content + '\n</think>\n' }}{% endif %}"
+    "{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}"
+    "{% endfor %}{{ eos_token }}{% endgeneration %}"
     "{% else %}{{ message.content }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
 )
@@ -55,11 +60,13 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
     return cast("PreTrainedTokenizerBase", wrapped)
 
 
-def load_tokenizer(weights: str, vocabulary_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a Hub id or directory, ready for padding.
+def load_tokenizer(weights: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a Hub id or directory.
+
+    It may have more tokens than the model has rows, as many do: what counts are those that the data uses.
 
     Raises:
-        InputError: if there is none, or it has more tokens than the model.
+        InputError: if there is none.
     """
     from transformers import AutoTokenizer
 
@@ -70,11 +77,6 @@ def load_tokenizer(weights: str, vocabulary_size: int) -> PreTrainedTokenizerBas
             f"No tokenizer could be loaded from {weights}.",
             advice="Give a directory that has one, or --init random, which trains one on the data.",
         ) from error
-    if len(tokenizer) > vocabulary_size:
-        raise InputError(
-            f"The tokenizer of {weights} has {len(tokenizer)} tokens, the model only {vocabulary_size}.",
-            advice="Use the tokenizer that the model was made with.",
-        )
     return tokenizer
 
 

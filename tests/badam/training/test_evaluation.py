@@ -178,7 +178,7 @@ def test_the_warm_up_can_be_a_share_of_the_run(tmp_path: Path) -> None:
 def test_packed_rows_hold_whole_examples_within_the_plans_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from badam.training import setup as preparing
+    from badam.training.data import inputs as preparing
 
     rows = []
     original = preparing.pack

@@ -25,7 +25,7 @@ TEXT = {"text": "One and two are three."}
 
 
 def rows_of(path: Path, **options: Any) -> list[dict[str, Any]]:
-    return list(load_data(str(path), **{"chat": False, **options}).dataset)
+    return [record for record, _ in load_data(str(path), **{"chat": False, **options}).records()]
 
 
 def jsonl(path: Path, *rows: Any) -> Path:
@@ -56,7 +56,7 @@ def jsonl(path: Path, *rows: Any) -> Path:
 def test_every_format_becomes_what_trl_takes(tmp_path: Path, row: Any, kind: str, expected: Any) -> None:
     data = load_data(str(jsonl(tmp_path / "data.jsonl", row)), chat=False)
     assert data.kind == kind
-    assert list(data.dataset) == [expected]
+    assert [record for record, _ in data.records()] == [expected]
 
 
 @pytest.mark.parametrize(("row", "question"), [(ALPACA, "Add.\n\n1 and 2"), (PAIR, "1 + 2 = ")], ids=["alpaca", "pair"])
@@ -204,9 +204,9 @@ def test_a_format_is_detected_exactly_when_its_columns_are_there(columns: set[st
 def test_large_data_lies_in_files_of_the_given_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_module, "CHUNK_ROWS", 4)
     path = jsonl(tmp_path / "data.jsonl", *({**PAIR, "completion": str(number)} for number in range(10)))
-    loaded = load_data(str(path), chat=False, directory=tmp_path / "kept").dataset
-    assert [row["completion"] for row in loaded] == [str(number) for number in range(10)]
-    derived = loaded.map(lambda row: {"length": len(row["prompt"])})  # what is made of it lies there as well
+    data = load_data(str(path), chat=False, directory=tmp_path / "kept")
+    assert [record["completion"] for record, _ in data.records()] == [str(number) for number in range(10)]
+    derived = data.dataset.map(lambda row: {"length": len(row["record"])})  # what is made of it lies there as well
     assert {Path(file["filename"]).parent for file in derived.cache_files} == {tmp_path / "kept"}
 
 
