@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "platformdirs": ("badam.files",),
     "rich": ("badam.training", "badam_planner.report", "badam_cli"),
     "typer": ("badam_cli",),
-    "jinja2": ("badam_planner.report.html",),
+    "ijson": ("badam.training.data.files",),
+    "jinja2": ("badam_planner.report.html", "badam.training.data.chat"),
     "plotly": ("badam_planner.report.html",),
 }
 """Which packages may import a library directly; for what pure modules must not even reach, see .importlinter."""
