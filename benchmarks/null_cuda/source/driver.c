@@ -41,7 +41,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute which, CUdevice dev
     return *value = device_attribute((int)which), CUDA_SUCCESS;
 }
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
-    return *flags = 0, *active = is_opened(), CUDA_SUCCESS;
+    return *flags = 0, *active = has_context(), CUDA_SUCCESS;
 }
 /* A context is its device, counted from one. */
 CUresult cuCtxGetCurrent(CUcontext *current) {

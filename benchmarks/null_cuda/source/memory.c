@@ -29,7 +29,7 @@ cudaError_t cudaGetLastError(void) {
 /* ------------------------------------------------------------------------------------------------ addresses, amounts */
 
 size_t in_pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
-int is_opened(void) { return space != NULL; }
+int has_context(void) { return space != NULL; }
 static size_t space_of_one(void) { return ADDRESS_SPACE / (gpu.count ? gpu.count : 1) / PAGE * PAGE; }
 
 static int open_space(void) {
@@ -62,6 +62,13 @@ void *reserve_addresses(size_t bytes, int device) {
     void *found = reserve_locked(bytes, device);
     pthread_mutex_unlock(&lock);
     return found;
+}
+
+/* A process has a context from its first use of a device on; here, from when there are addresses. */
+void open_context(void) {
+    pthread_mutex_lock(&lock);
+    open_space();
+    pthread_mutex_unlock(&lock);
 }
 
 static int take_locked(size_t bytes, int device) {

@@ -52,7 +52,8 @@ int take_memory(size_t bytes, int device);
 void give_memory_back(size_t bytes, int device);
 size_t memory_in_use(int device); /* without the context */
 size_t in_pages(size_t bytes);
-int is_opened(void); /* whether this process has a context */
+void open_context(void);
+int has_context(void); /* whether this process has one */
 
 /* runtime.c */
 void *new_handle(void);

@@ -50,7 +50,7 @@ int nvmlSystemGetDriverVersion(char *version, unsigned length) {
 }
 int nvmlSystemGetCudaDriverVersion_v2(int *version) { return *version = CUDART_VERSION, SUCCESS; }
 
-static size_t in_use(void *device) { return is_opened() ? gpu.context_bytes + memory_in_use(index_of(device)) : 0; }
+static size_t in_use(void *device) { return has_context() ? gpu.context_bytes + memory_in_use(index_of(device)) : 0; }
 
 /* What NVML counts and cudaMemGetInfo does not, the driver keeps. */
 int nvmlDeviceGetMemoryInfo(void *device, unsigned long long memory[3]) { /* total, free, used */
@@ -65,8 +65,8 @@ typedef struct { Process process; unsigned instance, compute_instance; } Partiti
 
 int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *count, Process *processes) {
     const unsigned room = *count;
-    *count = is_opened() ? 1 : 0;
-    if (!is_opened()) return SUCCESS;
+    *count = has_context() ? 1 : 0;
+    if (!has_context()) return SUCCESS;
     if (!room) return INSUFFICIENT_SIZE;
     *processes = (Process){(unsigned)getpid(), in_use(device)};
     return SUCCESS;

@@ -22,6 +22,7 @@ cudaError_t cudaGetDeviceCount(int *count) {
 cudaError_t cudaGetDevice(int *device) { return *device = current_device, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) {
     if (device < 0 || device >= gpu.count) return failed(cudaErrorInvalidDevice);
+    open_context(); /* since CUDA 12 */
     return current_device = device, cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int *version) { return *version = CUDART_VERSION, cudaSuccess; }
