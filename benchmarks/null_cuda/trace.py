@@ -49,7 +49,8 @@ def _start_again(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     variables = environment(find_gpu(options.gpu))
     variables["TORCH_SYMBOLIZE_MODE"] = "dladdr"  # names of operators in some seconds, not minutes
     variables.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if options.expandable_segments:
+    if options.expandable_segments or (options.case.endswith(".json") and _load(options).target.expandable_segments):
+        arguments = [*arguments, "--expandable-segments"]
         variables["PYTORCH_CUDA_ALLOC_CONF"] = EXPANDABLE
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks.null_cuda.trace", *arguments], variables)
 
@@ -115,13 +116,14 @@ def _trace(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> tuple[Plan, ModelTree, int]:
     """The plan without prediction, its model's tree, and the optimizer steps to run."""
-    from badam.plan import load_plan
     from badam_planner.rehearsal.model_tree import inspect_model
     from benchmarks.gpu.plans import case_plan
     from benchmarks.gpu.worker import target_of
 
     if options.case.endswith(".json"):
-        plan = load_plan(Path(options.case)).model_copy(update={"prediction": None})
+        plan = _load(options)
+        schedule = plan.schedule.model_copy(update={"switch_every": options.switch_every})
+        plan = plan.model_copy(update={"prediction": None, "schedule": schedule})
         blocks = len(plan.partition.blocks)
         visits = blocks if options.visits is None else options.visits
         return plan, inspect_model(plan.model, plan.training.attention), visits * plan.schedule.switch_every
@@ -129,6 +131,12 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, ModelTree, int]:
     plan, tree, _ = case_plan(case, target_of("cuda"), "trace")
     steps = case.steps(len(plan.partition.blocks))
     return plan, tree, steps if options.visits is None else options.visits * case.switch_every
+
+
+def _load(options: argparse.Namespace) -> Plan:
+    from badam.plan import load_plan
+
+    return load_plan(Path(options.case))
 
 
 def _case(text: str) -> Case:
@@ -158,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", default="a100-80gb", help="a name of the catalogue, such as rtx3090")
     parser.add_argument("--expandable-segments", action="store_true")
     parser.add_argument("--visits", type=int, help="how many blocks are visited, instead of what the case says")
+    parser.add_argument("--switch-every", type=int, default=2, help="steps of a visit to a block of a plan.json")
     parser.add_argument("--step", type=int, help="whose order is compared, instead of the peak block's last")
     parser.add_argument("--least", type=int, default=MIB, help="bytes of the events whose order is compared")
     parser.add_argument("--top", type=int, default=20, help="lines of each list")
