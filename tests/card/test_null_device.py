@@ -75,3 +75,60 @@ print(torch.cuda.device_count(), *(torch.cuda.mem_get_info(i)[0] - torch.cuda.me
 print((x + 1).device, torch.cuda.memory_allocated(0), torch.cuda.memory_allocated(1) >= 2**30)
 """
     assert python(on_device, code, count=3).splitlines() == [f"3 0 {-(2**30)} 0", "cuda:1 0 True"]
+
+
+@pytest.mark.parametrize(("gpu", "said"), [("a100-80gb", False), ("h200", True)])
+def test_where_torch_prefers_an_attention_that_is_not_served_flash_runs_and_this_is_said(gpu: str, said: bool) -> None:
+    code = """
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+q = torch.randn(1, 8, 256, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+print(scaled_dot_product_attention(q, q, q, is_causal=True).grad_fn.name())
+"""
+    command = [sys.executable, "-m", "benchmarks.null_cuda", "--gpu", gpu, "--", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "FlashAttention" in done.stdout, done.stderr
+    assert ("flash attention runs in its place" in done.stderr) is said
+
+
+def test_layers_of_4_bits_and_optimizers_of_8_bits_train(on_device: Run) -> None:
+    code = """
+import bitsandbytes as bnb, torch
+layer = bnb.nn.Linear4bit(1024, 4096, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cuda")
+x = torch.randn(4, 64, 1024, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+layer(x).sum().backward()
+print(layer.weight.dtype, layer.weight.numel(), x.grad.shape)
+for kind in (bnb.optim.AdamW8bit, bnb.optim.PagedAdamW8bit, bnb.optim.PagedAdamW32bit):
+    weight = torch.nn.Parameter(torch.randn(1024, 1024, dtype=torch.bfloat16, device="cuda"))
+    weight.grad = torch.randn_like(weight)
+    optimizer = kind([weight])
+    before = torch.cuda.memory_allocated()
+    optimizer.step()
+    print(kind.__name__, (torch.cuda.memory_allocated() - before) // weight.numel())
+    del optimizer, weight
+"""
+    lines = python(on_device, code).splitlines()
+    assert lines[0] == "torch.uint8 2097152 torch.Size([4, 64, 1024])"
+    # Two moments of a byte each, and what the paged ones keep on the host.
+    assert lines[1:] == ["AdamW8bit 2", "PagedAdamW8bit 0", "PagedAdamW32bit 0"]
+
+
+def test_a_singular_value_decomposition_runs(on_device: Run) -> None:
+    code = (
+        "import torch; print(*(x.shape for x in torch.linalg.svd(torch.ones(64, 32, device='cuda'), False)), sep=';')"
+    )
+    assert python(on_device, code) == "torch.Size([64, 32]);torch.Size([32]);torch.Size([32, 32])"
+
+
+def test_a_thread_that_still_works_when_python_ends_does_not_abort_the_process(on_device: Run) -> None:
+    code = """
+import threading, time, torch
+x = torch.ones(1000, device="cuda", requires_grad=True)
+def work():
+    while True:
+        (x * 2).sum().backward()
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(1)
+"""
+    python(on_device, code)

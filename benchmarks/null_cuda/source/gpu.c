@@ -8,7 +8,7 @@
 #include <unistd.h>
 
 Gpu gpu;
-int byte_read_back = 1;
+int default_byte = 1;
 static int logging;
 
 void log_call(const char *format, ...) {
@@ -77,7 +77,7 @@ __attribute__((constructor)) static void read_environment(void) {
         _exit(2);
     }
     gpu.count = visible(gpu.count);
-    byte_read_back = (int)number_or("NULL_CUDA_TRUTH", 1);
+    default_byte = (int)number_or("NULL_CUDA_TRUTH", 1);
     logging = (int)number_or("NULL_CUDA_LOG", 0);
 }
 

@@ -78,6 +78,9 @@ MAKES_HANDLE(cusolverDnCreate)
 MAKES_HANDLE(cusolverDnCreateParams)
 MAKES_HANDLE(cusolverDnCreateGesvdjInfo)
 
+__attribute__((used)) static int decomposes(void) { return note_decomposition(), 0; }
+#define DECOMPOSES(name) SAME_AS(name, decomposes)
+
 /* Functions that tell a size, by the number of arguments before it. */
 typedef size_t Slot;
 #define SIZE_IS_NONE(name, ...) int name(__VA_ARGS__, int *size) { return *size = 0, 0; }
@@ -112,21 +115,21 @@ DOES_NOTHING(cusolverDnSetStream)
 DOES_NOTHING(cusolverDnXgesvdjSetMaxSweeps)
 DOES_NOTHING(cusolverDnXgesvdjSetSortEig)
 DOES_NOTHING(cusolverDnXgesvdjSetTolerance)
-S_AND_D(DOES_NOTHING, cusolverDn, gesvd)
-S_AND_D(DOES_NOTHING, cusolverDn, gesvdj)
-S_AND_D(DOES_NOTHING, cusolverDn, gesvdjBatched)
-S_AND_D(DOES_NOTHING, cusolverDn, gesvdaStridedBatched)
-S_AND_D(DOES_NOTHING, cusolverDn, geqrf)
-S_AND_D(DOES_NOTHING, cusolverDn, getrf)
-S_AND_D(DOES_NOTHING, cusolverDn, getrs)
-S_AND_D(DOES_NOTHING, cusolverDn, potrf)
-S_AND_D(DOES_NOTHING, cusolverDn, potrs)
-S_AND_D(DOES_NOTHING, cusolverDn, syevd)
-S_AND_D(DOES_NOTHING, cusolverDn, orgqr)
-S_AND_D(DOES_NOTHING, cusolverDn, ormqr)
-DOES_NOTHING(cusolverDnXgeqrf)
-DOES_NOTHING(cusolverDnXpotrf)
-DOES_NOTHING(cusolverDnXsyevd)
+S_AND_D(DECOMPOSES, cusolverDn, gesvd)
+S_AND_D(DECOMPOSES, cusolverDn, gesvdj)
+S_AND_D(DECOMPOSES, cusolverDn, gesvdjBatched)
+S_AND_D(DECOMPOSES, cusolverDn, gesvdaStridedBatched)
+S_AND_D(DECOMPOSES, cusolverDn, geqrf)
+S_AND_D(DECOMPOSES, cusolverDn, getrf)
+S_AND_D(DECOMPOSES, cusolverDn, getrs)
+S_AND_D(DECOMPOSES, cusolverDn, potrf)
+S_AND_D(DECOMPOSES, cusolverDn, potrs)
+S_AND_D(DECOMPOSES, cusolverDn, syevd)
+S_AND_D(DECOMPOSES, cusolverDn, orgqr)
+S_AND_D(DECOMPOSES, cusolverDn, ormqr)
+DECOMPOSES(cusolverDnXgeqrf)
+DECOMPOSES(cusolverDnXpotrf)
+DECOMPOSES(cusolverDnXsyevd)
 
 /* --------------------------------------------------------------------------------------------------------------- NCCL
  *

@@ -232,7 +232,7 @@ static cudaError_t copy(void *to, const void *from, size_t bytes) {
     if (bytes == 0 || on_device(to)) return cudaSuccess;
     if (on_device(from)) {
         log_call("reads back %zu bytes", bytes);
-        memset(to, bytes == 1 ? byte_read_back : 0, bytes);
+        memset(to, bytes == 1 ? byte_read_back() : 0, bytes);
     } else {
         memmove(to, from, bytes);
     }

@@ -16,7 +16,8 @@
  *   NULL_CUDA_TOTAL_BYTES                 memory as cudaMemGetInfo reports it; beyond it cudaMalloc fails
  *   NULL_CUDA_CONTEXT_BYTES               in use as soon as the device is
  *   NULL_CUDA_COUNT                       how many of them there are; 1 if not set
- *   NULL_CUDA_TRUTH                       what a single byte read back is: 1, a truth value is true, if not set; or 0
+ *   NULL_CUDA_TRUTH                       what a single byte read back is, other than of "any" and "all": 1, a truth
+ *                                         value is true, if not set; or 0
  *   NULL_CUDA_LOG                         1: print what allocates, frees or reads back, and what is not served
  *
  * The headers are those of the CUDA wheels that PyTorch depends on, so structures and numbers are its own.
@@ -40,7 +41,7 @@ typedef struct {
 
 /* gpu.c */
 extern Gpu gpu;
-extern int byte_read_back;
+extern int default_byte; /* NULL_CUDA_TRUTH */
 void log_call(const char *format, ...) __attribute__((format(printf, 1, 2)));
 int device_attribute(int which);
 
@@ -57,6 +58,8 @@ int has_context(void); /* whether this process has one */
 
 /* runtime.c */
 void *new_handle(void);
+void note_decomposition(void);
+int byte_read_back(void);
 
 /* A function with nothing to do but to return a constant needs no signature of its own: its name is made in assembler,
  * so the headers may declare it with any arguments, or not at all. */
