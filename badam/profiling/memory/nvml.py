@@ -20,7 +20,9 @@ class DeviceMeter:
         self.description = "NVML, this process"
         if self._handle is None:
             self.description = "no NVML"
-        elif self._process_bytes() is None:
+            return
+        torch.cuda.synchronize(index)  # the driver lists a process from when it has a context, which this makes
+        if self._process_bytes() is None:
             self.description = "NVML, whole card (the driver does not tell processes apart here)"
 
     def used_bytes(self) -> int | None:

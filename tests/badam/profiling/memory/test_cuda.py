@@ -113,6 +113,7 @@ class Driver:
         self._used = used
         self._absent = absent
         self.closed = False
+        self.has_context = False  # of the process that asks: the driver lists it from then on
 
     def nvmlInit(self) -> None:  # noqa: N802 - the library's name
         if self._absent:
@@ -126,7 +127,11 @@ class Driver:
         return "handle"
 
     def nvmlDeviceGetComputeRunningProcesses(self, _: str) -> list[Any]:  # noqa: N802
-        return self._processes
+        return self._processes if self.has_context else []
+
+    def make_context(self, index: int) -> None:
+        assert index == 0
+        self.has_context = True
 
     def nvmlDeviceGetMemoryInfo(self, _: str) -> Any:  # noqa: N802
         return SimpleNamespace(used=self._used)
@@ -152,6 +157,7 @@ def test_the_driver_tells_this_process_or_the_card_or_nothing(
     monkeypatch.setitem(__import__("sys").modules, "pynvml", driver)
     monkeypatch.setattr(nvml.os, "getpid", lambda: 77)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234"))
+    monkeypatch.setattr(torch.cuda, "synchronize", driver.make_context)
     meter = nvml.DeviceMeter(0)
     assert meter.used_bytes() == used
     assert words in meter.description
