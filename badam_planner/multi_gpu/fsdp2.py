@@ -18,12 +18,12 @@ from badam.plan import Plan
 from badam.vocabulary import ELEMENT_BYTES, Category, Dtype, Phase
 from badam_planner.multi_gpu.gloo import gloos_copies
 from badam_planner.multi_gpu.per_rank import (
-    SPREAD,
     buffer,
     cut,
     on_one_gpu,
     spread_out,
 )
+from badam_planner.multi_gpu.slots import SPREAD, ReductionSlot, Slot
 from badam_planner.recording.recording import NEVER, Allocation, Recording, TensorRole
 
 ROOT = ""
@@ -164,7 +164,12 @@ def replicate(recording: Recording) -> Recording:
         if allocation.category is Category.GRADIENT and allocation.born < step <= allocation.died
     )
     message = buffer(
-        TensorRole.GRADIENTS_IN_ONE_MESSAGE, 4 * entries, born=step + 1, died=step + 2, phase=Phase.STEP, engine="ddp"
+        TensorRole.GRADIENTS_IN_ONE_MESSAGE,
+        4 * entries,
+        born=step + Slot.FIRST,
+        died=step + Slot.SECOND,
+        phase=Phase.STEP,
+        engine="ddp",
     )
     return replace(spread, allocations=sorted([*spread.allocations, message], key=lambda each: each.born))
 
@@ -204,8 +209,12 @@ class Passes:
             )
             early = [unit for unit in self.sharding.units[:-1] if unit not in forward]  # the embedding has no mark
             # The root is gathered first, and nothing of a gather reaches back into the phase before.
-            first = {unit: begin + 10 + 3 * index for index, unit in enumerate(early)}
-            yield Pass({self.sharding.units[-1]: begin + 7, **first, **forward}, backward, begin, ends, turns)
+            first = {
+                unit: begin + Slot.UNMARKED_BEGINS + index * Slot.UNMARKED_FOLLOWS for index, unit in enumerate(early)
+            }
+            yield Pass(
+                {self.sharding.units[-1]: begin + Slot.ROOT_BEGINS, **first, **forward}, backward, begin, ends, turns
+            )
 
     def reduced_at(self, one: Pass, unit: Unit) -> int:
         """When a unit's gradients are reduced: when backward enters the next unit, or at its end.
@@ -213,7 +222,7 @@ class Passes:
         The last unit of backward has no input that a gradient flows to, so FSDP2 comes to it in the end.
         """
         later = [tick for tick in one.backward.values() if tick > one.backward.get(unit, one.ends)]
-        return min(later, default=one.ends) - 9
+        return min(later, default=one.ends) + Slot.REDUCED
 
     def buffers(self) -> Iterator[Allocation]:
         """Gather buffers and whole parameters of every unit in every micro-batch."""
@@ -225,13 +234,15 @@ class Passes:
         ticks = [*one.forward.values(), one.turns]
         for (unit, tick), after in zip(one.forward.items(), ticks[1:], strict=True):
             # The buffer goes when the next unit is whole, the whole parameters when this unit is through.
-            yield self._gathering(unit, tick - 6, after - 3, Phase.FORWARD)
-            until = one.ends - 10 if unit.path == ROOT else min(after - 7, self._left(one, unit))
-            yield self._whole(unit, tick - 4, until, Phase.FORWARD)
+            yield self._gathering(unit, tick + Slot.GATHERED_INTO, after + Slot.BUFFER_RELEASED, Phase.FORWARD)
+            until = min(after + Slot.RELEASED, self._left(one, unit))
+            if unit.path == ROOT:
+                until = one.ends + Slot.ROOT_RELEASED
+            yield self._whole(unit, tick + Slot.WHOLE, until, Phase.FORWARD)
 
     def _left(self, one: Pass, unit: Unit) -> int:
         """When forward has left a unit: after the last tensor that was made in it."""
-        return self._last_born.get((one.begins, unit.path), one.turns) + 2
+        return self._last_born.get((one.begins, unit.path), one.turns) + Slot.MODULE_LEFT
 
     def _find_last_born(self) -> dict[tuple[int, str], int]:
         """By micro-batch and unit, when its last tensor was made."""
@@ -244,11 +255,11 @@ class Passes:
         return found
 
     def _backward(self, one: Pass) -> Iterator[Allocation]:
-        prefetched = one.turns + 1  # the root's backward begins first, and asks for the last unit
+        prefetched = one.turns + Slot.FIRST  # the root's backward begins first, and asks for the last unit
         for unit, tick in one.backward.items():
-            yield self._gathering(unit, prefetched, tick - 2, Phase.BACKWARD)
-            yield self._whole(unit, tick - 3, self.reduced_at(one, unit), Phase.BACKWARD)
-            prefetched = tick - 1
+            yield self._gathering(unit, prefetched, tick + Slot.BUFFER_RELEASED_IN_BACKWARD, Phase.BACKWARD)
+            yield self._whole(unit, tick + Slot.WHOLE_IN_BACKWARD, self.reduced_at(one, unit), Phase.BACKWARD)
+            prefetched = tick + Slot.NEXT_ASKED_FOR
 
     def _gathering(self, unit: Unit, born: int, died: int, phase: Phase) -> Allocation:
         return _buffer(TensorRole.GATHER_BUFFER, self._bytes(unit), born=born, died=died, phase=phase, unit=unit)
@@ -285,10 +296,19 @@ def _reduced(
                     allocations.remove(twin)
                 nbytes = math.prod(member.shape) * sharding.entry_bytes
                 born = (twin or member).born + shift
-                added.append(replace(member, nbytes=nbytes, born=born, died=at + 2, dtype=sharding.dtype))
+                added.append(
+                    replace(
+                        member,
+                        nbytes=nbytes,
+                        born=born,
+                        died=at + ReductionSlot.GRADIENTS_RELEASED,
+                        dtype=sharding.dtype,
+                    )
+                )
             entries = sum(shard_entries(shapes[member.parameter], sharding.shards) for member in members)
             whole = 4 * sharding.shards * entries
-            added.append(_buffer(TensorRole.REDUCTION_INPUT, whole, born=at + 1, died=one.ends - 1, unit=unit))
+            begins, ends = at + ReductionSlot.INPUT, one.ends + Slot.LAST
+            added.append(_buffer(TensorRole.REDUCTION_INPUT, whole, born=begins, died=ends, unit=unit))
             kept = max((member.died for member in members), key=lambda tick: math.inf if tick == NEVER else tick)
             parts = _averaged if sharding.replicas > 1 else _summed
             added += parts(Reduction(unit, entries, number, kept), passes, at, sharding.entry_bytes)
@@ -308,12 +328,12 @@ class Reduction:
         """A part in fp32."""
         return _buffer(role, 4 * self.entries, born=born, died=died, unit=self.unit)
 
-    def half(self, born: int, entry_bytes: int) -> list[Allocation]:
-        """A part in the model's type, in passing, if that is not fp32."""
+    def half(self, at: int, entry_bytes: int) -> list[Allocation]:
+        """A part in the model's type, in passing, if that is not fp32, of a reduction that begins ``at`` this tick."""
         if entry_bytes == 4:
             return []
-        nbytes = entry_bytes * self.entries
-        return [_buffer(TensorRole.REDUCED_HALF, nbytes, born=born, died=born + 2, unit=self.unit)]
+        born, died, nbytes = at + ReductionSlot.HALF, at + ReductionSlot.DONE, entry_bytes * self.entries
+        return [_buffer(TensorRole.REDUCED_HALF, nbytes, born=born, died=died, unit=self.unit)]
 
     def gradient(self, born: int) -> Allocation:
         """What the optimizer steps with."""
@@ -322,10 +342,11 @@ class Reduction:
 
 def _summed(reduction: Reduction, passes: Passes, at: int, entry_bytes: int) -> list[Allocation]:
     """This card's part of a sum over the cards of the only copy, which the optimizer takes at once."""
-    parts = reduction.half(at + 4, entry_bytes)
+    parts, born = reduction.half(at, entry_bytes), at + ReductionSlot.PART
     if reduction.number == 0:
-        return [*parts, reduction.gradient(at + 3)]
-    return [*parts, reduction.fp32(TensorRole.GRADIENT_OF_MICRO_BATCH, at + 3, at + 6)] if parts else []
+        return [*parts, reduction.gradient(born)]
+    added = reduction.fp32(TensorRole.GRADIENT_OF_MICRO_BATCH, born, at + ReductionSlot.DONE)
+    return [*parts, added] if parts else []
 
 
 def _averaged(reduction: Reduction, passes: Passes, at: int, entry_bytes: int) -> list[Allocation]:
@@ -334,13 +355,15 @@ def _averaged(reduction: Reduction, passes: Passes, at: int, entry_bytes: int) -
     FSDP2 holds what it averages until the end of backward, beside the gradient in the model's type that it makes of it
     and the fp32 one that the optimizer keeps.
     """
-    last = passes.every[-1]
+    last, born = passes.every[-1], at + ReductionSlot.PART
     if reduction.number < len(passes.every) - 1:
-        until = passes.reduced_at(last, reduction.unit) + 7 if reduction.number == 0 else at + 6
-        return [reduction.fp32(TensorRole.GRADIENT_SUM, at + 3, until)]
-    half = reduction.half(at + 4, entry_bytes)
-    held = [reduction.fp32(TensorRole.AVERAGED, at + 3, last.ends - 1)] if half else []
-    return [*held, *half, reduction.gradient(at + 5 if half else at + 3)]
+        until = at + ReductionSlot.DONE
+        if reduction.number == 0:  # the others are added to it
+            until = passes.reduced_at(last, reduction.unit) + ReductionSlot.SUM_RELEASED
+        return [reduction.fp32(TensorRole.GRADIENT_SUM, born, until)]
+    half = reduction.half(at, entry_bytes)
+    held = [reduction.fp32(TensorRole.AVERAGED, born, last.ends + Slot.LAST)] if half else []
+    return [*held, *half, reduction.gradient(at + ReductionSlot.FP32_OF_HALF if half else born)]
 
 
 def _buffer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from badam_planner.multi_gpu.slots import MessageSlot
 from badam_planner.recording.recording import Allocation, TensorRole
 
 GATHERED_INTO = (TensorRole.GATHER_BUFFER, TensorRole.GATHERED_MATRICES)
@@ -22,9 +23,11 @@ def gloos_copies(allocations: Iterable[Allocation]) -> Iterator[Allocation]:
     """
     for message in allocations:
         if message.role is TensorRole.REDUCTION_INPUT:
-            yield replace(_copy(message), born=message.born + 1, died=message.born + 3)
+            yield replace(
+                _copy(message), born=message.born + MessageSlot.SUMMED_FROM, died=message.born + MessageSlot.SUMMED
+            )
         elif message.role in GATHERED_INTO:
-            yield replace(_copy(message), died=message.born + 1)
+            yield replace(_copy(message), died=message.born + MessageSlot.GATHERED)
 
 
 def _copy(message: Allocation) -> Allocation:

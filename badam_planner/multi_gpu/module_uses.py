@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from badam.blocks.names import belongs, enclosing
 from badam.vocabulary import Phase
-from badam_planner.multi_gpu.per_rank import SPREAD
+from badam_planner.multi_gpu.slots import SPREAD, Slot
 from badam_planner.recording.recording import Allocation, Recording
 
 ROOT = ""
-BEFORE, AFTER = SPREAD // 2, 2
-"""Ticks from a module's begin to its first allocation, and from its last one to its end."""
+LEFT_BEFORE = Slot.MODULE_BEGINS - Slot.MODULE_LEFT
+"""From the first allocation in a module to when the module before it was left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def uses_of(recording: Recording, begins: int, turns: int, ends: int, roots: Con
         key=lambda one: one.born,
     )
     forward = _Walk(is_forward=True)
-    forward.enter(ROOT, begins + BEFORE)
+    forward.enter(ROOT, begins + Slot.MODEL_BEGINS)
     for one in members:
         if one.born < turns:
             forward.visit(one)
@@ -60,7 +60,7 @@ def uses_of(recording: Recording, begins: int, turns: int, ends: int, roots: Con
     births = [one.born for one in members]
     stops = [bisect_left(births, tick) for tick in (turns, *(mark.tick for mark in marks), ends)]
     backward = _Walk(is_forward=False)
-    backward.enter(ROOT, turns + BEFORE)
+    backward.enter(ROOT, turns + Slot.MODEL_BEGINS)
     for one in members[stops[0] : stops[1]]:
         backward.visit(one)
     for mark, begin, end in zip(marks, stops[1:-1], stops[2:], strict=True):
@@ -91,12 +91,14 @@ class _Walk:
     def move(self, path: str, tick: int, *, recomputes: bool = False) -> None:
         """Be in the module ``path`` from ``tick`` on; its forward within backward is another passage."""
         if recomputes != self._recomputes and self._open and self._open[-1] == path:
-            self._leave(tick - BEFORE - AFTER)
+            self._leave(tick + LEFT_BEFORE)
         self._recomputes = recomputes
         while self._open and not _holds(self._open[-1], path):
-            self._leave(min(self.last + AFTER, tick - BEFORE - AFTER) if self.is_forward else tick - BEFORE - AFTER)
+            self._leave(
+                min(self.last + Slot.MODULE_LEFT, tick + LEFT_BEFORE) if self.is_forward else tick + LEFT_BEFORE
+            )
         for module in _chain(path, self._open[-1] if self._open else ROOT):
-            self.enter(module, tick - BEFORE)
+            self.enter(module, tick + Slot.MODULE_BEGINS)
 
     def enter(self, module: str, tick: int) -> None:
         """Begin a module's passage."""
@@ -106,7 +108,7 @@ class _Walk:
     def end(self) -> None:
         """Leave everything."""
         while self._open:
-            self._leave(self.last + AFTER)
+            self._leave(self.last + Slot.MODULE_LEFT)
 
     def through(self, start: int, passage: Sequence[Allocation], forward: Sequence[Use]) -> None:
         """Backward of one layer, in the reverse of the order in which ``forward``, its own, left the modules."""
@@ -126,7 +128,7 @@ class _Walk:
                 recomputed = True
                 is_through = any(born < again[0].born for each in births.values() for born in each)
                 if is_through:  # it is frozen and linear, and needed nothing that was computed in forward
-                    self._leave(again[0].born - BEFORE - AFTER)
+                    self._leave(again[0].born + LEFT_BEFORE)
                 self._recompute(again, forward[1:], module, reaches=not is_through)
                 tick = again[-1].born
             self.last = tick
@@ -150,7 +152,7 @@ class _Walk:
         for use in reversed(uses):
             if use.fetches and use.module not in containers:
                 following = births.pop()
-            tick = following - BEFORE - (0 if use.fetches else AFTER)
+            tick = following + (Slot.MODULE_BEGINS if use.fetches else LEFT_BEFORE)
             timed.append(Use(tick, use.module, True, use.fetches, use.fetches))
         self.uses += reversed(timed)
 

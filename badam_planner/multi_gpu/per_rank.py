@@ -8,10 +8,8 @@ from dataclasses import replace
 
 from badam.blocks.names import ParameterInfo
 from badam.vocabulary import Category, Engine, Phase
+from badam_planner.multi_gpu.slots import SPREAD
 from badam_planner.recording.recording import NEVER, Allocation, Recording, TensorRole
-
-SPREAD = 16
-"""Ticks between two ticks of the rehearsal: room for what sharding adds there."""
 
 STATES = (Category.MASTER, Category.OPTIMIZER_STATE, Category.GRADIENT)
 

@@ -24,6 +24,7 @@ from badam_planner.multi_gpu.fsdp2 import (
 from badam_planner.multi_gpu.gloo import gloos_copies
 from badam_planner.multi_gpu.module_uses import uses_of
 from badam_planner.multi_gpu.per_rank import STATES, buffer, cut, on_one_gpu, spread_out
+from badam_planner.multi_gpu.slots import Slot
 from badam_planner.multi_gpu.traffic import Traffic, traffic, traffic_of_everything
 from badam_planner.multi_gpu.zero3_gathers import Gathers, Rules
 from badam_planner.recording.recording import NEVER, Allocation, Recording, TensorRole
@@ -122,7 +123,7 @@ def _whole(gathers: Gathers, one: Pass, sharding: Sharding) -> Iterator[Allocati
     """Whole matrices and the messages that bring them, as they are there in a micro-batch."""
     for each in gathers.found:
         phase = Phase.FORWARD if each.born < one.turns else Phase.BACKWARD
-        died = one.ends - 1 if each.died is None else each.died
+        died = one.ends + Slot.LAST if each.died is None else each.died
         yield buffer(
             each.role,
             each.entries * sharding.entry_bytes,
@@ -148,9 +149,9 @@ def _whole_gradients(
             allocations.remove(twin)
         born = (twin or member).born + one.turns - first.turns
         nbytes = math.prod(member.shape) * sharding.entry_bytes
-        found.append(replace(member, nbytes=nbytes, born=born, died=one.ends - 1, dtype=sharding.dtype))
+        found.append(replace(member, nbytes=nbytes, born=born, died=one.ends + Slot.LAST, dtype=sharding.dtype))
     for index, following in enumerate(found[1:]):
-        found[index] = replace(found[index], died=following.born + 2)
+        found[index] = replace(found[index], died=following.born + Slot.SECOND)
     if found:
         largest = max(gradient.nbytes for gradient in found)
         begins = min(gradient.born for gradient in found)
@@ -158,8 +159,8 @@ def _whole_gradients(
             buffer(
                 TensorRole.REDUCTION_INPUT,
                 largest,
-                born=begins + 1,
-                died=one.ends - 1,
+                born=begins + Slot.FIRST,
+                died=one.ends + Slot.LAST,
                 phase=Phase.BACKWARD,
                 engine="zero3",
             )
@@ -210,7 +211,7 @@ def _buffers(sharding: Sharding, offload: Offload, passes: Passes) -> Iterator[A
         passing = buffer(
             TensorRole.GRADIENT_TO_HOST,
             on_its_way,
-            born=one.turns + 1,
+            born=one.turns + Slot.FIRST,
             died=one.ends,
             phase=Phase.BACKWARD,
             engine="zero3",

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from badam.blocks.names import ParameterInfo
 from badam_planner.multi_gpu.module_uses import Use
+from badam_planner.multi_gpu.slots import Slot
 from badam_planner.recording.recording import TensorRole
 
 _BEFORE = -1
@@ -99,7 +100,7 @@ class Gathers:
         if not use.is_forward and use.module not in self._in_backward:
             self._in_backward.append(use.module)
         needed = self._own(use.module)
-        self._gather([info for info in needed if not self._is_known(info)], use.tick - 2)
+        self._gather([info for info in needed if not self._is_known(info)], use.tick + Slot.ASKED_FOR)
         for info in needed:
             users = self._users.setdefault(info.name, set())
             users.add(use.module)
@@ -112,7 +113,7 @@ class Gathers:
         for _ in range(min(len(met), len(self._coming))):
             info, step = self._coming.popleft()
             self._looked_ahead[info.name] = step
-        self._gather(self._in_advance(), use.tick + 1)
+        self._gather(self._in_advance(), use.tick + Slot.FIRST)
         self._step += 1
 
     def _in_advance(self) -> list[ParameterInfo]:
@@ -148,7 +149,7 @@ class Gathers:
             message.arrived = tick
             for member in message.members:
                 entries = self._padded(member) if alone else member.numel
-                self._there[member.name] = (member, entries, message.sent if alone else tick - 1)
+                self._there[member.name] = (member, entries, message.sent if alone else tick + Slot.CUT_OUT)
         message.awaited.discard(info.name)
         if not message.awaited and not alone:
             self._note_message(message.members, message.sent, tick)
