@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from badam_planner.multi_gpu.links import BETWEEN_NODES, LINKS, seconds, transfer_times
-from badam_planner.rehearsal.evaluator_cards import GpusEvaluator
+from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.model_tree import inspect_model
 from badam_planner.search.model_spec import specify
 from badam_planner.search.planner import Request, staged_plan
@@ -27,7 +27,7 @@ def table(model: str, gpu: str, batch_size: int, seq_len: int) -> str:
     """A Markdown table for one model: a row for each number of cards."""
     spec = specify(*find_config(model))
     request = Request(spec=spec, target=find_target(gpu, None), batch_size=batch_size, seq_len=seq_len)
-    evaluator = GpusEvaluator(inspect_model(spec, "sdpa"))
+    evaluator = Evaluator(inspect_model(spec, "sdpa"))
     plan = staged_plan(request, "layer", MemorySetting("all", "chunked"), evaluator.tree)
     nvlink, pcie = LINKS[1], LINKS[3]
     head = (
@@ -54,7 +54,7 @@ def copies_table(model: str, gpu: str, batch_size: int, seq_len: int) -> str:
     """A Markdown table: one copy over all cards beside copies that are cut over the cards of one machine each."""
     spec = specify(*find_config(model))
     request = Request(spec=spec, target=find_target(gpu, None), batch_size=batch_size, seq_len=seq_len)
-    evaluator = GpusEvaluator(inspect_model(spec, "sdpa"))
+    evaluator = Evaluator(inspect_model(spec, "sdpa"))
     plan = staged_plan(request, "layer", MemorySetting("all", "chunked"), evaluator.tree)
     per_node, nvlink = plan.target.gpus_per_node, 1
     title = (

@@ -72,7 +72,7 @@ def ask_all(workers: int) -> dict[str, float]:
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401 - loaded before the clock starts
 
-    from badam_planner.rehearsal.evaluator_cards import GpusEvaluator
+    from badam_planner.rehearsal.evaluator import Evaluator
     from badam_planner.rehearsal.model_tree import inspect_model
     from badam_planner.search.model_spec import describe_model
     from badam_planner.search.planner import Request, staged_plan
@@ -83,7 +83,7 @@ def ask_all(workers: int) -> dict[str, float]:
     gc.disable()  # as the command does
     spec, target = describe_model(MODEL), find_target(GPU)
     begin, processors = time.perf_counter(), _processor_seconds()
-    evaluator = GpusEvaluator(inspect_model(spec, "sdpa"), workers=workers)
+    evaluator = Evaluator(inspect_model(spec, "sdpa"), workers=workers)
     evaluator.expect_sizes(BATCHES, LENGTHS)
     for batch, length, partition in islice(product(BATCHES, LENGTHS, PARTITIONS), SETTINGS):
         request = Request(spec=spec, target=target, batch_size=batch, seq_len=length)

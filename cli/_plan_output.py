@@ -52,6 +52,7 @@ def show(answer: Answer, epochs: float) -> None:
     """The table of partitions, and what is in the peak, the time and the transfers of the one shown."""
     from rich.console import Console
 
+    from badam_planner.multi_gpu.engines import engine_of
     from badam_planner.report.terminal.plan import (
         render_candidates,
         render_largest,
@@ -70,7 +71,7 @@ def show(answer: Answer, epochs: float) -> None:
     if answer.plan is not None:
         console.print()
         console.print(render_time(answer.plan, epochs))
-        if answer.plan.target.engine != "single":
+        if engine_of(answer.plan.target).joins_gpus:
             console.print(render_transfers(answer.plan))
 
 

@@ -55,6 +55,7 @@ class Sharding:
         shards: N, the cards that one copy is cut over.
         dtype: of the parameters, in which they are gathered.
         trained: names of the active block's parameters.
+        head_module: path of the output projection, which may share the embedding's matrix; "" if there is none.
         replicas: copies of the model; their gradients are averaged.
         over_gloo: the cards are processes on the CPU, and gloo carries their messages.
     """
@@ -63,6 +64,7 @@ class Sharding:
     shards: int
     dtype: Dtype
     trained: frozenset[str]
+    head_module: str = ""
     replicas: int = 1
     over_gloo: bool = False
 
@@ -85,19 +87,25 @@ class Sharding:
 
 
 def sharding_of(
-    plan: Plan, parameters: Sequence[ParameterInfo], layers: Sequence[str], head_module: str, trained: frozenset[str]
+    plan: Plan,
+    *,
+    parameters: Sequence[ParameterInfo],
+    layers: Sequence[str],
+    head_module: str,
+    trained: frozenset[str],
 ) -> Sharding:
     """How the plan's engine cuts the model while the parameters ``trained`` are active."""
-    target, units = plan.target, units_of(parameters, layers, head_module)
+    target, units = plan.target, units_of(parameters, layers=layers, head_module=head_module)
     on_cpu = target.gpu == "cpu"
-    return Sharding(units, target.shards, plan.training.dtype, trained, target.replicas, over_gloo=on_cpu)
-
-
-def per_gpu(recording: Recording, plan: Plan, sharding: Sharding) -> Recording:
-    """The recording of one of the plan's cards, from that of one card alone."""
-    if plan.target.engine == "fsdp2":
-        return shard(recording, sharding)
-    return replicate(recording) if plan.target.engine == "ddp" else recording
+    return Sharding(
+        units,
+        target.shards,
+        plan.training.dtype,
+        trained,
+        head_module=head_module,
+        replicas=target.replicas,
+        over_gloo=on_cpu,
+    )
 
 
 def shard_entries(info: ParameterInfo, shards: int) -> int:
@@ -106,7 +114,7 @@ def shard_entries(info: ParameterInfo, shards: int) -> int:
     return math.ceil(rows / shards) * math.prod(rest)
 
 
-def units_of(parameters: Sequence[ParameterInfo], layers: Sequence[str], head_module: str) -> tuple[Unit, ...]:
+def units_of(parameters: Sequence[ParameterInfo], *, layers: Sequence[str], head_module: str) -> tuple[Unit, ...]:
     """The units that badam.distributed.fsdp2 makes: an embedding of its own, every layer, the root with the rest.
 
     An embedding that the head shares belongs to the root.
@@ -149,29 +157,6 @@ def shard(recording: Recording, sharding: Sharding) -> Recording:
         allocations += list(gloos_copies(allocations))
     allocations.sort(key=lambda allocation: allocation.born)
     return replace(spread, allocations=allocations)
-
-
-def replicate(recording: Recording) -> Recording:
-    """The recording of a card with a whole copy: the active block's fp32 gradients are averaged in one message.
-
-    Formula: 4 bytes per active entry more, while they are averaged at the start of the step.
-    """
-    spread = spread_out(recording)
-    step = _last_step(spread)
-    entries = sum(
-        math.prod(allocation.shape)
-        for allocation in spread.allocations
-        if allocation.category is Category.GRADIENT and allocation.born < step <= allocation.died
-    )
-    message = buffer(
-        TensorRole.GRADIENTS_IN_ONE_MESSAGE,
-        4 * entries,
-        born=step + Slot.FIRST,
-        died=step + Slot.SECOND,
-        phase=Phase.STEP,
-        engine="ddp",
-    )
-    return replace(spread, allocations=sorted([*spread.allocations, message], key=lambda each: each.born))
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,8 +369,3 @@ def twin_of(gradient: Allocation, allocations: Sequence[Allocation], sharding: S
         if close and allocation.dtype == sharding.dtype and math.prod(allocation.shape) == math.prod(gradient.shape):
             return allocation
     return None
-
-
-def _last_step(recording: Recording) -> int:
-    forward = max(tick for tick, phase in recording.phase_starts if phase is Phase.FORWARD)
-    return next(tick for tick, phase in recording.phase_starts if phase is Phase.STEP and tick > forward)

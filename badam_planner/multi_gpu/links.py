@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from badam.plan import Target
-from badam.vocabulary import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +36,13 @@ def seconds(sent_bytes: int, link: Link) -> float:
     return sent_bytes / link.bytes_per_second
 
 
-def step_range(compute_seconds: float, transfer_seconds: float, engine: Engine) -> tuple[float, float]:
+def step_range(compute_seconds: float, transfer_seconds: float, *, overlaps: bool) -> tuple[float, float]:
     """Shortest and longest time of a step: transfers overlap with computation altogether, or not at all.
 
-    Whole copies average gradients when backward is through with them, so that nothing overlaps.
+    Where nothing ``overlaps``, as with whole copies that average gradients after backward, the two are the same.
     """
     together = compute_seconds + transfer_seconds
-    return (together if engine == "ddp" else max(compute_seconds, transfer_seconds)), together
+    return (max(compute_seconds, transfer_seconds) if overlaps else together), together
 
 
 def transfer_times(target: Target, within_bytes: int, between_bytes: int) -> list[tuple[str, float]]:

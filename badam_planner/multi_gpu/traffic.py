@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from badam.blocks.names import ParameterInfo
-from badam.plan import Plan
 from badam_planner.multi_gpu.fsdp2 import Passes, Sharding, Unit, shard_entries
 from badam_planner.multi_gpu.per_rank import spread_out
 from badam_planner.recording.recording import Recording
@@ -38,16 +37,14 @@ class Traffic:
         return round(2 * self.averaged_bytes * (replicas - 1) / replicas)
 
 
-def traffic_per_step(recording: Recording, plan: Plan, sharding: Sharding) -> tuple[Traffic, Traffic] | None:
-    """What the plan's cards send in a step, and what they would if everything were trained; None for one card."""
-    if plan.target.engine == "fsdp2":
-        return traffic(recording, sharding), traffic_of_everything(sharding, plan.training.grad_accum)
-    if plan.target.engine == "ddp":
-        every = [info for unit in sharding.units for info in unit.parameters]
-        active = sum(info.numel for info in every if info.name in sharding.trained)
-        whole = sum(info.numel for info in every)
-        return Traffic(0, 0, 0, 0, 1, 4 * active), Traffic(0, 0, 0, 0, 1, 4 * whole)
-    return None
+def traffic_of_copies(sharding: Sharding) -> tuple[Traffic, Traffic]:
+    """What GPUs with whole copies send in a step, and what they would if everything were trained.
+
+    Formula: one message of 4 bytes for each entry of the active block, or of the model.
+    """
+    sizes = {name: info.numel for name, info in sharding.shapes.items()}
+    active, whole = sum(size for name, size in sizes.items() if name in sharding.trained), sum(sizes.values())
+    return Traffic(0, 0, 0, 0, 1, 4 * active), Traffic(0, 0, 0, 0, 1, 4 * whole)
 
 
 def traffic(recording: Recording, sharding: Sharding, reduce_bytes: int = 4) -> Traffic:

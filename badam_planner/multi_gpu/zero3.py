@@ -33,7 +33,6 @@ from badam_planner.recording.recording import NEVER, Allocation, Recording, Tens
 def partition(
     recording: Recording,
     sharding: Sharding,
-    head_module: str,
     offload: Offload = "none",
     *,
     shares_memory: bool = False,
@@ -52,7 +51,6 @@ def partition(
     Args:
         recording: of one card alone.
         sharding: of the plan.
-        head_module: path of the output projection, which may share the embedding's matrix; "" if there is none.
         offload: what lies in host memory.
         shares_memory: whether the card is the host itself, so that what is offloaded stays; see :func:`on_host`.
     """
@@ -70,7 +68,7 @@ def partition(
     gradients, allocations = on_one_gpu(spread, sharding.shapes, sharding.shards, part, steps_here=offload == "none")
     passes = Passes(spread, sharding)
     for one in passes.every:
-        allocations += _whole(_gathered(passes, one, sharding, head_module), one, sharding)
+        allocations += _whole(_gathered(passes, one, sharding), one, sharding)
         allocations += _whole_gradients(gradients, allocations, one, passes, sharding)
     allocations += _buffers(sharding, offload, passes)
     if shares_memory:
@@ -81,13 +79,11 @@ def partition(
     return replace(spread, allocations=[each for each in allocations if each.nbytes])
 
 
-def zero3_traffic(
-    recording: Recording, sharding: Sharding, head_module: str, micro_batches: int
-) -> tuple[Traffic, Traffic]:
+def zero3_traffic(recording: Recording, sharding: Sharding, micro_batches: int) -> tuple[Traffic, Traffic]:
     """What the cards send in a step, and what they would if everything were trained; reduced in the model's type."""
     entry = sharding.entry_bytes
     passes = Passes(spread_out(recording), sharding)
-    messages = [members for one in passes.every for members in _gathered(passes, one, sharding, head_module).messages]
+    messages = [members for one in passes.every for members in _gathered(passes, one, sharding).messages]
     reduced = traffic(recording, sharding, entry)
     own = replace(
         reduced,
@@ -104,8 +100,9 @@ def _kept(sharding: Sharding) -> frozenset[str]:
     return frozenset(info.name for info in every if info.numel <= most)
 
 
-def _gathered(passes: Passes, one: Pass, sharding: Sharding, head_module: str) -> Gathers:
+def _gathered(passes: Passes, one: Pass, sharding: Sharding) -> Gathers:
     """What is gathered in one micro-batch."""
+    head_module = sharding.head_module
     every = tuple(sharding.shapes.values())
     roots = {name.partition(".")[0] for name in (*sharding.shapes, head_module)}
     parameters: dict[str, tuple[ParameterInfo, ...]] = {}

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, overload
 
+from badam.blocks.names import belongs
 from badam.plan import Plan
 from badam.training.methods import method_of
 from badam.vocabulary import Phase
@@ -23,11 +24,14 @@ from badam_planner.composition.peaks import BlockPeaks, DepthPeaks
 from badam_planner.composition.short_rehearsal import Rehearsal, Rehearsed
 from badam_planner.composition.sizes import NoFamily, Size, SizeFamily, SizeRange, ranges_of
 from badam_planner.composition.step_time import StepTimes, Work
+from badam_planner.multi_gpu.engines import engine_of
+from badam_planner.multi_gpu.fsdp2 import Sharding, sharding_of
+from badam_planner.multi_gpu.traffic import Traffic
 from badam_planner.recording.forecast import Forecast, forecast
 from badam_planner.recording.recording import Entries, Flops, Recording
 from badam_planner.rehearsal.model_tree import ModelTree
 from badam_planner.rehearsal.relative_backward import backward_of_all, backward_relative
-from badam_planner.rehearsal.roles import Roles
+from badam_planner.rehearsal.roles import Roles, trained_prefixes
 from badam_planner.rehearsal.workers import run_all
 
 
@@ -113,7 +117,7 @@ class Evaluator:
         )
 
     def _forecast(self, plan: Plan, index: int) -> Forecast:
-        if self._composes(plan):
+        if self._composes(plan) and not engine_of(plan.target).joins_gpus:
             with suppress(NotPeriodic):
                 return self._rehearsal(plan, index).forecast(plan.target, self.tree.head_module)
         return forecast(self.recording(plan, index), plan.target, head_module=self.tree.head_module)
@@ -175,17 +179,42 @@ class Evaluator:
 
     def peaks(self, plan: Plan, index: int) -> BlockPeaks:
         """The highest allocated bytes with one block active: every tensor's bytes, rounded as the device does."""
-        if self._composes(plan):
+        if self._composes(plan) and not engine_of(plan.target).joins_gpus:
             with suppress(NotPeriodic):
                 return self._rehearsal(plan, index).peaks(plan.target)
         return DepthPeaks(self.recording(plan, index), (), plan.target).peaks(())
 
     def flops(self, plan: Plan, index: int) -> Flops:
         """Operations of matrix products at full depth, by phase and module."""
-        return self._rehearsal(plan, index).flops() if self._composes(plan) else self.recording(plan, index).flops
+        return self._rehearsal(plan, index).flops() if self._composes(plan) else self._alone(plan, index).flops
 
     def recording(self, plan: Plan, index: int) -> Recording:
-        """The rehearsal of one block at full depth, composed where that is possible and not forbidden."""
+        """What happens on one of the plan's GPUs with one block active, at full depth."""
+        alone, engine = self._alone(plan, index), engine_of(plan.target)
+        return engine.per_rank(alone, plan, self._sharding(plan, index)) if engine.joins_gpus else alone
+
+    def traffic(self, plan: Plan, index: int) -> tuple[Traffic, Traffic] | None:
+        """What each GPU sends in a step with one block active, and what it would if all were; None if it is alone."""
+        return engine_of(plan.target).traffic(self._alone(plan, index), plan, self._sharding(plan, index))
+
+    def host_bytes(self, plan: Plan) -> int | None:
+        """What each process keeps in host memory, at most over the blocks; None if nothing is offloaded."""
+        if plan.target.offload == "none":
+            return None
+        engine = engine_of(plan.target)
+        shardings = (self._sharding(plan, index) for index in range(len(plan.partition.blocks)))
+        kept = (engine.host_bytes(sharding, plan.target.offload) for sharding in shardings)
+        return max((nbytes for nbytes in kept if nbytes is not None), default=None)
+
+    def _sharding(self, plan: Plan, index: int) -> Sharding:
+        tree, prefixes = self.tree, trained_prefixes(plan, plan.partition.blocks[index])
+        trained = frozenset(info.name for info in tree.parameters if belongs(info.name, prefixes))
+        return sharding_of(
+            plan, parameters=tree.parameters, layers=tree.layers, head_module=tree.head_module, trained=trained
+        )
+
+    def _alone(self, plan: Plan, index: int) -> Recording:
+        """The rehearsal of one block on a GPU that trains alone, composed where that is possible and not forbidden."""
         if self._composes(plan):
             with suppress(NotPeriodic):
                 return self._rehearsal(plan, index).recording()
@@ -202,7 +231,7 @@ class Evaluator:
             plan.training.model_dump_json(),
             plan.method,
             plan.target.gpu == "cpu",
-            plan.target.engine == "zero3",
+            engine_of(plan.target).has_own_linear,
         )
         if key not in self._whole:
             self._whole[key] = rehearse(plan, index, layers=self.tree.layers)
@@ -224,7 +253,7 @@ class Evaluator:
         """What a rehearsal with four cycles of each run of equal layers says of a block."""
         key, runs = self._key_and_runs(plan, index)
         if key not in self._rehearsed:
-            self._rehearsed[key] = self._from_family(plan, index, runs) or self._alone(plan, index, runs)
+            self._rehearsed[key] = self._from_family(plan, index, runs) or self._by_itself(plan, index, runs)
         rehearsed, numbers = self._rehearsed[key]
         return Rehearsal(rehearsed, self.tree.layers, runs, numbers)
 
@@ -238,7 +267,7 @@ class Evaluator:
             key = self._roles.question(plan, index, runs)
         return key, runs
 
-    def _alone(self, plan: Plan, index: int, runs: Sequence[Run]) -> _Sized:
+    def _by_itself(self, plan: Plan, index: int, runs: Sequence[Run]) -> _Sized:
         return Rehearsed.of(self._record(plan, index, runs), self.tree.layers, runs), None
 
     def _record(self, plan: Plan, index: int, runs: Sequence[Run]) -> Recording:
@@ -261,7 +290,12 @@ class Evaluator:
         self._ranges = ranges_of(batch_sizes, lengths)
 
     def _from_family(self, plan: Plan, index: int, runs: Sequence[Run]) -> _Sized | None:
-        """What follows for the plan's size from those of its range; None if it does not."""
+        """What follows for the plan's size from those of its range; None if it does not.
+
+        A family knows no shapes, by which engines cut what is on several GPUs.
+        """
+        if engine_of(plan.target).joins_gpus:
+            return None
         size = (plan.training.batch_size, plan.training.seq_len)
         sizes = next((each for each in self._ranges if each.has(size)), None)
         if sizes is None:

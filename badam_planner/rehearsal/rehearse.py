@@ -32,6 +32,7 @@ from badam.training.methods import method_of
 from badam.training.step import train_step
 from badam.training.tasks import blank_batch
 from badam.vocabulary import Phase
+from badam_planner.multi_gpu.engines import engine_of
 from badam_planner.recording.recording import Entries, Recording, TensorRole
 from badam_planner.rehearsal.kept_layers import build_without, with_left_out
 from badam_planner.rehearsal.tracker import StorageTracker
@@ -100,7 +101,7 @@ def _attention_of(target: Target) -> Iterator[None]:
 
 def _linear_of(target: Target) -> AbstractContextManager[None]:
     """The linear layer that the plan's engine computes with."""
-    return linear_for_parameters() if target.engine == "zero3" else nullcontext()
+    return linear_for_parameters() if engine_of(target).has_own_linear else nullcontext()
 
 
 @contextmanager

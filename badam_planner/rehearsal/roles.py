@@ -9,6 +9,7 @@ from badam.blocks.names import belongs
 from badam.plan import BlockPlan, Plan
 from badam.training.methods import method_of
 from badam_planner.composition.compose import Run
+from badam_planner.multi_gpu.engines import engine_of
 from badam_planner.rehearsal.model_tree import ModelTree
 
 
@@ -47,7 +48,7 @@ class Roles:
                 shape.append(role_of[layer])
         prefixes = self.trained(plan, index)
         elsewhere = tuple(path for path in prefixes if not self.tree.layer_of(path))
-        device = plan.target.gpu == "cpu", plan.target.engine == "zero3"
+        device = plan.target.gpu == "cpu", engine_of(plan.target).has_own_linear
         return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method, device
 
     def of(self, plan: Plan, index: int) -> tuple[Role, ...]:

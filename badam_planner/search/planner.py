@@ -13,18 +13,12 @@ from badam.errors import BadamError
 from badam.plan import Plan
 from badam.training.methods import METHODS, method_of
 from badam.vocabulary import Strategy
+from badam_planner.multi_gpu.gpu_count import MOST_GPUS, shard_sizes, smallest_number
 from badam_planner.multi_gpu.nccl import with_communication
 from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
-from badam_planner.rehearsal.evaluator_cards import (
-    MOST_GPUS,
-    GpusEvaluator,
-    shard_sizes,
-    smallest_number,
-    with_traffic,
-)
 from badam_planner.rehearsal.model_tree import inspect_model
 from badam_planner.search.model_spec import explaining
-from badam_planner.search.prediction import candidate_of, with_prediction
+from badam_planner.search.prediction import candidate_of, with_prediction, with_traffic
 from badam_planner.search.refusal import refusal
 from badam_planner.search.request import Request, check_engine, staged_plan
 from badam_planner.search.result import Answer, SearchResult
@@ -61,7 +55,7 @@ def make_plan(request: Request, progress: Progress = lambda _text: None, *, work
 
 def _made(request: Request, progress: Progress, workers: int) -> Answer:
     progress(f"building the module tree of {request.spec.id}")
-    evaluator = GpusEvaluator(inspect_model(request.spec, request.attention), exact=request.exact, workers=workers)
+    evaluator = Evaluator(inspect_model(request.spec, request.attention), exact=request.exact, workers=workers)
     request = _with_enough_gpus(request, evaluator, progress)
     asked_for = strategies(request.method, request.partition)
     _rehearse_ahead(request, asked_for, evaluator, progress)
@@ -92,9 +86,7 @@ def _made(request: Request, progress: Progress, workers: int) -> Answer:
     return Answer(result, with_traffic(planned, evaluator), None)
 
 
-def _rehearse_ahead(
-    request: Request, asked_for: Sequence[Strategy], evaluator: GpusEvaluator, progress: Progress
-) -> None:
+def _rehearse_ahead(request: Request, asked_for: Sequence[Strategy], evaluator: Evaluator, progress: Progress) -> None:
     """What the search is going to ask for if the fastest setting fits, on all workers at a time."""
     fastest = settings_of(request, evaluator.tree)[0]
     progress(f"rehearsing {', '.join(asked_for)} blocks, {in_words(fastest)}")
@@ -110,7 +102,7 @@ def _rehearse_ahead(
     evaluator.prepare([*decisive, *recommended])
 
 
-def _with_enough_gpus(request: Request, evaluator: GpusEvaluator, progress: Progress) -> Request:
+def _with_enough_gpus(request: Request, evaluator: Evaluator, progress: Progress) -> Request:
     """The request for the fewest cards, or the fewest of one copy, on which it fits, if it leaves their number open."""
 
     def on(**cards: object) -> Request:

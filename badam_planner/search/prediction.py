@@ -8,7 +8,8 @@ from badam.plan import PhaseWork, Plan, Prediction
 from badam.training.methods import method_of
 from badam.vocabulary import Phase
 from badam_planner.composition.step_time import Work, mean_work, step_seconds
-from badam_planner.rehearsal.evaluator import PlanForecast
+from badam_planner.multi_gpu.engines import engine_of
+from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
 from badam_planner.search.request import Request
 from badam_planner.search.result import Candidate
 from badam_planner.search.trial import headroom
@@ -114,6 +115,23 @@ def with_prediction(plan: Plan, forecast: PlanForecast, samples: int | None = No
     )
     partition = plan.partition.model_copy(update={"blocks": blocks})
     return plan.model_copy(update={"partition": partition, "prediction": prediction})
+
+
+def with_traffic(plan: Plan, evaluator: Evaluator) -> Plan:
+    """``plan`` with what each GPU sends, for the block that sends most, the lowest one, and has in host memory."""
+    if plan.prediction is None or not engine_of(plan.target).joins_gpus:
+        return plan
+    pairs = (evaluator.traffic(plan, index) for index in {0, len(plan.partition.blocks) - 1})
+    shards, replicas = plan.target.shards, plan.target.replicas
+    own, full = max(filter(None, pairs), key=lambda pair: pair[0].sent_bytes(shards, replicas))
+    sent = {
+        "sent_bytes": own.sent_bytes(shards, replicas),
+        "sent_bytes_of_full": full.sent_bytes(shards, replicas),
+        "sent_between_bytes": own.sent_between_bytes(replicas),
+        "sent_between_bytes_of_full": full.sent_between_bytes(replicas),
+        "host_bytes": evaluator.host_bytes(plan),
+    }
+    return plan.model_copy(update={"prediction": plan.prediction.model_copy(update=sent)})
 
 
 def _seconds(work_by_phase: Mapping[Phase, Work]) -> dict[Phase, float]:

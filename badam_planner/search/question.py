@@ -28,6 +28,7 @@ from badam.vocabulary import (
     SwitchMode,
     TaskChoice,
 )
+from badam_planner.multi_gpu.engines import ENGINES
 
 MOST_SHARDS_NAMED = 4096
 
@@ -101,22 +102,22 @@ def check_gpus(question: Question) -> None:
     Raises:
         InputError: with what to change.
     """
-    engine, number = question.engine, question.num_gpus
-    if engine == "single" and number != 1:
+    engine, number, model = question.engine, question.num_gpus, ENGINES[question.engine]
+    if not model.joins_gpus and number != 1:
         raise InputError(
             f"--num-gpus {number} needs an engine for several cards.", advice="Add --engine fsdp2, or --engine ddp."
         )
-    if engine != "single" and number == 1:
+    if model.joins_gpus and number == 1:
         raise InputError(
             f"--engine {engine} joins cards, and there is one.",
             advice=f"Say how many with --num-gpus, or leave --engine {engine} out.",
         )
-    if engine == "ddp" and number == "auto":
+    if model.joins_gpus and not model.cuts_model and number == "auto":
         raise InputError(
-            "With --engine ddp every card needs the same memory, so there is no fewest that fit.",
+            f"With --engine {engine} every card needs the same memory, so there is no fewest that fit.",
             advice="Give a number.",
         )
-    if question.offload != "none" and engine != "zero3":
+    if question.offload != "none" and not model.offloads:
         raise InputError(f"--offload {question.offload} needs DeepSpeed, not {engine}.", advice="Add --engine zero3.")
     _check_shard_size(question)
 
@@ -125,7 +126,7 @@ def _check_shard_size(question: Question) -> None:
     size, number = question.shard_size, question.num_gpus
     if size is None:
         return
-    if question.engine != "fsdp2":
+    if not ENGINES[question.engine].cuts_into_groups:
         raise InputError(f"--shard-size {size} needs FSDP2, not {question.engine}.", advice="Add --engine fsdp2.")
     if size == 1:
         raise InputError("With --shard-size 1 no copy of the model would be cut.", advice="Use --engine ddp.")

@@ -27,6 +27,7 @@ from badam.training.methods import method_of
 from badam.training.tasks import TRAINED_HERE, chosen_lengths
 from badam.units import format_batch
 from badam.vocabulary import Attention, ModelSource, Strategy
+from badam_planner.multi_gpu.engines import engine_of
 from badam_planner.rehearsal.model_tree import ModelTree
 from badam_planner.search.model_spec import specify
 from badam_planner.search.question import Choices, Question
@@ -84,7 +85,7 @@ def check_engine(request: Request) -> None:
     Raises:
         InputError: for another method than badam, and for a task that is not trained here.
     """
-    if request.target.engine == "single":
+    if not engine_of(request.target).joins_gpus:
         return
     if request.method != "badam" or request.compare_methods:
         raise InputError(

@@ -13,6 +13,7 @@ from badam.units import format_batch, format_count, format_seconds
 from badam.vocabulary import Category, Phase
 from badam_planner.accuracy.compare import explain, fold_categories
 from badam_planner.accuracy.comparison import Accuracy, BlockRow, Comparison, Pair, Verdict
+from badam_planner.multi_gpu.engines import engine_of
 from badam_planner.report.terminal.bars import UNSPLIT, Bar, StackedBars
 from badam_planner.report.text import (
     NOTHING,
@@ -121,7 +122,7 @@ def _bars(comparison: Comparison) -> StackedBars:
 def phase_bars(comparison: Comparison) -> list[Bar]:
     """A bar for each phase and side that has a figure; the peak's own phase is split into its parts."""
     prediction, measurement = comparison.prediction, comparison.measurement
-    resident = comparison.plan.target.engine == "single"
+    resident = not engine_of(comparison.plan.target).joins_gpus
     bars = []
     for row in comparison.phases:
         if row.memory.predicted is not None:

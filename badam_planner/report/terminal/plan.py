@@ -13,6 +13,7 @@ from badam.plan import Plan, Target
 from badam.units import format_bytes, format_count, format_seconds
 from badam.vocabulary import Category, Phase
 from badam_planner.composition.step_time import ONCE_PER_VISIT
+from badam_planner.multi_gpu.engines import engine_of
 from badam_planner.multi_gpu.links import step_range, transfer_times
 from badam_planner.multi_gpu.nccl import communicators
 from badam_planner.report.formulas import formula_of, formulas_in_words, letters_in_words
@@ -228,7 +229,8 @@ def render_transfers(plan: Plan) -> RenderableType:
         table.add_column("a step of this plan", justify="right")
     sent = (prediction.sent_bytes, prediction.sent_bytes_of_full)
     between = (prediction.sent_between_bytes, prediction.sent_between_bytes_of_full)
-    if target.engine == "ddp":
+    engine = engine_of(target)
+    if not engine.cuts_model:
         between = sent  # plans of before there were cut copies do not say it
     table.add_row("bytes", *map(format_bytes, sent))
     if target.replicas > 1 and target.shards > 1:
@@ -237,7 +239,7 @@ def render_transfers(plan: Plan) -> RenderableType:
         transfer_times(target, whole - (part or 0), part or 0) for whole, part in zip(sent, between, strict=True)
     ]
     for (name, seconds), (_, everything) in zip(*columns, strict=True):
-        step = [] if compute is None else [_range_in_words(step_range(compute, seconds, target.engine))]
+        step = [] if compute is None else [_range_in_words(step_range(compute, seconds, overlaps=engine.overlaps))]
         table.add_row(name, *(format_seconds(each, rough=True) for each in (seconds, everything)), *step)
     return Group(table, *_step_in_words(plan), *_library_in_words(target), *_host_in_words(plan))
 
@@ -251,9 +253,9 @@ def _step_in_words(plan: Plan) -> list[Text]:
     if plan.prediction is None or plan.prediction.step_seconds is None:
         return []
     when = (
-        "after backward, which computes the active block last"
-        if plan.target.engine == "ddp"
-        else "while the card computes, altogether or not at all"
+        "while the card computes, altogether or not at all"
+        if engine_of(plan.target).overlaps
+        else "after backward, which computes the active block last"
     )
     return [
         Text(

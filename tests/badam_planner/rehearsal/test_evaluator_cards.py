@@ -14,11 +14,12 @@ import pytest
 from badam.errors import InputError
 from badam.plan import Plan, Target
 from badam.vocabulary import Category, Phase
+from badam_planner.multi_gpu.gpu_count import MOST_GPUS, shard_sizes, smallest_number
 from badam_planner.multi_gpu.links import BETWEEN_NODES, LINKS, transfer_times
 from badam_planner.multi_gpu.nccl import with_communication
 from badam_planner.recording.recording import NEVER, Recording, TensorRole
 from badam_planner.recording.timeline import Timeline
-from badam_planner.rehearsal.evaluator_cards import MOST_GPUS, GpusEvaluator, shard_sizes, smallest_number
+from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.search.planner import Request, make_plan
 from tests.badam.distributed import step_memory_jobs as jobs
 from tests.badam.distributed.workers import ROOT, on_ranks
@@ -50,14 +51,14 @@ SEVERAL_COPIES: dict[str, tuple[int, int, dict[str, Any]]] = {
 CASES |= SEVERAL_COPIES
 
 
-def planned(processes: int, settings: dict[str, Any], engine: str = "fsdp2") -> tuple[Plan, GpusEvaluator]:
+def planned(processes: int, settings: dict[str, Any], engine: str = "fsdp2") -> tuple[Plan, Evaluator]:
     cards = {"engine": engine, "num_gpus": processes, "shard_size": settings.get("shard_size")}
     others = {name: value for name, value in settings.items() if name != "shard_size"}
     plan, tree = plan_of(WIDER, DEPTH, target=CPU.model_copy(update=cards), **others)
-    return plan, GpusEvaluator(tree)
+    return plan, Evaluator(tree)
 
 
-def recorded(plan: Plan, evaluator: GpusEvaluator, block: int) -> Recording:
+def recorded(plan: Plan, evaluator: Evaluator, block: int) -> Recording:
     """A block's recording without the copies of gloo, which a process that is alone does not have."""
     recording = evaluator.recording(plan, block)
     kept = [each for each in recording.allocations if each.role is not TensorRole.GLOO_COPY]
@@ -158,7 +159,7 @@ def test_states_shrink_with_the_number_of_cards(engine: str) -> None:
 def test_copies_need_room_for_one_message_and_send_the_active_block() -> None:
     plan, tree = plan_of(WIDER, DEPTH)
     copies = plan.model_copy(update={"target": plan.target.model_copy(update={"engine": "ddp", "num_gpus": 4})})
-    evaluator = GpusEvaluator(tree)
+    evaluator = Evaluator(tree)
     assert evaluator.peaks(copies, 0).peak_allocated_bytes >= evaluator.peaks(plan, 0).peak_allocated_bytes
     traffic = evaluator.traffic(copies, 0)
     assert traffic is not None

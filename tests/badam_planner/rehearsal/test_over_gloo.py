@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from badam_planner.recording.timeline import Timeline
-from badam_planner.rehearsal.evaluator_cards import GpusEvaluator
+from badam_planner.rehearsal.evaluator import Evaluator
 from tests.badam.distributed import step_memory_jobs as jobs
 from tests.badam.distributed.workers import results_of
 from tests.badam_planner.rehearsal import test_evaluator_cards as test_cards
 from tests.badam_planner.rehearsal import test_zero3_cards
 
-Cases = dict[str, tuple[Any, GpusEvaluator, int]]
+Cases = dict[str, tuple[Any, Evaluator, int]]
 """A plan, what rehearses it, and the active block."""
 
 

@@ -11,7 +11,7 @@ from badam.plan import Plan
 from badam.vocabulary import Category
 from badam_planner.multi_gpu.zero3 import on_host
 from badam_planner.recording.timeline import Timeline
-from badam_planner.rehearsal.evaluator_cards import GpusEvaluator
+from badam_planner.rehearsal.evaluator import Evaluator
 from tests.badam_planner.rehearsal.plans import CPU, plan_of
 from tests.badam_planner.rehearsal.test_evaluator_cards import WIDER, found_alone, recorded
 
@@ -44,12 +44,12 @@ OFFLOADED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def planned(
     processes: int, settings: dict[str, Any], *, layers: int = 5, offload: str = "none"
-) -> tuple[Plan, GpusEvaluator]:
+) -> tuple[Plan, Evaluator]:
     settings = dict(settings)
     config = {**WIDER, "tie_word_embeddings": settings.pop("tied", False)}
     target = CPU.model_copy(update={"engine": "zero3", "num_gpus": processes, "offload": offload})
     plan, tree = plan_of(config, layers, target=target, **settings)
-    return plan, GpusEvaluator(tree)
+    return plan, Evaluator(tree)
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +98,10 @@ def test_what_deepspeed_keeps_on_the_host_and_what_remains_are_predicted(case: s
         on_the_host += owned["parameter"]
     assert evaluator.host_bytes(plan) == pytest.approx(on_the_host, rel=0.001)
     gpu = plan.model_copy(update={"target": plan.target.model_copy(update={"gpu": "a100-80gb"})})
-    evaluator = GpusEvaluator(evaluator.tree)
+    evaluator = Evaluator(evaluator.tree)
     recording = evaluator.recording(gpu, 2)
     assert not [each for each in recording.allocations if "host memory" in (each.label or "")]
-    together = Timeline(recorded(plan, GpusEvaluator(evaluator.tree), 2), evaluator.tree.head_module).peak().nbytes
+    together = Timeline(recorded(plan, Evaluator(evaluator.tree), 2), evaluator.tree.head_module).peak().nbytes
     assert together == pytest.approx(found["peak"], rel=0.02)
     remaining = together - sum(held.nbytes for held in on_host(evaluator._sharding(plan, 2), offload))
     assert remaining == pytest.approx(found["peak"] - on_the_host, rel=0.02)
@@ -131,7 +131,7 @@ def test_what_is_offloaded_is_on_no_card() -> None:
     for offload in ("none", "optimizer", "all"):
         target = plan.target.model_copy(update={"offload": offload})
         plan_there = plan.model_copy(update={"target": target.model_copy(update={"gpu": "a100-80gb"})})
-        held = GpusEvaluator(evaluator.tree).recording(plan_there, 0).allocations
+        held = Evaluator(evaluator.tree).recording(plan_there, 0).allocations
         matrices = {info.name for info in evaluator.tree.parameters if info.is_matrix}
         kinds[offload] = {each.category for each in held if each.parameter in matrices}
     states = {Category.MASTER, Category.OPTIMIZER_STATE}

@@ -59,6 +59,6 @@ def test_the_table_fits_the_terminal(width: int) -> None:
 
 @pytest.mark.parametrize(("compute", "transfer"), [(1.0, 3.0), (3.0, 1.0), (2.0, 0.0)])
 def test_overlapping_never_makes_a_step_longer(compute: float, transfer: float) -> None:
-    shortest, longest = step_range(compute, transfer, "fsdp2")
+    shortest, longest = step_range(compute, transfer, overlaps=True)
     assert max(compute, transfer) == shortest <= longest == compute + transfer
-    assert step_range(compute, transfer, "ddp") == (longest, longest)
+    assert step_range(compute, transfer, overlaps=False) == (longest, longest)
