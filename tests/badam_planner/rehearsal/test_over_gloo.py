@@ -12,27 +12,27 @@ from badam_planner.recording.timeline import Timeline
 from badam_planner.rehearsal.evaluator import Evaluator
 from tests.badam.distributed import step_memory_jobs as jobs
 from tests.badam.distributed.workers import results_of
-from tests.badam_planner.rehearsal import test_evaluator_cards as test_cards
-from tests.badam_planner.rehearsal import test_zero3_cards
+from tests.badam_planner.rehearsal import test_evaluator_gpus as fsdp2_tests
+from tests.badam_planner.rehearsal import test_evaluator_zero3
 
 Cases = dict[str, tuple[Any, Evaluator, int]]
 """A plan, what rehearses it, and the active block."""
 
 
 def fsdp2_cases(processes: int) -> Cases:
-    """Those of :mod:`tests.badam_planner.rehearsal.test_evaluator_cards` for so many processes."""
+    """Those of :mod:`tests.badam_planner.rehearsal.test_evaluator_gpus` for so many processes."""
     return {
-        name: (*test_cards.planned(count, settings), block)
-        for name, (count, block, settings) in test_cards.CASES.items()
+        name: (*fsdp2_tests.planned(count, settings), block)
+        for name, (count, block, settings) in fsdp2_tests.CASES.items()
         if count == processes
     }
 
 
 def zero3_cases(processes: int) -> Cases:
-    """Those of :mod:`tests.badam_planner.rehearsal.test_zero3_cards` for so many processes."""
+    """Those of :mod:`tests.badam_planner.rehearsal.test_evaluator_zero3` for so many processes."""
     return {
-        name: (*test_zero3_cards.planned(count, settings, layers=layers), block)
-        for name, (count, layers, block, settings) in test_zero3_cards.CASES.items()
+        name: (*test_evaluator_zero3.planned(count, settings, layers=layers), block)
+        for name, (count, layers, block, settings) in test_evaluator_zero3.CASES.items()
         if count == processes
     }
 

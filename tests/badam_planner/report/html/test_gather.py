@@ -6,7 +6,11 @@ from pathlib import Path
 from badam.plan import Target, Training
 from badam.units import GIB, MIB
 from badam.vocabulary import Category, Phase
-from badam_planner.report.html.gather import METRICS_FILE, read_curve, rehearse_step
+from badam_planner.rehearsal.evaluator import Evaluator
+from badam_planner.rehearsal.model_tree import inspect_model
+from badam_planner.report.html.gather import METRICS_FILE, read_curve, rehearse_step, sizes_that_fit
+from badam_planner.search.settings import MemorySetting
+from badam_planner.search.size_map import resized
 from tests.badam_planner import factories
 
 
@@ -59,3 +63,20 @@ def test_a_rehearsed_step_peaks_where_its_plan_says_and_starts_with_the_forward(
     assert "layer 1" in step.title
     assert step.limit_bytes == 7 * GIB - MIB
     assert max(sample.total_bytes for sample in step.samples) > step.samples[0].by_category[Category.PARAMETER] > 0
+
+
+def test_the_timeline_and_the_sizes_of_several_gpus_are_those_of_one_of_them() -> None:
+    spec = factories.model(
+        hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, vocab_size=256
+    )
+    several = Target(gpu="cpu", total_bytes=8 * GIB, usable_bytes=8 * GIB, engine="fsdp2", num_gpus=4)
+    plan = factories.plan(model=spec, target=several, training=Training(batch_size=1, seq_len=256))
+    evaluator = Evaluator(inspect_model(plan.model, plan.training.attention))
+    drawn = max(sample.total_bytes for sample in rehearse_step(plan).samples)
+    assert drawn == evaluator.peaks(plan, 0).peak_allocated_bytes
+    cell = next(cell for cell in sizes_that_fit(plan).cells if (cell.batch_size, cell.seq_len) == (1, 256))
+    fastest = MemorySetting("none", "full")
+    needed = evaluator.worst_block(resized(plan, 1, 256, fastest, evaluator.tree)).worst.peak_device_bytes
+    assert cell.peak_device_bytes == needed
+    alone = plan.model_copy(update={"target": several.model_copy(update={"engine": "single", "num_gpus": 1})})
+    assert needed != evaluator.worst_block(resized(alone, 1, 256, fastest, evaluator.tree)).worst.peak_device_bytes

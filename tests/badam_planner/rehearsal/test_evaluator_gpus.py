@@ -14,15 +14,14 @@ import pytest
 from badam.errors import InputError
 from badam.plan import Plan, Target
 from badam.vocabulary import Category, Phase
-from badam_planner.multi_gpu.gpu_count import MOST_GPUS, shard_sizes, smallest_number
-from badam_planner.multi_gpu.links import BETWEEN_NODES, LINKS, transfer_times
-from badam_planner.multi_gpu.nccl import with_communication
+from badam_planner.multi_gpu.gpu_count import MOST_GPUS
 from badam_planner.recording.recording import NEVER, Recording, TensorRole
 from badam_planner.recording.timeline import Timeline
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.search.planner import Request, make_plan
 from tests.badam.distributed import step_memory_jobs as jobs
 from tests.badam.distributed.workers import ROOT, on_ranks
+from tests.badam_planner.multi_gpu.targets import gpus_of, on_a100
 from tests.badam_planner.rehearsal.plans import CPU, LLAMA, plan_of, spec_of
 
 WIDER = {**LLAMA, "hidden_size": 128, "intermediate_size": 320, "vocab_size": 512}
@@ -167,15 +166,6 @@ def test_copies_need_room_for_one_message_and_send_the_active_block() -> None:
     assert traffic[0].sent_bytes(1, 4) == round(2 * 4 * entries * 3 / 4)
 
 
-@pytest.mark.parametrize("wanted", [1, 2, 3, 7, 8, 100])
-def test_the_smallest_number_of_cards_is_found(wanted: int) -> None:
-    assert smallest_number(lambda cards: cards >= wanted) == wanted
-
-
-def test_no_number_of_cards_is_found_where_none_fits() -> None:
-    assert smallest_number(lambda _: False) is None
-
-
 def test_a_plan_is_made_for_the_fewest_cards_that_fit_and_not_for_one_less() -> None:
     plan, evaluator = planned(1, {})
     needed = evaluator.worst_block(planned(3, {})[0]).worst.peak_device_bytes
@@ -201,36 +191,6 @@ def test_a_plan_is_made_for_the_fewest_cards_that_fit_and_not_for_one_less() -> 
 def test_other_methods_are_refused_for_several_cards() -> None:
     with pytest.raises(InputError, match="Only --method badam"):
         make_plan(Request(spec=spec_of(LLAMA, 2), target=CPU.model_copy(update={"engine": "fsdp2"}), method="lora"))
-
-
-def test_a_ring_that_leaves_a_node_is_as_slow_as_the_link_between_nodes() -> None:
-    inside = dict(transfer_times(gpus_of("fsdp2", 8), 10**9, 0))
-    assert inside[LINKS[0].name] == pytest.approx(1e9 / LINKS[0].bytes_per_second)
-    assert max(inside.values()) > min(inside.values())
-    outside = transfer_times(gpus_of("fsdp2", 16), 10**9, 0)
-    assert all(time >= 1e9 / 50e9 for _, time in outside)
-    assert transfer_times(gpus_of("ddp", 16), 0, 10**9) == outside
-
-
-def test_copies_within_machines_send_gradients_alone_between_them() -> None:
-    times = dict(transfer_times(gpus_of("fsdp2", 16, 8), 9 * 10**9, 10**9))
-    assert times[f"{LINKS[0].name} and {BETWEEN_NODES.name}"] == pytest.approx(9e9 / 450e9 + 1e9 / 50e9)
-    straddling = dict(transfer_times(gpus_of("fsdp2", 18, 6), 9 * 10**9, 10**9))
-    assert straddling[f"{LINKS[0].name} and {BETWEEN_NODES.name}"] == pytest.approx(10e9 / 50e9)
-    one_machine = dict(transfer_times(gpus_of("fsdp2", 8, 4), 9 * 10**9, 10**9))
-    assert one_machine[LINKS[0].name] == pytest.approx(10e9 / 450e9)
-
-
-def gpus_of(engine: str, cards: int, shard_size: int | None = None) -> Target:
-    return CPU.model_copy(update={"engine": engine, "num_gpus": cards, "shard_size": shard_size})
-
-
-@pytest.mark.parametrize(
-    ("cards", "per_node", "sizes"),
-    [(8, 8, [2, 4, 8]), (48, 8, [2, 4, 8, 16, 24, 48]), (12, 8, [2, 4, 12]), (12, 16, [2, 3, 4, 6, 12]), (7, 4, [7])],
-)
-def test_groups_that_straddle_machines_are_not_tried(cards: int, per_node: int, sizes: list[int]) -> None:
-    assert shard_sizes(cards, per_node) == sizes
 
 
 def test_copies_are_cut_over_the_fewest_cards_that_do() -> None:
@@ -281,19 +241,6 @@ def test_messages_are_there_in_forward_and_backward_only(engine: str, shard_size
     assert [each.label for each in messages for step in steps if each.born < step < each.died] == []
 
 
-def test_every_layout_of_a_plan_deals_out_all_cards() -> None:
-    with pytest.raises(ValueError, match="16 cards cannot be divided into groups of 6"):
-        Target(gpu="cpu", total_bytes=1, usable_bytes=1, engine="fsdp2", num_gpus=16, shard_size=6)
-    with pytest.raises(ValueError, match="needs the engine fsdp2, not zero3"):
-        Target(gpu="cpu", total_bytes=1, usable_bytes=1, engine="zero3", num_gpus=16, shard_size=8)
-    with pytest.raises(ValueError, match="those of the engine ddp"):
-        Target(gpu="cpu", total_bytes=1, usable_bytes=1, engine="fsdp2", num_gpus=16, shard_size=1)
-
-
-def on_a100(cards: int, shard_size: int | None = None, engine: str = "fsdp2") -> Target:
-    return with_communication(gpus_of(engine, cards, shard_size).model_copy(update={"gpu": "a100-80gb"}))
-
-
 def test_nccls_buffers_are_on_the_device_and_not_in_torch() -> None:
     plan, evaluator = planned(4, {})
     bare = plan.model_copy(update={"target": on_a100(4).model_copy(update={"communication_bytes": 0})})
@@ -302,14 +249,6 @@ def test_nccls_buffers_are_on_the_device_and_not_in_torch() -> None:
     assert with_buffers.peak_device_bytes - without.peak_device_bytes == 688 * 2**20
     assert with_buffers.peak_reserved_bytes == without.peak_reserved_bytes
     assert evaluator.worst_block(counted, give_up_above=without.peak_device_bytes) is None
-
-
-def test_each_communicator_has_buffers_and_gloo_has_none() -> None:
-    assert on_a100(1).communication_bytes == 0
-    assert on_a100(2).communication_bytes == 544 * 2**20
-    assert on_a100(8, engine="ddp").communication_bytes == 688 * 2**20
-    assert on_a100(16, 8).communication_bytes == (688 + 688 + 544) * 2**20
-    assert with_communication(gpus_of("fsdp2", 8)).communication_bytes == 0
 
 
 def test_the_number_of_cards_that_is_found_leaves_room_for_nccl() -> None:

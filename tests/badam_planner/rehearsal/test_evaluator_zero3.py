@@ -13,7 +13,7 @@ from badam_planner.multi_gpu.zero3 import on_host
 from badam_planner.recording.timeline import Timeline
 from badam_planner.rehearsal.evaluator import Evaluator
 from tests.badam_planner.rehearsal.plans import CPU, plan_of
-from tests.badam_planner.rehearsal.test_evaluator_cards import WIDER, found_alone, recorded
+from tests.badam_planner.rehearsal.test_evaluator_gpus import WIDER, found_alone, recorded
 
 CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {  # processes, layers, active block, what the plan has
     "two processes, lowest block": (2, 5, 0, {}),
