@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from badam.errors import PlanError
 from badam.files import write_file
@@ -34,8 +35,16 @@ from badam.vocabulary import (
 
 SCHEMA_VERSION: Final = 1
 
-Bytes = NonNegativeInt
-Seconds = Annotated[float, Field(ge=0)]
+LARGEST = 2**63 - 1
+"""What torch's sizes can be at most."""
+
+Count = Annotated[int, Field(gt=0, le=LARGEST)]
+Bytes = Annotated[int, Field(ge=0, le=LARGEST)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What every generator of random numbers takes, numpy's included."""
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Record(BaseModel):
@@ -56,14 +65,16 @@ class ModelSpec(Record):
     config: dict[str, Any]  # the transformers configuration, as written by to_dict()
     config_digest: str  # sha256 of the configuration, see config_digest()
     task: Task = "causal-lm"
-    parameters: PositiveInt  # entries of all distinct parameters; tied ones count once
+    parameters: Count  # entries of all distinct parameters; tied ones count once
 
 
 class Rates(Record):
     """How fast a device works, as far as training reaches it."""
 
-    flops_per_second: dict[Dtype, float]  # of matrix products, by the type of their operands
-    bytes_per_second: float = Field(gt=0)  # to and from memory, by everything else
+    flops_per_second: dict[
+        Dtype, Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    ]  # of matrix products, by the type of their operands
+    bytes_per_second: float = Field(gt=0, allow_inf_nan=False)  # to and from memory, by everything else
     seconds_per_operator: Seconds = 0.0  # to start one, whatever it does
     basis: str  # where these figures come from, in words
 
@@ -72,10 +83,10 @@ class Target(Record):
     """The device the plan is for."""
 
     gpu: str
-    num_gpus: PositiveInt = 1
-    gpus_per_node: PositiveInt = 8
+    num_gpus: Count = 1
+    gpus_per_node: Count = 8
     engine: Engine = "single"
-    shard_size: PositiveInt | None = None  # under fsdp2, cards that one copy of the model is cut over; None for all
+    shard_size: Count | None = None  # under fsdp2, cards that one copy of the model is cut over; None for all
     offload: Offload = "none"  # what is kept in host memory under zero3
     total_bytes: Bytes  # what the driver reports as the card's memory
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
@@ -118,11 +129,13 @@ class BlockPlan(Record):
 
     name: str
     prefixes: tuple[str, ...] = Field(min_length=1)  # module paths; a parameter belongs if its path starts with one
-    parameters: PositiveInt
+    parameters: Count
     peak_allocated_bytes: Bytes | None = None
     peak_phase: Phase | None = None
     peak_by_phase: dict[Phase, Bytes] = Field(default_factory=dict)
-    backward_relative: float | None = None  # predicted backward work with this block active / with all active
+    backward_relative: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False
+    )  # predicted backward work with this block active / with all active
     seconds_by_phase: dict[Phase, Seconds] = Field(default_factory=dict)  # of one optimizer step with it active
     checkpointed_layers: tuple[str, ...] = ()  # module paths
 
@@ -139,8 +152,10 @@ class Schedule(Record):
     """Which block is active when; see badam.blocks.schedule."""
 
     switch_mode: SwitchMode = "random"
-    switch_every: int = 50  # optimizer steps per visit; 0 or less never switches
-    seed: NonNegativeInt = 0
+    switch_every: int = Field(
+        default=50, ge=-LARGEST, le=LARGEST
+    )  # optimizer steps per visit; 0 or less never switches
+    seed: Seed = 0
 
 
 class OptimizerSpec(Record):
@@ -148,34 +163,38 @@ class OptimizerSpec(Record):
 
     name: Literal["adamw"] = "adamw"
     learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     fused: bool = True
     write_back: WriteBack = "stochastic"
-    max_grad_norm: float = Field(default=1.0, ge=0)  # 0 switches clipping off
+    max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)  # 0 switches clipping off
 
 
 class MethodOptions(Record):
     """What single methods ask for beyond the optimizer; each reads its own, and the others mean nothing to it."""
 
     update_ratio: float = Field(default=0.1, gt=0, le=1)  # badam-ratio: share of each parameter in its window
-    rank: PositiveInt | None = None  # lora, qlora, galore; None is the method's default
-    alpha: float | None = Field(default=None, gt=0)  # lora, qlora: adapters count alpha / rank; None is 2 rank
+    rank: Count | None = None  # lora, qlora, galore; None is the method's default
+    alpha: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False
+    )  # lora, qlora: adapters count alpha / rank; None is 2 rank
     target_modules: tuple[str, ...] = ()  # lora, qlora; none named means every linear layer but the output projection
-    projection_gap: PositiveInt = 200  # galore: steps between two decompositions of a gradient
-    projection_scale: float = Field(default=0.25, gt=0)  # galore
-    sampled_layers: PositiveInt = 2  # lisa: layers trained at a time
-    perturbation: float = Field(default=1e-3, gt=0)  # mezo: how far weights are moved for the two forward passes
+    projection_gap: Count = 200  # galore: steps between two decompositions of a gradient
+    projection_scale: float = Field(default=0.25, gt=0, allow_inf_nan=False)  # galore
+    sampled_layers: Count = 2  # lisa: layers trained at a time
+    perturbation: float = Field(
+        default=1e-3, gt=0, allow_inf_nan=False
+    )  # mezo: how far weights are moved for the two forward passes
 
 
 class Training(Record):
     """What one optimizer step consists of."""
 
-    batch_size: PositiveInt
-    seq_len: PositiveInt  # positions of an input: tokens, or what an image or a recording is cut into
-    decoder_len: PositiveInt | None = None  # tokens of the target text of an encoder-decoder model
-    grad_accum: PositiveInt = 1
+    batch_size: Count
+    seq_len: Count  # positions of an input: tokens, or what an image or a recording is cut into
+    decoder_len: Count | None = None  # tokens of the target text of an encoder-decoder model
+    grad_accum: Count = 1
     dtype: Dtype = "bfloat16"
     checkpointing: Checkpointing = "all"
     loss: Loss = "full"
@@ -188,8 +207,8 @@ class PhaseWork(Record):
     """What one phase of an optimizer step has to do, all micro-batches together."""
 
     flops: NonNegativeInt  # of matrix products, 2 m n k each
-    product_bytes: Bytes  # that these products read and write
-    other_bytes: Bytes  # that all other operators read and write
+    product_bytes: NonNegativeInt  # that these products read and write
+    other_bytes: NonNegativeInt  # that all other operators read and write
     operators: NonNegativeInt
 
 
@@ -244,6 +263,22 @@ RecordT = TypeVar("RecordT", bound=Record)
 def config_digest(config: dict[str, Any]) -> str:
     """sha256 of a model configuration, independent of key order."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def other_versions(plan: Plan) -> str | None:
+    """Libraries of which other versions are installed than those that a plan was made with, as part of a sentence.
+
+    None where there are none; other versions may need other memory than was predicted.
+    """
+    found = []
+    for name, recorded in plan.provenance.versions.items():
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            continue
+        if installed != recorded:
+            found.append(f"{name} {recorded}, here is {installed}")
+    return "; ".join(found) or None
 
 
 def record_digest(record: Record) -> str:

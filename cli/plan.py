@@ -130,7 +130,7 @@ def plan(
         float, typer.Option(min=0.0, help="With --samples: passes over the data, for the time of the run.")
     ] = 1.0,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate, as badam-train will use it.")] = 1e-5,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the block order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the block order.")] = 0,
     output: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML report.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan on stdout and nothing else.")] = False,
@@ -195,6 +195,8 @@ def plan(
             found = answer(question, command=command, progress=progress, tell=say)
         if num_gpus == "auto" and found.plan is not None and found.plan.target.num_gpus == 1:
             say(f"One card is enough, so the plan is for one, without {engine}.")
+        for note in found.notes:
+            say(note)
         present(found, output, html, epochs=epochs, as_json=as_json)
 
 

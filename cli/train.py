@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from badam.errors import InputError, require
+from badam.training.one_voice import rank_and_count
 from badam.vocabulary import LossOn, OnBadRow, OnLong, Padding, Profile
 from badam_cli._allocator import configure_allocator
 from badam_cli._app import OneVoice, Version, ending_at_once, quiet_libraries, reporting_errors, say
@@ -96,7 +97,9 @@ def train(
         OnLong,
         typer.Option(help="What to do with examples that are longer than planned."),
     ] = "truncate",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights and of the order of the data.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of random weights and of the order of the data.")
+    ] = 0,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by deepspeed's launcher.")] = 0,
     profile: Annotated[
         Profile,
@@ -120,9 +123,12 @@ def train(
     SIGTERM after saving.
     """
     with reporting_errors():
-        from badam.plan import load_plan
+        from badam.plan import load_plan, other_versions
 
         loaded = load_plan(plan)
+        others = other_versions(loaded)
+        if others is not None and rank_and_count()[0] == 0:
+            say(f"The plan was made with other versions, which may need other memory: {others}.")
         libraries = ("trl", "datasets", "accelerate", "ijson")
         require("badam-train", dict(zip(libraries, libraries, strict=True)), extra="train")
         columns = _columns(column or [])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -13,6 +16,8 @@ from badam.plan import ModelSpec
 PRETRAINED, RANDOM = "pretrained", "random"
 OWN_NAMESPACE = "badam/"
 """Catalogued models under this name exist as configurations only, for trying things out."""
+
+_QUANTIZATION = "quantization_config"
 
 CONNECT_SECONDS = 5.0
 """How long to wait for the Hub before taking this machine for one without network."""
@@ -41,8 +46,55 @@ def locate_weights(spec: ModelSpec, init: str) -> str | None:
             f"The plan was made from the configuration {spec.id}, which has no weights.",
             advice="Start from random weights with --init random, or name a local directory: --init DIR.",
         )
-    _check_hub(spec.id)
+    _check_plain(spec.id, Path(_check_hub(spec.id)))
     return spec.id
+
+
+def stored_quantized(config: Mapping[str, Any]) -> str | None:
+    """In which form a checkpoint keeps weights that are not plain numbers, such as ``FP8`` or ``GPTQ, 4 bits``.
+
+    Args:
+        config: of the checkpoint, as its ``config.json`` has it.
+    """
+    found = next((part[_QUANTIZATION] for part in _parts(config) if isinstance(part.get(_QUANTIZATION), Mapping)), None)
+    if found is None:
+        return None
+    method = str(found.get("quant_method") or "bitsandbytes")
+    name = method.upper() if method in ("fp8", "awq", "gptq", "mxfp4") else method
+    bits = next((size for size in (4, 8) if found.get(f"load_in_{size}bit")), found.get("bits"))
+    return f"{name}, {bits} bits" if isinstance(bits, int) else name
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the same model with plain weights, which are what can be trained."""
+    return {
+        name: unquantized(value) if isinstance(value, Mapping) and name.endswith("_config") else value
+        for name, value in config.items()
+        if name != _QUANTIZATION
+    }
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The configuration and those nested in it, of a text part for example."""
+    yield config
+    for name, value in config.items():
+        if isinstance(value, Mapping) and name.endswith("_config"):
+            yield value
+
+
+def _check_plain(where: str, config_file: Path) -> None:
+    """Refuse weights that are stored quantized: they would be read as what they are not, or cannot be trained."""
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # the weights are checked by their names and shapes; this is only about what a configuration says
+    form = stored_quantized(config) if isinstance(config, dict) else None
+    if form is not None:
+        raise InputError(
+            f"The weights of {where} are stored quantized ({form}); training needs plain ones.",
+            advice="Load them with transformers, call model.dequantize() where it has that, save_pretrained to a "
+            "directory, and name it: --init DIR. Or start from a checkpoint in 16 bits.",
+        )
 
 
 def tokenizer_source(spec: ModelSpec, weights: str | None) -> str | None:
@@ -66,11 +118,12 @@ def _checked_directory(directory: Path) -> str:
             f"The directory {directory} has no safetensors file.",
             advice="Convert the weights to safetensors, or start from random ones with --init random.",
         )
+    _check_plain(str(directory), directory / "config.json")
     return str(directory)
 
 
-def _check_hub(name: str) -> None:
-    """Ask for the smallest file first, so that a missing token or network is known in seconds."""
+def _check_hub(name: str) -> str:
+    """Ask for the smallest file first, so that a missing token or network is known in seconds; returns its path."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -79,7 +132,7 @@ def _check_hub(name: str) -> None:
         constants.HF_HUB_OFFLINE = True
     advice = f"Start from random weights with --init {RANDOM}, or name a local directory with them: --init DIR."
     try:
-        hf_hub_download(name, "config.json")
+        return str(hf_hub_download(name, "config.json"))
     except GatedRepoError as error:
         raise InputError(
             f"The weights of {name} are gated: the Hub asks for a token with access to them.",

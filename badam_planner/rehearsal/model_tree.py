@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from badam.blocks.names import belongs, enclosing
 from badam.blocks.partition import ParameterInfo, layer_stacks
-from badam.plan import ModelSpec, Training
+from badam.plan import ModelSpec, Plan, Training
 from badam.vocabulary import Attention
 
 if TYPE_CHECKING:
@@ -103,6 +105,26 @@ def _inspected(spec: ModelSpec, attention: Attention) -> ModelTree:
         entries=entries,
         versions={name: version(name) for name in REPORTED_VERSIONS},
     )
+
+
+def unquantized_weights(plan: Plan, tree: ModelTree) -> dict[str, int]:
+    """Entries of the matrices in layers that a method which quantizes leaves as they are, by name within a layer."""
+    from badam.training.build import prepare_model
+    from badam.training.methods import method_of
+    from badam_planner.rehearsal.rehearse import fake_model, fake_world
+
+    matrices = {info.name: math.prod(info.shape) for info in tree.parameters if len(info.shape) > 1}
+    with fake_world():
+        model = fake_model(plan.model, plan.training)
+        prepare_model(model, plan)
+        # An adapter makes the layer that it adapts a child of its own.
+        quantized = {name.replace(".base_layer.", ".") for name in method_of(plan.method).quantized_entries(model)}
+    left: Counter[str] = Counter()
+    for name, entries in matrices.items():
+        layer = tree.layer_of(name)
+        if layer and name not in quantized:
+            left[name.removeprefix(f"{layer}.")] += entries
+    return dict(left.most_common())
 
 
 def _beside_the_text(model: PreTrainedModel) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from badam_planner.accuracy.calibration import calibrated
 from badam_planner.search.question import Question, check_gpus
 from badam_planner.search.result import Answer, SearchResult
 from badam_planner.sources.calibration_store import load_calibration
-from badam_planner.sources.model_source import find_config
+from badam_planner.sources.model_source import find_config, notes_on
 from badam_planner.sources.target import find_target
 
 REHEARSED = ("torch", "transformers")
@@ -73,7 +73,8 @@ def answer(
         now = datetime.now(UTC).isoformat(timespec="seconds")
         provenance = found.plan.provenance.model_copy(update={"command": command, "date": now})
         found = replace(found, plan=found.plan.model_copy(update={"provenance": provenance}))
-    return found
+    name, _, config = source
+    return replace(found, notes=(*notes_on(name, config, question.dtype), *found.notes))
 
 
 def target_of(question: Question, tell: Callable[[str], None] = lambda _text: None) -> Target:
@@ -116,6 +117,7 @@ def load_answer(key: str) -> Answer | None:
             result=_RESULT.validate_python(content["result"], strict=False),
             plan=None if content["plan"] is None else Plan.model_validate(content["plan"]),
             refusal=None if refusal is None else DoesNotFit(refusal[0], advice=refusal[1]),
+            notes=_NOTES.validate_python(content["notes"]),
         )
     except (OSError, InputError, ValueError, KeyError, TypeError, ValidationError):
         return None  # written by hand, cut off or never there: it is found out again and rewritten
@@ -128,6 +130,7 @@ def save_answer(key: str, answer: Answer) -> None:
         "result": _RESULT.dump_python(answer.result, mode="json"),
         "plan": None if answer.plan is None else answer.plan.model_dump(mode="json"),
         "refusal": None if refusal is None else [refusal.message, refusal.advice],
+        "notes": answer.notes,
     }
     path = _path(key)
     with suppress(OSError, InputError):
@@ -136,6 +139,7 @@ def save_answer(key: str, answer: Answer) -> None:
 
 
 _RESULT = TypeAdapter(SearchResult)
+_NOTES = TypeAdapter(tuple[str, ...])
 _QUESTION = TypeAdapter(Question)
 
 

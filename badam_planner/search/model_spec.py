@@ -10,6 +10,7 @@ from badam.errors import BadamError, InputError, in_one_line, missing_library
 from badam.plan import ModelSpec, config_digest
 from badam.training.build import choose_attention
 from badam.training.tasks import CLASSIFICATIONS, TASKS, default_task
+from badam.training.weights import unquantized
 from badam.vocabulary import ModelSource, Task
 from badam_planner.rehearsal.model_tree import inspect_model
 from badam_planner.sources.model_source import find_config
@@ -32,7 +33,7 @@ def describe_model(name: str, *, task: Task | None = None, labels: int | None = 
 def specify(
     model_id: str, source: ModelSource, config: dict[str, Any], *, task: Task | None = None, labels: int | None = None
 ) -> ModelSpec:
-    """The specification of a model whose configuration was found.
+    """The specification of a model whose configuration was found, with plain weights whatever its checkpoint has.
 
     Args:
         model_id, source, config: as :func:`badam_planner.sources.model_source.find_config` returns them.
@@ -42,6 +43,7 @@ def specify(
     Raises:
         InputError: if transformers cannot build the model, or classes are given for another task.
     """
+    config = unquantized(config)
     task = task or default_task(config)
     if labels is not None:
         if task not in CLASSIFICATIONS:

@@ -6,17 +6,19 @@ what each candidate needs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from badam.errors import BadamError
 from badam.plan import Plan
 from badam.training.methods import METHODS, method_of
-from badam.vocabulary import Strategy
+from badam.units import format_bytes
+from badam.vocabulary import ELEMENT_BYTES, Strategy
 from badam_planner.multi_gpu.gpu_count import MOST_GPUS, shard_sizes, smallest_number
 from badam_planner.multi_gpu.nccl import with_communication
 from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
-from badam_planner.rehearsal.model_tree import inspect_model
+from badam_planner.rehearsal.model_tree import inspect_model, unquantized_weights
 from badam_planner.search.model_spec import explaining
 from badam_planner.search.prediction import candidate_of, with_prediction, with_traffic
 from badam_planner.search.refusal import refusal
@@ -31,6 +33,11 @@ from badam_planner.search.trial import (
     in_words,
     settings_of,
 )
+
+WORTH_SAYING = 0.01
+"""Share of the layers' entries that a quantizing method may leave without a word."""
+
+MOST_NAMED = 4
 
 __all__ = ["Progress", "Request", "make_plan", "staged_plan", "with_prediction"]
 
@@ -78,12 +85,33 @@ def _made(request: Request, progress: Progress, workers: int) -> Answer:
         task=request.spec.task,
         decoder_len=request.decoder_len,
     )
-    if not fits[best]:
-        return Answer(result, None, refusal(request, tried, evaluator, progress))
     plan, forecast = tried[best]
+    notes = _left_in_16_bits(plan, forecast, evaluator)
+    if not fits[best]:
+        return Answer(result, None, refusal(request, tried, evaluator, progress), notes)
     progress("forecasting every block of the recommended partition")
     planned = with_prediction(plan, evaluator.every_block(plan, forecast), request.samples)
-    return Answer(result, with_traffic(planned, evaluator), None)
+    return Answer(result, with_traffic(planned, evaluator), None, notes)
+
+
+def _left_in_16_bits(plan: Plan, forecast: PlanForecast, evaluator: Evaluator) -> tuple[str, ...]:
+    """Of a method that quantizes, a sentence on weights of layers that its library leaves as they are, if they count.
+
+    Its library knows linear layers alone: not a model's own class of them, nor experts that are fused in one tensor.
+    """
+    in_layers = [info for info in evaluator.tree.parameters if evaluator.tree.layer_of(info.name)]
+    entries = sum(math.prod(info.shape) for info in in_layers)
+    if not method_of(plan.method).quantizes or entries - forecast.quantized_entries < WORTH_SAYING * entries:
+        return ()
+    left = unquantized_weights(plan, evaluator.tree)
+    total = format_bytes(sum(left.values()) * ELEMENT_BYTES[plan.training.dtype])
+    *others, last = list(left)[:MOST_NAMED]
+    named = f"{', '.join(others)} and {last}" if others else last
+    note = (
+        f"{plan.method} leaves {total} of the layers' weights in {plan.training.dtype}, which its library does not "
+        f"quantize: {named}{'' if len(left) <= MOST_NAMED else ', among others'}."
+    )
+    return (note,)
 
 
 def _rehearse_ahead(request: Request, asked_for: Sequence[Strategy], evaluator: Evaluator, progress: Progress) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ConfigDict, Field, PositiveFloat, ValidationError
 from pydantic.dataclasses import dataclass
 
 from badam.errors import InputError
-from badam.plan import MethodOptions, mistakes_in
+from badam.plan import Count, MethodOptions, Seed, mistakes_in
 from badam.vocabulary import (
     AttentionChoice,
     CheckpointingChoice,
@@ -45,18 +45,18 @@ class Choices:
     include_embedding: bool = False
     include_lm_head: bool = False
     active_modules: tuple[str, ...] = ()  # trained in every visit, besides its block
-    batch_size: PositiveInt = 1  # sequences per micro-batch and GPU
-    grad_accum: PositiveInt = 1  # micro-batches per optimizer step
+    batch_size: Count = 1  # sequences per micro-batch and GPU
+    grad_accum: Count = 1  # micro-batches per optimizer step
     dtype: Dtype = "bfloat16"
     checkpointing: CheckpointingChoice = "auto"
     loss: LossChoice = "auto"
     expandable_segments: SegmentsChoice = "auto"
     switch_every: int | None = None  # K, the optimizer steps of each visit; None: by the number of samples
     switch_mode: SwitchMode = "random"
-    samples: PositiveInt | None = None  # of an epoch
+    samples: Count | None = None  # of an epoch
     learning_rate: PositiveFloat = 1e-5
     options: MethodOptions = Field(default_factory=MethodOptions)  # of single methods
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     exact: bool = False  # rehearse every layer instead of one of each kind
 
 
@@ -68,14 +68,14 @@ class Question(Choices):
     task: TaskChoice = "auto"
     num_labels: Annotated[int, Field(ge=2)] | None = None
     gpu: str = "auto"  # by name, auto for the one in this machine, or cpu
-    gpu_memory_bytes: PositiveInt | None = None  # that may be used, instead of what the GPU has
-    num_gpus: PositiveInt | Literal["auto"] = 1
+    gpu_memory_bytes: Count | None = None  # that may be used, instead of what the GPU has
+    num_gpus: Count | Literal["auto"] = 1
     engine: Engine = "single"
-    shard_size: PositiveInt | Literal["auto"] | None = None  # under fsdp2, GPUs that one copy is sharded over
+    shard_size: Count | Literal["auto"] | None = None  # under fsdp2, GPUs that one copy is sharded over
     offload: Offload = "none"
-    gpus_per_node: PositiveInt = 8
-    seq_len: PositiveInt | None = None  # None: 512, or what the model fixes
-    decoder_len: PositiveInt | None = None
+    gpus_per_node: Count = 8
+    seq_len: Count | None = None  # None: 512, or what the model fixes
+    decoder_len: Count | None = None
     attention: AttentionChoice = "auto"
 
 

@@ -6,13 +6,13 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from badam.blocks.partition import partition_parameters
 from badam.errors import InputError
 from badam.plan import (
     BlockPlan,
+    Count,
     ModelSpec,
     OptimizerSpec,
     Partition,
@@ -40,8 +40,8 @@ class Request(Choices):
 
     spec: ModelSpec
     target: Target
-    seq_len: PositiveInt = 512
-    decoder_len: PositiveInt | None = None
+    seq_len: Count = 512
+    decoder_len: Count | None = None
     attention: Attention = "sdpa"
     find_num_gpus: bool = False  # the target's number is to be found
     find_shard_size: bool = False

@@ -90,3 +90,4 @@ class Answer:
     result: SearchResult
     plan: Plan | None
     refusal: DoesNotFit | None
+    notes: tuple[str, ...] = ()  # what to know of the model beside the figures, in sentences

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from badam.errors import InputError, in_one_line, near_matches
-from badam.vocabulary import ModelSource
+from badam.training.weights import stored_quantized
+from badam.vocabulary import Dtype, ModelSource
 from badam_planner.sources import catalogue
 
 CONFIG_FILE = "config.json"
@@ -35,6 +36,29 @@ def find_config(name: str) -> tuple[str, ModelSource, dict[str, Any]]:
             raise unknown
         return name, "hub", _fetch_config(name)
     return record.id, "catalogue", dict(record.config)
+
+
+def notes_on(name: str, config: Mapping[str, Any], dtype: Dtype) -> tuple[str, ...]:
+    """What a configuration says of its checkpoint that a plan leaves out, in sentences.
+
+    Args:
+        name: of the model.
+        config: as :func:`find_config` returns it.
+        dtype: of the plan.
+    """
+    notes = []
+    if form := stored_quantized(config):
+        notes.append(
+            f"The checkpoint of {name} is stored quantized ({form}). Planned is training with its weights in {dtype}, "
+            "for which they have to be dequantized first."
+        )
+    if own := config.get("auto_map"):
+        code = ", ".join(dict.fromkeys(map(str, own.values()))) if isinstance(own, Mapping) else str(own)
+        notes.append(
+            f"{name} comes with its own code ({code}), which is not run. Planned is what transformers builds for the "
+            f"model type {config.get('model_type')!r}; the two may differ."
+        )
+    return tuple(notes)
 
 
 def _exists(path: Path, as_what: Callable[[Path], bool]) -> bool:

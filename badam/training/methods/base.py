@@ -32,6 +32,7 @@ class TrainingMethod(ABC):
         keeps_gradients: whether the optimizer's step finds gradients, as opposed to what backward has done by itself.
         saves_adapters_only: whether adapters alone are saved, and the weights beside them are loaded again to go on.
         trains_one_block: whether nothing but the active block is trained, so the lowest of equal blocks needs most.
+        quantizes: whether weights are kept in fewer than 16 bits.
         trains_ends: whether embedding and output projection are trained in every visit.
     """
 
@@ -42,6 +43,7 @@ class TrainingMethod(ABC):
     keeps_gradients: ClassVar[bool] = True
     saves_adapters_only: ClassVar[bool] = False
     trains_one_block: ClassVar[bool] = False
+    quantizes: ClassVar[bool] = False
     trains_ends: ClassVar[bool] = False
 
     def treats_layers_alike(self, plan: Plan) -> bool:

@@ -44,6 +44,7 @@ class QLora(Lora):
     name: ClassVar[Method] = "qlora"
     libraries = {"peft": "peft", "bitsandbytes": "bitsandbytes"}  # noqa: RUF012 - declared as a class variable by the base
     saves_adapters_only = True
+    quantizes = True
     adapter_dtype = torch.bfloat16
 
     def check(self, plan: Plan) -> None:

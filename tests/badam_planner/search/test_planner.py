@@ -58,3 +58,16 @@ def test_a_refusal_offers_what_was_switched_off(gpt2: ModelSpec, gpu: Target) ->
     assert refused.plan is None
     assert refused.refusal is not None
     assert "--checkpointing all --loss chunked --expandable-segments on" in (refused.refusal.advice or "")
+
+
+def test_qlora_names_what_its_library_leaves_unquantized(gpu: Target) -> None:
+    facts = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    falcon = specify("falcon", "config", {"model_type": "falcon", "architectures": ["FalconForCausalLM"], **facts})
+    llama = specify("llama", "config", {"model_type": "llama", "intermediate_size": 128, **facts})
+    (note,) = ask(falcon, gpu, method="qlora", partition="auto").notes
+    assert note.startswith(
+        "qlora leaves 168.00 KiB of the layers' weights in bfloat16"
+    )  # 2 layers of 10.5 * 64² entries
+    assert "mlp.dense_h_to_4h.weight" in note
+    assert ask(llama, gpu, method="qlora", partition="auto").notes == ()
+    assert ask(falcon, gpu, method="lora", partition="auto").notes == ()
