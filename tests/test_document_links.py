@@ -35,5 +35,6 @@ def test_files_and_benchmarks_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     files = re.findall(r"`([a-z0-9_.\-/]+/[a-z0-9_.\-]+\.(?:py|json|md))`", text)
     modules = re.findall(r"python -m (benchmarks(?:\.[a-z0-9_]+)+)", text)
-    named = {*files, *(f"{module.replace('.', '/')}.py" for module in modules)}
+    paths = [module.replace(".", "/") for module in modules]
+    named = {*files, *(f"{path}/__main__.py" if (ROOT / path).is_dir() else f"{path}.py" for path in paths)}
     assert {name for name in named if not ((ROOT / name).exists() or (page.parent / name).exists())} == set()

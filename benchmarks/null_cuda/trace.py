@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,9 @@ from benchmarks.null_cuda.gpus import find_gpu
 
 if TYPE_CHECKING:
     from badam.plan import Plan
+    from badam.profiling.record import MeasuredRun
     from badam_planner.rehearsal.model_tree import ModelTree
+    from benchmarks.null_cuda.history import Simulation
 
 EXPANDABLE = "expandable_segments:True"
 
@@ -73,7 +76,9 @@ def _trace(options: argparse.Namespace) -> int:
         plan = plan.model_copy(update={"target": plan.target.model_copy(update={"expandable_segments": True})})
     plan = predicted(plan, tree)
     assert plan.prediction is not None
-    run, requests = train(plan, steps, command="trace")
+    run, requests = train(
+        plan, steps, command=shlex.join(["python", "-m", "benchmarks.null_cuda.trace", *sys.argv[1:]])
+    )
     measured, prediction = run.measurement, plan.prediction
     assert measured.peak_reserved_bytes is not None
     say = print
@@ -111,6 +116,8 @@ def _trace(options: argparse.Namespace) -> int:
     ), sep="\n")  # fmt: skip
     if options.json is not None:
         _write(options.json, requests, ours, run)
+    if options.record is not None:
+        _save(options, run, len(requests), simulation)
     return int(off != (0, 0))
 
 
@@ -160,6 +167,26 @@ def _write(path: Path, requests: Sequence[Any], ours: Any, run: Any) -> None:
     path.write_text(json.dumps(record), encoding="utf-8")
 
 
+def _save(options: argparse.Namespace, run: MeasuredRun, events: int, simulation: Simulation) -> None:
+    from badam.plan import save_record
+    from benchmarks.null_cuda.records import Trace, TraceRecord
+
+    assert run.measurement.peak_reserved_bytes is not None
+    record = TraceRecord(
+        trace=Trace(
+            case=options.case, gpu=os.environ["NULL_CUDA_GPU"], expandable_segments=options.expandable_segments
+        ),
+        events=events,
+        allocated_bytes=run.measurement.peak_allocated_bytes,
+        reserved_bytes=run.measurement.peak_reserved_bytes,
+        simulated_allocated_bytes=simulation.peak_allocated,
+        simulated_reserved_bytes=simulation.peak_reserved,
+        machine=run.machine,
+        provenance=run.provenance,
+    )
+    save_record(record, options.record)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks.null_cuda.trace", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("case", metavar="CASE")
@@ -171,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--least", type=int, default=MIB, help="bytes of the events whose order is compared")
     parser.add_argument("--top", type=int, default=20, help="lines of each list")
     parser.add_argument("--json", type=Path, help="write all requests and all predicted events there")
+    parser.add_argument("--record", type=Path, help="write there how exact the simulated allocator is")
     return parser
 
 
