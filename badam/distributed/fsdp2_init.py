@@ -74,22 +74,29 @@ class CutBuilder:
         settle_types(model, trained)
         return model
 
-    def from_pretrained(self, weights: str, **options: Any) -> PreTrainedModel:
+    def from_pretrained(self, weights: str, **options: Any) -> tuple[PreTrainedModel, Any]:
         """Weights of a checkpoint; parameters that it lacks are initialized as in one process with the same seed.
+
+        Args:
+            weights: Hub id or directory.
+            options: for transformers' ``from_pretrained``, ``output_loading_info`` among them.
+
+        Returns:
+            The model, and what transformers tells of its loading.
 
         Raises:
             InputError: if the checkpoint has two tensors where the model shares one.
         """
         if not _reads_parts():
-            return self._cut(self.model_class.from_pretrained(weights, **options))
+            return self._cut_whole(weights, **options)
         before = torch.get_rng_state()
         parts = Parts(self.mesh)
         try:
             with parts.initializing(), _InTurn(parts, draws=False):
-                model = self._cut_class().from_pretrained(weights, **options)
+                model, info = cast(Any, self._cut_class().from_pretrained(weights, **options))
         except NotInParts:
             torch.set_rng_state(before)
-            return self._cut(self.model_class.from_pretrained(weights, **options))
+            return self._cut_whole(weights, **options)
         trained, shared = model.__dict__.pop(_WHEN_CUT)
         _check_shared(model, shared, weights)
         self._put(model, {name: local_part(parameter) for name, parameter in _every_name(model)})
@@ -97,7 +104,11 @@ class CutBuilder:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
         settle_types(model, trained)
-        return model
+        return model, info
+
+    def _cut_whole(self, weights: str, **options: Any) -> tuple[PreTrainedModel, Any]:
+        model, info = cast(Any, self.model_class.from_pretrained(weights, **options))
+        return self._cut(model), info
 
     def _cut(self, model: PreTrainedModel) -> PreTrainedModel:
         """What was built whole."""

@@ -7,6 +7,7 @@ model, optimizer or checkpointing is described anywhere else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from badam.checkpointing import checkpoint_layers
 from badam.errors import InputError, in_one_line, missing_library, near_matches
 from badam.optim.block import BlockOptimizer
 from badam.plan import ModelSpec, Plan, Training
+from badam.training.loading import load_pretrained
 from badam.training.methods import method_of
 from badam.training.tasks import builder_of
 from badam.vocabulary import Attention
@@ -68,6 +70,7 @@ def build_model(
     weights: str | None = None,
     loading: Mapping[str, Any] | None = None,
     builder: Callable[[type[PreTrainedModel]], Any] | None = None,
+    tell: Callable[[str], None] = lambda _text: None,
 ) -> PreTrainedModel:
     """Build a plan's model in training mode, in the plan's dtype, with its attention implementation.
 
@@ -77,6 +80,10 @@ def build_model(
         weights: a Hub id or directory to load safetensors from; None initializes at random.
         loading: more options for loading them, see ``loading_options`` of a method.
         builder: makes of a model class what builds it in the place of transformers' auto class.
+        tell: called with what is new or unused of the weights.
+
+    Raises:
+        InputError: if transformers cannot build the model, or the weights are those of another.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, training.dtype), "attn_implementation": training.attention}
     config = model_config(spec)
@@ -87,7 +94,8 @@ def build_model(
         if weights is None:
             model = auto.from_config(config, **options)
         else:
-            model = auto.from_pretrained(weights, config=config, use_safetensors=True, **options, **(loading or {}))
+            options |= {"config": config, "use_safetensors": True, "output_loading_info": True, **(loading or {})}
+            model = load_pretrained(partial(auto.from_pretrained, weights, **options), weights, spec.task, tell)
     except ImportError as error:
         raise missing_library(spec.id, error) from error
     except ValueError as error:

@@ -40,12 +40,17 @@ class Engine:
         self.plan = plan
 
     def build(
-        self, weights: str | None = None, loading: Mapping[str, Any] | None = None, *, resumes: bool = False
+        self,
+        weights: str | None = None,
+        loading: Mapping[str, Any] | None = None,
+        *,
+        resumes: bool = False,
+        tell: Callable[[str], None] = lambda _text: None,
     ) -> PreTrainedModel:
         """The plan's model, see :func:`badam.training.build.build_model`; ``resumes`` if it is read later."""
         from badam.training.build import build_model
 
-        return build_model(self.plan.model, self.plan.training, weights=weights, loading=loading)
+        return build_model(self.plan.model, self.plan.training, weights=weights, loading=loading, tell=tell)
 
     def place(self, model: PreTrainedModel) -> None:
         """Put the built model where it trains, before the trainer sees it."""
@@ -143,7 +148,12 @@ class Sharded(Copies):
         self._model: Any = None
 
     def build(
-        self, weights: str | None = None, loading: Mapping[str, Any] | None = None, *, resumes: bool = False
+        self,
+        weights: str | None = None,
+        loading: Mapping[str, Any] | None = None,
+        *,
+        resumes: bool = False,
+        tell: Callable[[str], None] = lambda _text: None,
     ) -> PreTrainedModel:
         """Each process builds the part that it keeps."""
 
@@ -161,6 +171,7 @@ class Sharded(Copies):
             weights=weights,
             loading=loading,
             builder=lambda model_class: CutBuilder(model_class, mesh, device),
+            tell=tell,
         )
 
     def place(self, model: PreTrainedModel) -> None:
@@ -189,7 +200,12 @@ class ZeroThree(Copies):
         self._deepspeed: Any = None
 
     def build(
-        self, weights: str | None = None, loading: Mapping[str, Any] | None = None, *, resumes: bool = False
+        self,
+        weights: str | None = None,
+        loading: Mapping[str, Any] | None = None,
+        *,
+        resumes: bool = False,
+        tell: Callable[[str], None] = lambda _text: None,
     ) -> PreTrainedModel:
         """No process holds the whole model, but of random weights, which have to be those of one process."""
 
@@ -203,7 +219,7 @@ class ZeroThree(Copies):
                 offload_parameters=self.plan.target.offload == "all",
             )
         with building:
-            return super().build(weights, loading)
+            return super().build(weights, loading, tell=tell)
 
     def place(self, model: PreTrainedModel) -> None:
         from badam.distributed.deepspeed.engine import check_installed

@@ -6,7 +6,7 @@ import functools
 import math
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,9 +137,9 @@ def _run(
         recorder.start()
         stack.callback(_save_profile, recorder, plan, options, console)  # also of a run that memory has ended
         stack.callback(recorder.stop)
-        model = _model(plan, options, weights, engine, resumes=has_all)
-        engine.place(model)
         tell = functools.partial(_tell, console)
+        model = _model(plan, options, weights, engine, tell, resumes=has_all)
+        engine.place(model)
         with in_directory(options.data_directory):
             prepared = prepare_trainer(plan, options, model, inputs, recorder, tell, processes=processes, engine=engine)
         trainer = prepared.trainer
@@ -258,11 +258,19 @@ def _device(plan: Plan) -> torch.device:
     return torch.device("cpu")
 
 
-def _model(plan: Plan, options: RunOptions, weights: str | None, engine: Engine, *, resumes: bool) -> PreTrainedModel:
+def _model(
+    plan: Plan,
+    options: RunOptions,
+    weights: str | None,
+    engine: Engine,
+    tell: Callable[[str], None],
+    *,
+    resumes: bool,
+) -> PreTrainedModel:
     set_seed(options.seed)
     loading = method_of(plan.method).loading_options(plan) if weights else None
     try:
-        model = engine.build(weights, loading, resumes=resumes)
+        model = engine.build(weights, loading, resumes=resumes, tell=tell)
     except (OSError, ValueError, RuntimeError) as error:
         if weights is None or isinstance(error, (torch.OutOfMemoryError, BadamError)):
             raise

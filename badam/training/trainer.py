@@ -23,6 +23,7 @@ from badam.training.build import build_optimizer, prepare_checkpointing
 from badam.training.data.batches import Collator, EpochSampler
 from badam.training.engines import Engine, engine_of
 from badam.training.evaluation import evaluate
+from badam.training.loading import load_saved_weights
 from badam.training.memory_limit import MicroBatches, is_refusal
 from badam.training.methods import method_of
 from badam.training.processes import Processes, explain_lost_processes
@@ -301,7 +302,7 @@ class PlanTrainer(Trainer):
         elif self.method.saves_adapters_only:
             self.method.load(self.model, best)
         else:
-            super()._load_best_model()
+            load_saved_weights(cast("PreTrainedModel", self.model), best)
         self.has_best_weights = True
 
     def _best_checkpoint(self) -> Path | None:
@@ -371,7 +372,7 @@ class PlanTrainer(Trainer):
         if self.method.saves_adapters_only:
             self.method.load(self.model, Path(resume_from_checkpoint))
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_saved_weights(cast("PreTrainedModel", self.model), Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The optimizer's and scheduler's state, and the scale of losses."""

@@ -12,6 +12,7 @@ from urllib.request import getproxies
 
 from badam.errors import InputError
 from badam.plan import ModelSpec
+from badam.training.loading import INDEX, WEIGHTS, saved_files
 
 PRETRAINED, RANDOM = "pretrained", "random"
 OWN_NAMESPACE = "badam/"
@@ -22,6 +23,7 @@ _QUANTIZATION = "quantization_config"
 CONNECT_SECONDS = 5.0
 """How long to wait for the Hub before taking this machine for one without network."""
 
+ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -38,9 +40,9 @@ def locate_weights(spec: ModelSpec, init: str) -> str | None:
     if init == RANDOM or (init == PRETRAINED and spec.id.startswith(OWN_NAMESPACE)):
         return None
     if init != PRETRAINED:
-        return _checked_directory(Path(init))
+        return _checked_directory(Path(init), spec)
     if spec.source == "directory":
-        return _checked_directory(Path(spec.id))
+        return _checked_directory(Path(spec.id), spec)
     if spec.source == "config":
         raise InputError(
             f"The plan was made from the configuration {spec.id}, which has no weights.",
@@ -107,19 +109,49 @@ def tokenizer_source(spec: ModelSpec, weights: str | None) -> str | None:
     return None
 
 
-def _checked_directory(directory: Path) -> str:
+def _checked_directory(directory: Path, spec: ModelSpec) -> str:
     if not directory.is_dir():
         raise InputError(
             f"There is no directory {directory} to load weights from.",
             advice=f"--init takes {PRETRAINED}, {RANDOM} or a directory with safetensors files.",
+        )
+    if (directory / ADAPTER_CONFIG).is_file():
+        raise InputError(
+            f"The directory {directory} holds an adapter of PEFT, not the weights of a model.",
+            advice="Merge the adapter into its model first (merge_and_unload), and save that.",
         )
     if not any(directory.glob("*.safetensors")):
         raise InputError(
             f"The directory {directory} has no safetensors file.",
             advice="Convert the weights to safetensors, or start from random ones with --init random.",
         )
+    if (directory / INDEX).is_file() or (directory / WEIGHTS).is_file():
+        saved_files(directory)
     _check_plain(str(directory), directory / "config.json")
+    _check_type(directory, spec)
     return str(directory)
+
+
+def _check_type(directory: Path, spec: ModelSpec) -> None:
+    """Refuse weights that say of themselves that they are of another kind of model; similar ones share all names."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # the names of the tensors will tell
+    theirs, planned = _model_types(config), _model_types(spec.config)
+    if theirs and planned and not theirs & planned:
+        raise InputError(
+            f"The weights in {directory} are those of a {config['model_type']} model, and the plan is for a "
+            f"{spec.config['model_type']} model.",
+            advice="Plan for the model that the weights belong to, or name other weights with --init.",
+        )
+
+
+def _model_types(config: Mapping[str, Any]) -> set[str]:
+    """The type of a model, and of the language model inside it."""
+    text = config.get("text_config")
+    found = (config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None)
+    return {kind for kind in found if isinstance(kind, str)}
 
 
 def _check_hub(name: str) -> str:
