@@ -100,10 +100,10 @@ class New(Side):
 
     def collect(self) -> None:
         for window in self.optimizer.windows:
-            self.optimizer.collect(window)
+            self.optimizer.take_gradient(window)
 
     def active(self) -> int:
-        return int(self.optimizer.active_entries)
+        return int(self.optimizer.active_numel)
 
     def held(self) -> list[Any]:
         windows = self.optimizer.windows

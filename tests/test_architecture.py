@@ -5,6 +5,7 @@ A snapshot that differs on purpose is rewritten with ``UPDATE_SNAPSHOTS=1 pytest
 
 from __future__ import annotations
 
+import ast
 import configparser
 import importlib
 import json
@@ -12,8 +13,10 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Collection
 from enum import Enum
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -25,6 +28,7 @@ from badam.plan import Plan
 from badam.profiling.record import MeasuredRun
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = {"badam": ROOT / "badam", "badam_planner": ROOT / "badam_planner", "badam_cli": ROOT / "cli"}
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = {"badam-plan": "badam_cli.plan", "badam-train": "badam_cli.train", "badam-report": "badam_cli.report"}
 HEAVY = {"accelerate", "datasets", "numpy", "peft", "pynvml", "torch", "transformers", "trl"}
@@ -64,6 +68,61 @@ def test_every_package_of_the_planner_stands_on_a_floor() -> None:
     floors = set(contracts["importlinter:contract:floors"]["layers"].split())
     packages = {f"badam_planner.{marker.parent.name}" for marker in (ROOT / "badam_planner").glob("*/__init__.py")}
     assert packages == floors
+
+
+def test_nothing_imports_in_a_circle_at_any_time() -> None:
+    """In a function, for a type checker only, or by name: an import is an import."""
+    assert circle_in(sources_of(PACKAGES)) == ()
+
+
+@pytest.mark.parametrize(
+    "lazy",
+    [
+        "def f():\n    from a.two import x",
+        "def f():\n    import a.two",
+        "if TYPE_CHECKING:\n    from a import two",
+        "import importlib\nHOMES = {'x': 'a.two'}",
+    ],
+)
+def test_a_circle_is_found_however_late_it_closes(lazy: str) -> None:
+    straight = {"a": "", "a.one": lazy, "a.two": ""}
+    assert circle_in(straight) == ()
+    assert set(circle_in({**straight, "a.two": "from a.one import f"})) == {"a.one", "a.two"}
+
+
+def sources_of(packages: dict[str, Path]) -> dict[str, str]:
+    """The source of every module by its dotted name."""
+    sources = {}
+    for package, directory in packages.items():
+        for path in directory.rglob("*.py"):
+            parts = [package, *path.relative_to(directory).with_suffix("").parts]
+            sources[".".join(parts).removesuffix(".__init__")] = path.read_text(encoding="utf-8")
+    return sources
+
+
+def circle_in(sources: dict[str, str]) -> tuple[str, ...]:
+    """Modules each of which imports another one of them, in order; none if there is no circle."""
+    graph = {module: imports_of(source, sources.keys()) - {module} for module, source in sources.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return tuple(error.args[1])
+    return ()
+
+
+def imports_of(source: str, modules: Collection[str]) -> set[str]:
+    """Those of ``modules`` that a module imports anywhere in it; if it imports by name, every string may be one."""
+    imported: set[str] = set()
+    strings: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            imported |= {name if name in modules else str(node.module) for name in inside}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            strings.add(node.value)
+    return {name for name in imported | (strings if "importlib" in imported else set()) if name in modules}
 
 
 @pytest.mark.parametrize("library", MAY_IMPORT)

@@ -8,10 +8,8 @@ that with backward: the active block is the last that backward computes.
 
 from __future__ import annotations
 
-import gc
 from contextlib import ExitStack
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,19 +35,3 @@ def average_instead_of_ddp(model: nn.Module, optimizer: BlockOptimizer) -> ExitS
         standing_aside.enter_context(model.no_sync())
     optimizer.average_over_processes()
     return standing_aside
-
-
-def ddp_wrappers_of(parameter: nn.Parameter) -> list[DistributedDataParallel]:
-    """The wrappers in this process around models with ``parameter`` that average gradients.
-
-    A host that wraps a model shows the wrapper to no optimizer and to no callback, so they are looked for among all
-    objects that there are: once in a run, a tenth of a second.
-    """
-    if not dist.is_available() or not dist.is_initialized():
-        return []
-    every = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
-    return [
-        wrapper
-        for wrapper in every
-        if wrapper.require_backward_grad_sync and any(each is parameter for each in wrapper.parameters())
-    ]

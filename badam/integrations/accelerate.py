@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from badam.optim.base import hides_gradients, innermost_optimizer
 from badam.tensors.functional import clip_gradients_
 
 
@@ -45,18 +46,6 @@ def clip_grad_norm_old_version(
         joint: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
         return joint
     return clip_gradients_([p.grad for p in parameters if p.grad is not None], max_norm, norm_type)
-
-
-def hides_gradients(optimizer: Any) -> bool:
-    """Whether only ``optimizer`` itself can clip its gradients, because ``parameter.grad`` does not hold them."""
-    return bool(getattr(optimizer, "hides_gradients", False))
-
-
-def innermost_optimizer(optimizer: Any) -> Any:
-    """The optimizer that a host was given, out of the wrappers that accelerate and DeepSpeed put around it."""
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:
-        optimizer = inner
-    return optimizer
 
 
 def _same(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from badam.checkpointing import enable_for_transformers
 from badam.errors import InputError
-from badam.integrations.accelerate import hides_gradients, innermost_optimizer
+from badam.optim.base import hides_gradients, innermost_optimizer
 from badam.tensors.dtensor import is_sharded
 
 DEEPSPEED_FIRST_SCALE = 2.0**16
@@ -46,7 +46,7 @@ class BAdamCallback(TrainerCallback):
             InputError: if DeepSpeed has a version that is not known.
         """
         if getattr(args, "deepspeed", None):
-            from badam.distributed.deepspeed.hooks import follow_checkpoints
+            from badam.optim.driver import follow_checkpoints
 
             follow_checkpoints()
 
@@ -118,7 +118,8 @@ class BAdamCallback(TrainerCallback):
         """Of whole copies in several processes, let the block optimizer average gradients in the place of DDP."""
         if not dist.is_available() or not dist.is_initialized() or not hasattr(optimizer, "average_over_processes"):
             return
-        from badam.distributed.ddp import average_instead_of_ddp, ddp_wrappers_of
+        from badam.distributed.ddp import average_instead_of_ddp
+        from badam.optim.host_checks import ddp_wrappers_of
 
         for wrapper in ddp_wrappers_of(optimizer.named_parameters_list[0][1]):
             self._standing_aside = average_instead_of_ddp(wrapper, optimizer)

@@ -1,4 +1,4 @@
-"""One parameter of the active block: its fp32 master copy, its gradient, and writing back."""
+"""One parameter of the active block: which part of it is trained, and its gradient in fp32."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from badam.optim.master import HALF_TYPES, MasterCopy
 from badam.tensors.dtensor import is_sharded, local_part, shard_number, version_of
-from badam.tensors.functional import copy_nearest_, is_fake, is_rounding_of, round_stochastically_
+from badam.tensors.functional import copy_nearest_, is_fake, round_stochastically_
 
 HAS_GRAD_DTYPE = hasattr(torch.Tensor, "grad_dtype")
 """Whether autograd itself can accumulate a 16-bit parameter's gradient in fp32 (torch 2.10)."""
 
-_NARROW = (torch.bfloat16, torch.float16)
 
-
-class ActiveParameter:
+class ActiveParameter(MasterCopy):
     """A parameter (or a range of its rows) while its block is active.
 
-    The master copy is made when it is first needed, not before: whoever loads a checkpoint into the model after the
-    optimizer was built must not have it overwritten. A parameter of fp32 or wider is its own master.
+    A parameter of fp32 or wider is its own master.
 
     The gradient is fp32. Either autograd accumulates it so in ``parameter.grad`` (``visible``: clipping by the host
     then simply works), or a hook takes it away as soon as it is complete: for row ranges, for an update that reads
@@ -31,17 +29,15 @@ class ActiveParameter:
     Args:
         name: in the model.
         parameter: the model's parameter, any floating type; may be sharded over processes (a DTensor).
-        rows: train only these rows ``(first, end)``.
+        rows: train only these rows ``(begin, end)``.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, rows: tuple[int, int] | None = None) -> None:
-        self.name = name
-        self.parameter = parameter
+        super().__init__(name, parameter)
         self.rows = rows
-        self.master: Tensor | None = None
-        self._written_version = -1
-        self._keep_dtype = False
+        self.master = None
         self.hides_gradient = False  # whether a hook takes the gradient away from parameter.grad
+        self._keep_dtype = False
         self._taken: Tensor | None = None
         self._sum: Tensor | None = None
         self._summed: Callable[[], Tensor | None] = _nothing
@@ -50,8 +46,8 @@ class ActiveParameter:
 
     @property
     def is_copied(self) -> bool:
-        """Whether training goes through an fp32 copy, because the parameter is too narrow to train itself."""
-        return self.parameter.dtype in _NARROW
+        """Whether training goes through an fp32 copy, because the parameter has too few bits to train itself."""
+        return self.parameter.dtype in HALF_TYPES
 
     @property
     def is_sharded(self) -> bool:
@@ -71,7 +67,9 @@ class ActiveParameter:
 
     # Gradient
 
-    def collect(self, *, visible: bool, keep_dtype: bool = False, ready: Callable[[ActiveParameter], None]) -> None:
+    def collect_gradients(
+        self, *, visible: bool, keep_dtype: bool = False, ready: Callable[[ActiveParameter], None]
+    ) -> None:
         """Begin to collect gradients.
 
         Args:
@@ -93,13 +91,13 @@ class ActiveParameter:
         def on_accumulated(parameter: Tensor) -> None:
             member = weakly()
             if member is not None and parameter.grad is not None:
-                member.settle()
-                member._inspect()
+                member.take_gradient()
+                member._sum_gradient()
                 member._ready(member)
 
         self._handle = self.parameter.register_post_accumulate_grad_hook(on_accumulated)
 
-    def settle(self) -> None:
+    def take_gradient(self) -> None:
         """Take a hidden gradient out of ``parameter.grad``, whether backward or the caller put it there."""
         if not self.hides_gradient or self.parameter.grad is None:
             return
@@ -114,12 +112,12 @@ class ActiveParameter:
         else:
             self._taken = gradient.float()
 
-    def _inspect(self) -> None:
+    def _sum_gradient(self) -> None:
         """Sum the gradient while it is in the cache: infinities and NaN survive a sum, so the step need not look."""
         gradient = self.gradient
         if gradient is not None:
-            wide = torch.float32 if gradient.dtype == torch.float16 else None
-            self._sum = local_part(gradient).sum(dtype=wide).float()
+            dtype = torch.float32 if gradient.dtype == torch.float16 else None
+            self._sum = local_part(gradient).sum(dtype=dtype).float()
             self._summed = weakref.ref(gradient)
             self._summed_version = version_of(gradient)
 
@@ -129,7 +127,7 @@ class ActiveParameter:
         if gradient is None:
             return None
         if self._summed() is not gradient or (not is_fake(gradient) and version_of(gradient) != self._summed_version):
-            self._inspect()  # someone has scaled or replaced it since, clipping for instance
+            self._sum_gradient()  # someone has scaled or replaced it since, clipping for instance
         return self._sum
 
     @property
@@ -154,21 +152,6 @@ class ActiveParameter:
 
     # Master
 
-    def ready_master(self) -> Tensor:
-        """The fp32 master, made now if it does not exist, and read again if someone changed the model's weights.
-
-        A weight within one unit of the last place of its master counts as unchanged: it is the master, rounded, as a
-        checkpoint holds it that is loaded into the model after this optimizer's state.
-        """
-        if self.master is None:
-            self.adopt_master(self.weight.float() if self.is_copied else self._own_master())
-        elif self.is_copied and not self._is_as_written():
-            weight = self.weight
-            if not is_rounding_of(local_part(weight).float(), local_part(self.master), weight.dtype):
-                self.master.detach().copy_(weight)
-        assert self.master is not None
-        return self.master
-
     def adopt_master(self, master: Tensor) -> None:
         """Use ``master`` (fp32, of the shape of :attr:`weight`), from which the current weight was rounded."""
         self.master = master if master is self.parameter else nn.Parameter(master)
@@ -178,29 +161,23 @@ class ActiveParameter:
         """Take a saved master; a copy on the parameter's device, so that nothing is shared with the saved state."""
         self.adopt_master(saved.detach().to(device=self.parameter.device, dtype=torch.float32, copy=True))
 
-    def _own_master(self) -> Tensor:
-        return self.parameter if self.rows is None else self.weight
+    def _read_master(self) -> None:
+        if self.is_copied:
+            self.adopt_master(self.weight.float())
+        else:
+            self.adopt_master(self.parameter if self.rows is None else self.weight)
 
-    # Writing back
+    def _weights_as_master(self) -> Tensor:
+        return local_part(self.weight).float()
 
-    def _is_as_written(self) -> bool:
-        return is_fake(self.parameter) or version_of(self.parameter) == self._written_version
-
-    def mark_written(self) -> None:
-        """Remember that the weight is now the rounded master."""
-        if not is_fake(self.parameter):
-            self._written_version = version_of(self.parameter)
-
-    def write_stochastically(self, generator: torch.Generator) -> None:
-        """Round the master into the model without bias, unless someone has changed the weights since."""
-        if self.master is not None and self.is_copied and self._is_as_written():
-            round_stochastically_(local_part(self.weight), local_part(self.master), generator)
-            self.mark_written()
+    def _round_stochastically(self, generator: torch.Generator) -> None:
+        assert self.master is not None
+        round_stochastically_(local_part(self.weight), local_part(self.master), generator)
 
     def close(self) -> None:
         """Leave the block: release everything, and let the model's parameter be frozen as it was found."""
         self.drop_gradient()
-        self.master = None
+        self.master, self.is_loaded = None, False
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Self
 
+import torch.distributed
 from torch.optim import Optimizer
-
-from badam.optim.messages import Messages
 
 
 class VisitingOptimizer(Optimizer):
     """An optimizer that trains one part of a model for K steps, a *visit*, and then moves on to another part.
 
     Args:
-        groups: parameter groups, shared with ``base`` if there is one.
+        groups: parameter groups, shared with ``base_optimizer`` if there is one.
         defaults: options of groups that do not set their own.
-        base: the optimizer whose update rule runs in a visit; None if the subclass has a rule of its own.
+        base_optimizer: whose update rule runs in a visit; None if the subclass has a rule of its own.
         messages: where to announce visits.
     """
 
@@ -28,9 +27,14 @@ class VisitingOptimizer(Optimizer):
     _is_built: bool = False
 
     def __init__(
-        self, groups: list[dict[str, Any]], defaults: dict[str, Any], *, base: Optimizer | None, messages: Messages
+        self,
+        groups: list[dict[str, Any]],
+        defaults: dict[str, Any],
+        *,
+        base_optimizer: Optimizer | None,
+        messages: Messages,
     ) -> None:
-        self._wrapped = base
+        self._base_optimizer = base_optimizer
         self._messages = messages
         self._switch_hooks: list[Callable[[Any], None]] = []
         super().__init__(groups, defaults)
@@ -40,7 +44,7 @@ class VisitingOptimizer(Optimizer):
     @property
     def base_optimizer(self) -> Optimizer | None:
         """The optimizer that runs within a visit, if it is not this one's own rule."""
-        return self._wrapped
+        return self._base_optimizer
 
     @property
     def verbose(self) -> int:
@@ -60,22 +64,44 @@ class VisitingOptimizer(Optimizer):
 
     def train(self) -> None:
         """Passed on to a base optimizer that has this method, as schedule-free ones do."""
-        getattr(self._wrapped, "train", lambda: None)()
+        getattr(self._base_optimizer, "train", lambda: None)()
 
     def eval(self) -> None:
         """Passed on to a base optimizer that has this method, as schedule-free ones do."""
-        getattr(self._wrapped, "eval", lambda: None)()
+        getattr(self._base_optimizer, "eval", lambda: None)()
 
     def _share_with_base(self) -> None:
         """Use the base optimizer's groups, state and defaults; again whenever it has replaced them by loading."""
-        if self._wrapped is not None:
-            self.param_groups = self._wrapped.param_groups
-            self.state = self._wrapped.state
-            self.defaults = self._wrapped.defaults
+        if self._base_optimizer is not None:
+            self.param_groups = self._base_optimizer.param_groups
+            self.state = self._base_optimizer.state
+            self.defaults = self._base_optimizer.defaults
 
     def _call_switch_hooks(self) -> None:
         for hook in list(self._switch_hooks):
             hook(self)
+
+
+class Messages:
+    """Passes messages to the caller's function, or prints them on rank 0; says nothing at verbosity 0.
+
+    Args:
+        verbose: from which level on to speak.
+        log_fn: called with each message.
+    """
+
+    def __init__(self, verbose: int, log_fn: Callable[[str], Any] | None) -> None:
+        self.verbose = verbose
+        self.log_fn = log_fn
+
+    def say(self, message: str, *, verbose: int | None = None, level: int = 1) -> None:
+        """Say ``message`` if the verbosity (``verbose`` if given) is at least ``level``."""
+        if (self.verbose if verbose is None else verbose) < level:
+            return
+        if self.log_fn is not None:
+            self.log_fn(message)
+        elif not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            print(message)
 
 
 def rounding_seed_of(seed: int, visit: int) -> int:
@@ -84,3 +110,15 @@ def rounding_seed_of(seed: int, visit: int) -> int:
     It differs from visit to visit and depends on saved numbers only, so that a resumed run rounds alike.
     """
     return (seed * 0x9E3779B97F4A7C15 + visit * 0xD1B54A32D192ED03 + 1) % 2**63
+
+
+def innermost_optimizer(optimizer: Any) -> Any:
+    """The optimizer that a host was given, out of the wrappers that accelerate and DeepSpeed put around it."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
+
+
+def hides_gradients(optimizer: Any) -> bool:
+    """Whether only ``optimizer`` itself can clip its gradients, because ``parameter.grad`` does not hold them."""
+    return bool(getattr(optimizer, "hides_gradients", False))

@@ -23,10 +23,10 @@ class MasterGroups:
     call of the base optimizer. So learning rates, schedulers and options are always the current ones.
     """
 
-    def __init__(self, base: Optimizer) -> None:
-        self.base = base
+    def __init__(self, base_optimizer: Optimizer) -> None:
+        self.base_optimizer = base_optimizer
         # Some optimizers fill their state when built, as torch's Adagrad did before 2.12: none for masters.
-        self._fills_when_built = bool(base.state)
+        self._fills_when_built = bool(base_optimizer.state)
         self._found: dict[tuple[int, str], Any] = {}  # what a base step has overwritten in a group, as it was before
 
     def clip(self, gradients: Sequence[Tensor], max_norm: float, norm_type: float) -> Tensor:
@@ -42,17 +42,17 @@ class MasterGroups:
             return
         for member in members:
             member.ready_master().grad = member.gradient
-        before = [dict(group) for group in self.base.param_groups]
-        every = self.base.param_groups
+        groups = self.base_optimizer.param_groups
+        before = [dict(group) for group in groups]
         with self._holding_masters(members):
             # Groups without an active parameter are left out: not every optimizer accepts an empty one.
-            self.base.param_groups = [group for group in every if group["params"]]
+            self.base_optimizer.param_groups = [group for group in groups if group["params"]]
             try:
                 if self._fills_when_built:
                     self._fill()
-                self.base.step()
+                self.base_optimizer.step()
             finally:
-                self.base.param_groups = every
+                self.base_optimizer.param_groups = groups
         self._remember_changes(before)
         write_nearest(members)
         for member in members:
@@ -61,33 +61,34 @@ class MasterGroups:
 
     def _fill(self) -> None:
         """Give masters that have no state the one that the base optimizer's constructor makes."""
+        state = self.base_optimizer.state
         new = [
-            master for group in self.base.param_groups for master in group["params"] if master not in self.base.state
+            master for group in self.base_optimizer.param_groups for master in group["params"] if master not in state
         ]
         if new:
-            kind = type(self.base)
+            kind = type(self.base_optimizer)
             known = inspect.signature(kind).parameters
-            made = kind(new, **{name: value for name, value in self.base.defaults.items() if name in known})
-            self.base.state.update(made.state)
+            made = kind(new, **{name: value for name, value in self.base_optimizer.defaults.items() if name in known})
+            state.update(made.state)
 
     def forget(self) -> None:
         """Release all state, and undo what steps have written into the groups (counters, running estimates)."""
-        self.base.state.clear()
+        self.base_optimizer.state.clear()
         for (index, key), value in self._found.items():
             if value is _ABSENT:
-                del self.base.param_groups[index][key]
+                del self.base_optimizer.param_groups[index][key]
             else:
-                self.base.param_groups[index][key] = value
+                self.base_optimizer.param_groups[index][key] = value
         self._found.clear()
 
     def pack(self, members: Iterable[ActiveParameter]) -> tuple[dict[int, Any], list[Options]]:
         """State by position in the user's groups, and the groups with positions for parameters, as torch saves them."""
         members = self.in_group_order(member for member in members if member.master is not None)
         with self._holding_masters(members):
-            saved = self.base.state_dict()
+            saved = self.base_optimizer.state_dict()
         positions = self.positions()
         groups, taken = [], 0
-        for group, options in zip(self.base.param_groups, saved["param_groups"], strict=True):
+        for group, options in zip(self.base_optimizer.param_groups, saved["param_groups"], strict=True):
             groups.append({**options, "params": list(range(taken, taken + len(group["params"])))})
             taken += len(group["params"])
         return {positions[id(members[index].parameter)]: entry for index, entry in saved["state"].items()}, groups
@@ -100,12 +101,12 @@ class MasterGroups:
             index = {id(member.master): position for position, member in enumerate(members)}
             options = [
                 {**saved, "params": [index[id(master)] for master in group["params"]]}
-                for group, saved in zip(self.base.param_groups, groups, strict=True)
+                for group, saved in zip(self.base_optimizer.param_groups, groups, strict=True)
             ]
             entries = {
                 position: _unshared(state[positions[id(member.parameter)]]) for position, member in enumerate(members)
             }
-            self.base.load_state_dict({"state": entries, "param_groups": options})
+            self.base_optimizer.load_state_dict({"state": entries, "param_groups": options})
 
     def pack_changes(self) -> list[list[Any]]:
         """What steps have overwritten in the groups: rows of (group, option, whether it was there, its value)."""
@@ -120,8 +121,8 @@ class MasterGroups:
 
     def positions(self) -> dict[int, int]:
         """Position of each parameter in the user's groups, counted through, by identity."""
-        every = (parameter for group in self.base.param_groups for parameter in group["params"])
-        return {id(parameter): position for position, parameter in enumerate(every)}
+        parameters = (parameter for group in self.base_optimizer.param_groups for parameter in group["params"])
+        return {id(parameter): position for position, parameter in enumerate(parameters)}
 
     def in_group_order(self, members: Iterable[ActiveParameter]) -> list[ActiveParameter]:
         """``members`` in the order in which their parameters lie in the groups."""
@@ -129,7 +130,7 @@ class MasterGroups:
         return sorted(members, key=lambda member: positions[id(member.parameter)])
 
     def _remember_changes(self, before: Sequence[Options]) -> None:
-        for index, (old, new) in enumerate(zip(before, self.base.param_groups, strict=True)):
+        for index, (old, new) in enumerate(zip(before, self.base_optimizer.param_groups, strict=True)):
             for key, value in new.items():
                 if key != "params" and value is not old.get(key, _ABSENT):
                     self._found.setdefault((index, key), old.get(key, _ABSENT))
@@ -137,13 +138,13 @@ class MasterGroups:
     @contextmanager
     def _holding_masters(self, members: Iterable[ActiveParameter]) -> Iterator[None]:
         masters: dict[int, Tensor] = {id(member.parameter): member.ready_master() for member in members}
-        kept = [group["params"] for group in self.base.param_groups]
-        for group in self.base.param_groups:
+        kept = [group["params"] for group in self.base_optimizer.param_groups]
+        for group in self.base_optimizer.param_groups:
             group["params"] = [masters[id(parameter)] for parameter in group["params"] if id(parameter) in masters]
         try:
             yield
         finally:  # the groups may be new objects by now: loading a state replaces them
-            for group, parameters in zip(self.base.param_groups, kept, strict=True):
+            for group, parameters in zip(self.base_optimizer.param_groups, kept, strict=True):
                 group["params"] = parameters
 
 

@@ -1,17 +1,18 @@
-"""From what the user passes (named parameters, prefix lists, options) to checked blocks of a model."""
+"""From what the user passes (named parameters, prefixes, groups, ratios) to checked blocks, or to sizes of windows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from badam.blocks.names import Block, ParameterInfo, belongs, rows_of
-from badam.blocks.partition import layer_stacks, partition_parameters, split_by_rows
+from badam.blocks.partition import layer_paths, layer_stacks, partition_parameters, split_by_rows
 from badam.errors import InputError, near_matches
+from badam.optim.window_entries import window_size
 from badam.tensors.dtensor import shape_of
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -124,7 +125,7 @@ def given_blocks(specs: Sequence[BlockSpec], named_parameters: NamedParameters) 
         prefixes = spec.prefixes if isinstance(spec, Block) else (spec,) if isinstance(spec, str) else tuple(spec)
         name = spec.name if isinstance(spec, Block) else " + ".join(prefix.rstrip(".") for prefix in prefixes)
         check_prefixes(prefixes, named_parameters)
-        blocks.append(Block(name, prefixes, _entries(prefixes, named_parameters)))
+        blocks.append(Block(name, prefixes, _numel(prefixes, named_parameters)))
     return tuple(blocks)
 
 
@@ -136,7 +137,7 @@ def inferred_blocks(
     So the language layers of a model with a frozen vision tower are trained, and nothing needs to be listed by hand.
     """
     names = [name for name, _ in named_parameters]
-    still = {
+    wholly_frozen = {
         layer
         for stack in layer_stacks(names)
         if all(name in frozen for name in names if belongs(name, stack))
@@ -148,7 +149,7 @@ def inferred_blocks(
         include_embedding=include_embedding,
         include_lm_head=include_lm_head,
     )
-    kept = tuple(block for block in blocks if block.name not in still)
+    kept = tuple(block for block in blocks if block.name not in wholly_frozen)
     return kept or blocks
 
 
@@ -183,7 +184,7 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
-def _entries(prefixes: Sequence[str], named_parameters: Iterable[tuple[str, Tensor]]) -> int:
+def _numel(prefixes: Sequence[str], named_parameters: Iterable[tuple[str, Tensor]]) -> int:
     total = 0
     for name, parameter in named_parameters:
         if belongs(name, prefixes):
@@ -191,3 +192,97 @@ def _entries(prefixes: Sequence[str], named_parameters: Iterable[tuple[str, Tens
             whole, *rest = shape_of(parameter) or (1,)
             total += (whole if rows is None else len(range(whole)[rows[0] : rows[1]])) * math.prod(rest)
     return total
+
+
+class WindowSizes:
+    """How many entries of each parameter are trained at a time.
+
+    Args:
+        ratio: share of a parameter, above 0 and at most 1.
+        preserve_threshold: parameters with fewer entries are trained as a whole.
+        special: ratios by a part of the parameter's path; None stands for no special ratio.
+        names: of all parameters, to check that each part occurs in one.
+
+    Raises:
+        InputError: for a ratio out of range, or a part that occurs nowhere.
+    """
+
+    def __init__(
+        self, ratio: float, preserve_threshold: int, special: Mapping[str, float | None], names: Iterable[str]
+    ) -> None:
+        self.ratio = _checked(ratio, "update_ratio")
+        self.preserve_threshold = preserve_threshold
+        self.special = {
+            part: _checked(value, f"param_update_ratios[{part!r}]")
+            for part, value in special.items()
+            if value is not None
+        }
+        known = list(names)
+        for part in self.special:
+            if not any(_occurs(part, name) for name in known):
+                modules = {piece for name in known for piece in name.split(".")}
+                close = ", ".join(near_matches(part, sorted(modules), limit=3))
+                raise InputError(
+                    f"param_update_ratios names {part!r}, which is not part of any parameter's path.",
+                    advice=f"Near matches: {close}." if close else "Parts are compared on module boundaries.",
+                )
+
+    def of(self, name: str, numel: int) -> int:
+        """Entries in the window of parameter ``name``."""
+        if numel < self.preserve_threshold:
+            return numel
+        parts = [part for part in self.special if _occurs(part, name)]
+        return window_size(numel, self.special[max(parts, key=len)] if parts else self.ratio)
+
+
+def given_groups(param_groups: Iterable[Any]) -> list[dict[str, Any]]:
+    """Parameters or groups of them, as a list of groups with lists of parameters; the caller's are not changed."""
+    given: list[Any] = [param_groups] if isinstance(param_groups, Tensor | dict) else list(param_groups)
+    if not given:
+        raise InputError(
+            "param_groups holds no parameters.",
+            advice="Pass list(model.parameters()); a generator that was read before is empty.",
+        )
+    if not isinstance(given[0], dict):
+        given = [{"params": given}]
+    groups = []
+    for group in given:
+        parameters = group["params"]
+        groups.append({**group, "params": [parameters] if isinstance(parameters, Tensor) else list(parameters)})
+    return groups
+
+
+def outside_parameters(
+    named_parameters: list[tuple[str, nn.Parameter]], include_embedding: bool, include_lm_head: bool
+) -> list[nn.Parameter]:
+    """Embedding and output matrices that are not to be trained; none if the model has no layers to be outside of."""
+    infos = parameter_infos(named_parameters)
+    if not layer_paths(info.name for info in infos):
+        return []
+    wanted = _prefixes(infos, embedding=include_embedding, head=include_lm_head)
+    outside = _prefixes(infos, embedding=True, head=True)
+    return [p for name, p in named_parameters if belongs(name, outside) and not belongs(name, wanted)]
+
+
+def _prefixes(infos: list[ParameterInfo], *, embedding: bool, head: bool) -> list[str]:
+    """Prefixes of the embedding and of the output matrix, as far as they are asked for and exist."""
+    found: list[str] = []
+    for options in ({"include_embedding": True}, {"include_lm_head": True}):
+        if (embedding and "include_embedding" in options) or (head and "include_lm_head" in options):
+            try:
+                blocks = partition_parameters(infos, "layer", **options)
+            except InputError:  # the model has no such part
+                continue
+            found += [prefix for block in blocks if block.name in ("embedding", "lm_head") for prefix in block.prefixes]
+    return found
+
+
+def _occurs(part: str, name: str) -> bool:
+    """Whether the path ``name`` holds ``part`` between module boundaries: ``layers.1`` is not in ``layers.11.bias``."""
+    return f".{part.strip('.')}." in f".{name}."
+
+
+def _checked(ratio: float, what: str) -> float:
+    if not 0 < ratio <= 1:
+        raise InputError(f"{what} is {ratio}, which is not a share of a parameter.", advice="Give a number in (0, 1].")
+    return ratio

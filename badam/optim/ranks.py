@@ -16,52 +16,28 @@ from torch import Tensor
 
 from badam.errors import InputError, RanksDisagree
 from badam.tensors.dtensor import is_sharded
-from badam.tensors.functional import all_finite, is_fake, non_finite_flags
+from badam.tensors.functional import is_fake, non_finite_flags
 
 PATIENCE = timedelta(seconds=60)
 """How long a process waits for the others at a check before it raises an error."""
 
 
-class OneProcess:
-    """A single process, which has nothing to agree on with others."""
-
-    averages = False  # whether gradients are this optimizer's to average
-
-    def check_same(self, facts: Mapping[str, object]) -> None:
-        """Compare ``facts`` over all processes.
-
-        Raises:
-            RanksDisagree: on every process, with the first fact that differs and who holds which value.
-        """
-
-    def all_finite(self, sums: Sequence[Tensor], position: int) -> bool:
-        """Whether ``sums`` are finite on every process, all of which stand at ``position``."""
-        return all_finite(sums)
-
-    def any_of(self, flags: Sequence[bool]) -> list[bool]:
-        """Each flag, or-ed over the processes."""
-        return list(flags)
-
-    def average_(self, gradients: Sequence[Tensor]) -> None:
-        """Replace each gradient by its mean over the processes, in place."""
-
-
-class ProcessRanks(OneProcess):
+class ProcessRanks:
     """Several processes. Building one is collective: all of them do it, at the same place.
 
     Args:
         device: where the numbers of a step live.
         members: their global ranks; all of the default process group if None.
-        averages: average gradients here, because nothing else does.
+        averages: gradients are this optimizer's to average, because nothing else does.
     """
 
     def __init__(self, device: torch.device, members: Sequence[int] | None = None, *, averages: bool = False) -> None:
         self.averages = averages
         self._device = device
-        every = list(range(dist.get_world_size()))
-        members = every if members is None else sorted(members)
+        all_ranks = list(range(dist.get_world_size()))
+        members = all_ranks if members is None else sorted(members)
         self._size = len(members)
-        partial = members != every
+        partial = members != all_ranks
         self._group = dist.new_group(members, use_local_synchronization=True) if partial else None
         self._patience = PATIENCE
         # Checks have a group of their own, on the host: they wait for no kernel, meet no other collective by mistake,
@@ -69,24 +45,34 @@ class ProcessRanks(OneProcess):
         self._checks = dist.new_group(members, self._patience, "gloo", use_local_synchronization=partial)
 
     def check_same(self, facts: Mapping[str, object]) -> None:
+        """Compare ``facts`` over all processes.
+
+        Raises:
+            RanksDisagree: on every process, with the first fact that differs and who holds which value.
+        """
         here = {name: repr(value) for name, value in facts.items()}
-        every: list[dict[str, str]] = [{} for _ in range(self._size)]
+        facts_by_rank: list[dict[str, str]] = [{} for _ in range(self._size)]
         try:
-            dist.all_gather_object(every, here, group=self._checks)
+            dist.all_gather_object(facts_by_rank, here, group=self._checks)
         except RuntimeError as error:
             raise RanksDisagree(
                 f"Rank {dist.get_rank()} waited at the check of {', '.join(facts)}, which not all of the {self._size} "
                 f"ranks reached within {self._patience.total_seconds():.0f} s.",
                 advice="Look for the rank that stopped, or that switched blocks by itself.",
             ) from error
-        for name in {name: None for facts in every for name in facts}:
+        for name in {name: None for there in facts_by_rank for name in there}:
             values: dict[str, list[int]] = {}
-            for rank, there in enumerate(every):
+            for rank, there in enumerate(facts_by_rank):
                 values.setdefault(there.get(name, "nothing"), []).append(rank)
             if len(values) > 1:
                 raise RanksDisagree(_difference(name, values), advice="Start all ranks with the same options and data.")
 
     def all_finite(self, sums: Sequence[Tensor], position: int) -> bool:
+        """Whether ``sums`` are finite on every process, all of which stand at ``position``.
+
+        Raises:
+            RanksDisagree: if they do not, with the first and the last position.
+        """
         numbers = torch.tensor([0, position, -position], dtype=torch.float64, device=self._device)
         for flag in non_finite_flags(sums):
             numbers[:1].add_(flag.to(self._device))
@@ -103,27 +89,29 @@ class ProcessRanks(OneProcess):
         return not wrong
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """Each flag, or-ed over the processes."""
         numbers = torch.tensor(flags, dtype=torch.int32, device=self._device)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
         return [bool(number) for number in numbers.tolist()]
 
     def average_(self, gradients: Sequence[Tensor]) -> None:
+        """Replace each gradient by its mean over the processes, in place."""
         if not gradients:
             return
         # One message per type and device: a norm's gradient alone would cost as much time as a matrix.
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for gradient in gradients:
             kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
-        for members in kinds.values():
-            flat = torch.cat([member.reshape(-1) for member in members])
+        for alike in kinds.values():
+            flat = torch.cat([gradient.reshape(-1) for gradient in alike])
             dist.all_reduce(flat, group=self._group)
             flat.div_(self._size)
-            for member, mean in zip(members, flat.split([member.numel() for member in members]), strict=True):
-                member.copy_(mean.view_as(member))
+            for gradient, mean in zip(alike, flat.split([gradient.numel() for gradient in alike]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
 
 
-def ranks_of(parameters: Sequence[Tensor], *, average_gradients: bool = False) -> OneProcess:
-    """The processes that train ``parameters`` together. Collective if there are several.
+def ranks_of(parameters: Sequence[Tensor], *, average_gradients: bool = False) -> ProcessRanks | None:
+    """The processes that train ``parameters`` together; None for one alone. Collective if there are several.
 
     Args:
         parameters: of the model; if FSDP2 has sharded them, it also averages their gradients.
@@ -142,7 +130,7 @@ def ranks_of(parameters: Sequence[Tensor], *, average_gradients: bool = False) -
         mesh = sharded.device_mesh
         return ProcessRanks(torch.device(mesh.device_type), mesh.mesh.flatten().tolist())
     if not average_gradients:
-        return OneProcess()
+        return None
     if not dist.is_initialized():
         raise InputError(
             "average_gradients needs an initialized process group.",

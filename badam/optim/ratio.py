@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from badam import phases
 from badam.errors import InputError, check_choice
-from badam.optim.messages import Messages
-from badam.optim.model_blocks import distinct_parameters
-from badam.optim.places import MaskMode
-from badam.optim.ratio_parameters import WindowSizes, given_groups, outside_parameters
-from badam.optim.ratio_state import WindowProgress, options_of_1_4
-from badam.optim.saved_state import check_group_sizes
-from badam.optim.window import Window, WindowOptions, write_nearest
+from badam.optim.base import Messages, VisitingOptimizer, rounding_seed_of
+from badam.optim.model_blocks import WindowSizes, distinct_parameters, given_groups, outside_parameters
+from badam.optim.state import WindowProgress, check_group_sizes, read_ratio_options_of_1_4
+from badam.optim.window import MaskMode, Window, WindowOptions, write_nearest
 from badam.optim.window_gradient import WindowGradient
-from badam.optim.window_update import update_windows
-from badam.optim.window_visit import BaseFactory, WindowVisits
+from badam.optim.window_visit import ActiveWindows
 from badam.tensors.dtensor import is_held_by_deepspeed, is_sharded
-from badam.tensors.functional import all_finite, is_fake, non_finite_flags
+from badam.tensors.functional import adamw_, all_finite, is_fake, non_finite_flags
 from badam.vocabulary import Phase, WriteBack
 
+BaseFactory = Callable[[list[dict[str, Any]]], Optimizer]
 
-class BlockOptimizerRatio(WindowVisits):
+
+class BlockOptimizerRatio(VisitingOptimizer):
     """Train a share of every parameter's entries at a time, with AdamW or a base optimizer of the user's.
 
     The *window* of a parameter is what is trained of it now: a range of the flattened parameter, or entries scattered
@@ -119,31 +118,42 @@ class BlockOptimizerRatio(WindowVisits):
             )
         for parameter in outside_parameters(named, include_embedding, include_lm_head):
             parameter.requires_grad_(False)
+        self.named_parameters_list = named
         self.update_ratio = update_ratio
+        self.switch_every = switch_every
         self.preserve_threshold = preserve_threshold
         self.mask_mode: MaskMode = mask_mode
         self.keep_mask = keep_mask
         self.include_embedding = include_embedding
         self.fused = not foreach if fused is None else fused
+        self.write_back = write_back
+        self.seed = seed
         self.gradient_release = gradient_release
         self._released: dict[Window, Tensor | None] = {}
-        super().__init__(
-            given_groups(param_groups),
+        self._active = ActiveWindows(
             named,
             sizes=WindowSizes(update_ratio, preserve_threshold, param_update_ratios or {}, [name for name, _ in named]),
             options=WindowOptions(mask_mode, keep_mask, scatter_run),
-            defaults={"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **(optimizer_defaults or {})},
-            base_factory=base_optimizer,
-            switch_every=switch_every,
-            write_back=write_back,
-            seed=seed,
-            messages=Messages(verbose, log_fn),
         )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **(optimizer_defaults or {})}
+        groups = [self._with_masters(group, index) for index, group in enumerate(given_groups(param_groups))]
+        if not self.windows:
+            raise InputError(
+                f"None of the {sum(self._active.given_group_sizes)} parameters in param_groups would be trained: all "
+                "are frozen, or belong to the embedding or the output projection.",
+                advice="Set requires_grad, or include_embedding and include_lm_head.",
+            )
+        base = None
+        if base_optimizer is not None:
+            base = base_optimizer([{"lr": defaults["lr"], **group} for group in groups])
+            defaults, groups = base.defaults, base.param_groups
+        super().__init__(groups, defaults, base_optimizer=base, messages=Messages(verbose, log_fn))
+        self._announce()
 
     # Gradients
 
     @torch.no_grad()
-    def collect(self, window: Window) -> None:
+    def take_gradient(self, window: Window) -> None:
         """Keep the window of the gradient that autograd has just put at its parameter, and release the rest."""
         gradient = window.parameter.grad
         if gradient is None or (isinstance(gradient, WindowGradient) and gradient.window is window):
@@ -234,11 +244,34 @@ class BlockOptimizerRatio(WindowVisits):
         return bool(windows) and finite
 
     def _update(self, windows: Sequence[Window], gradients: Sequence[Tensor], found_inf: Tensor | None = None) -> None:
-        """One step of the rule on the masters of ``windows``."""
+        """One step of the rule on the masters of ``windows``; where ``found_inf`` is positive, of shape (1,), none."""
         if self.base_optimizer is not None:
             self.base_optimizer.step()
             return
-        update_windows(windows, gradients, self.param_groups, self.state, fused=self.fused, found_inf=found_inf)
+        alike: dict[tuple[int, torch.device, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+        for window, gradient in zip(windows, gradients, strict=True):
+            state = _adamw_state(self.state, window.master)
+            state["step"] += 1
+            alike.setdefault((window.group, gradient.device, state["step"]), []).append(
+                (window.master, gradient, state["exp_avg"], state["exp_avg_sq"])
+            )
+        for (index, _, step), tensors in alike.items():
+            group = self.param_groups[index]
+            masters, gradients, exp_avgs, exp_avg_sqs = zip(*tensors, strict=True)
+            adamw_(
+                masters,
+                gradients,
+                exp_avgs,
+                exp_avg_sqs,
+                step=step,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group.get("maximize", False),
+                fused=self.fused,
+                found_inf=found_inf,
+            )
 
     def _update_now(self, window: Window, gradient: Tensor) -> None:
         """Update one window inside backward; whether its gradient was finite is asked on the device, not awaited."""
@@ -288,6 +321,95 @@ class BlockOptimizerRatio(WindowVisits):
             f"({self.non_finite_steps} such steps so far, {self.global_step} done)."
         )
 
+    # Visits
+
+    @torch.no_grad()
+    def switch_windows(self) -> None:
+        """End the visit now and begin the next one; ``step`` calls this after ``switch_every`` steps."""
+        with phases.within(Phase.SWITCH):
+            self.state.clear()
+            self.write_back_block()
+            self._go_to(self.visit + 1, 0)
+            for window in self.windows:
+                window.ready_master()
+        self._messages.say(f"Visit {self.visit + 1}: the windows move on after {self.global_step} steps.")
+        self._call_switch_hooks()
+
+    @torch.no_grad()
+    def write_back_block(self) -> None:
+        """Round the masters into the model as if the windows were left; the masters stay.
+
+        At the end of training this gives the last windows the same treatment as all others. Weights that were loaded
+        into the model since the last step are not overwritten.
+        """
+        if self.write_back == "stochastic":
+            self._active.write_back(rounding_seed_of(self.seed, self.visit))
+
+    def _go_to(self, visit: int, steps_in_visit: int) -> None:
+        self.visit, self.steps_in_visit = visit, steps_in_visit
+        self._active.move(visit, self.seed)
+
+    def _with_masters(self, group: Mapping[str, Any], index: int) -> dict[str, Any]:
+        return self._active.with_masters(group, index, visit=self.visit, seed=self.seed, collector=self)
+
+    def _announce(self) -> None:
+        numel = sum(window.numel for window in self.windows)
+        self._messages.say(
+            f"Training {self.active_numel} of {numel} entries at a time ({self.mask_mode}) in "
+            f"{len(self.windows)} parameters, moving on every {self.switch_every} steps."
+        )
+        for window in self.windows:
+            self._messages.say(f"  {window.name}: {window.size} of {window.numel}", level=2)
+
+    # What is trained
+
+    @property
+    def windows(self) -> list[Window]:
+        """The windows, one for each parameter that is trained."""
+        return self._active.members
+
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """The windows' fp32 masters, by parameter name; not read from the model before the first gradient."""
+        return {window.name: window.master for window in self.windows}
+
+    @property
+    def active_numel(self) -> int:
+        """Entries of all windows together."""
+        return sum(window.size for window in self.windows)
+
+    @property
+    def block_num(self) -> int:
+        """One: every visit trains a part of every layer. For code that handles both optimizers."""
+        return 1
+
+    @property
+    def current_block_idx(self) -> int:
+        """Zero, see :attr:`block_num`."""
+        return 0
+
+    @property
+    def param_idx2lp(self) -> dict[int, Tensor]:
+        """Parameters that have a window, by their index in ``named_parameters_list``."""
+        index = {id(parameter): position for position, (_, parameter) in enumerate(self.named_parameters_list)}
+        return {index[id(w.parameter)]: w.parameter for w in self.windows if id(w.parameter) in index}
+
+    @property
+    def param_idx2hp(self) -> dict[int, Tensor]:
+        """Masters by the same index; empty until the first gradient fills them."""
+        masters = {id(w.parameter): w.master for w in self.windows if w.is_loaded}
+        return {index: masters[id(p)] for index, p in self.param_idx2lp.items() if id(p) in masters}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; their windows join the visit under way."""
+        if self._is_built:
+            (given,) = given_groups([param_group])
+            param_group = self._with_masters(given, len(self.param_groups))
+            if self.base_optimizer is not None:
+                self.base_optimizer.add_param_group(param_group)
+                return
+        super().add_param_group(param_group)
+
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,7 +446,9 @@ class BlockOptimizerRatio(WindowVisits):
         self._share_with_base()
 
     def _load_options_of_1_4(self, state_dict: dict[str, Any]) -> None:
-        for group, options in zip(self.param_groups, options_of_1_4(state_dict, self.given_group_sizes), strict=True):
+        for group, options in zip(
+            self.param_groups, read_ratio_options_of_1_4(state_dict, self._active.given_group_sizes), strict=True
+        ):
             group.update(options)
         warnings.warn(
             "Loaded the groups' options of a state of badam 1.4. It does not hold the step, the windows' positions or "
@@ -347,3 +471,13 @@ class BlockOptimizerRatio(WindowVisits):
             windows=[[window.name, window.numel, window.size, max(1, window.run)] for window in self.windows],
             masters={window.name: window.master.detach() for window in self.windows if window.is_loaded},
         )
+
+
+def _adamw_state(state: MutableMapping[Tensor, dict[str, Any]], master: Tensor) -> dict[str, Any]:
+    """Step number and moments of ``master`` in an optimizer's ``state``; made at its first step in a visit."""
+    own = state[master]
+    if not own:
+        own["step"] = 0
+        own["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+        own["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+    return own

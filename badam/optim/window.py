@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from badam.errors import InputError
-from badam.optim.places import MaskMode, Place, Ranges, Scattered, run_length
+from badam.optim.master import HALF_TYPES, MasterCopy
+from badam.optim.window_entries import PIECE, cell_rows, cell_size, scattered_entries, window_ranges
 from badam.optim.window_gradient import WindowGradient
-from badam.tensors.functional import copy_nearest_, is_fake, is_rounding_of, round_stochastically_
+from badam.tensors.functional import copy_nearest_, is_fake, round_stochastically_
 
-_WIDE = (torch.float32, torch.float64)
-_TRAINABLE = (torch.bfloat16, torch.float16, *_WIDE)
+MaskMode = Literal["adjacent", "scatter"]
+
+FEWEST_RUNS = 256
+"""A window is scattered in runs of neighbours only if it has at least so many of them."""
+
+_TRAINABLE = (*HALF_TYPES, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +35,8 @@ class WindowOptions:
     longest_run: int = 16  # neighbouring entries that a scattered window may train together, a power of two
 
 
-class Window:
+class Window(MasterCopy):
     """The share of one parameter that is trained now.
-
-    The master is made empty, to be read from the model when it is first needed and not before: whoever loads a
-    checkpoint into the model after the optimizer was built must not have it overwritten.
 
     Args:
         name: of the parameter in the model.
@@ -43,23 +46,23 @@ class Window:
         options: how it lies in the parameter.
     """
 
+    master: nn.Parameter
+
     def __init__(self, name: str, parameter: nn.Parameter, size: int, group: int, options: WindowOptions) -> None:
-        self.name = name
-        self.parameter = parameter
+        super().__init__(name, parameter)
         self.numel = parameter.numel()
         self.group = group
         scattered = options.mask_mode == "scatter" and size < self.numel
         self.run = run_length(self.numel, size, options.longest_run) if scattered else 0  # 0: adjacent
         self.size = round(size / self.run) * self.run if scattered else size
-        self.is_loaded = False
         order = _memory_order(name, parameter)
         self._order = order if order != sorted(order) else None  # None: as the dimensions are
         self._keep_index = options.keep_index
         self._place: Place = Ranges(self.numel, self.size, 0)
         self._views: tuple[int, list[Tensor], list[Tensor]] | None = None
-        self._written_version = -1
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        self.master = nn.Parameter(torch.empty(self.size, dtype=wide, device=parameter.device))
+        # Made empty: it is in the parameter groups before it is read from the model.
+        master_dtype = torch.promote_types(parameter.dtype, torch.float32)
+        self.master = nn.Parameter(torch.empty(self.size, dtype=master_dtype, device=parameter.device))
 
     # Where the window is
 
@@ -100,34 +103,23 @@ class Window:
 
     # Master
 
-    def ready_master(self) -> None:
-        """Read the master from the model if that was not done, or if someone changed the weights since.
-
-        A weight within one unit of the last place of its master counts as unchanged: it is the master, rounded, as
-        a checkpoint holds it that is loaded into the model after the optimizer's state.
-        """
-        if self.is_loaded and self._is_as_written():
-            return
-        if not self.is_loaded:
-            if self.master.device != self.parameter.device:  # the model was moved after the optimizer was built
-                self.master.data = torch.empty_like(self.master, device=self.parameter.device)
-            self._place.read_into(self.master.detach(), self.flat(self.parameter))
-            self.is_loaded = True
-        elif not is_rounding_of(values := self.read(self.parameter), self.master.detach(), self.parameter.dtype):
-            self.master.detach().copy_(values)
-        self._mark_written()
-
     def adopt_master(self, master: Tensor) -> None:
         """Use ``master`` (fp32, shape [size]), from which the current weights were rounded."""
         self.master.detach().copy_(master)
-        self.is_loaded = True
-        self._mark_written()
+        self.mark_written()
 
-    def _is_as_written(self) -> bool:
-        return is_fake(self.parameter) or self.parameter._version == self._written_version
+    def _read_master(self) -> None:
+        if self.master.device != self.parameter.device:  # the model was moved after the optimizer was built
+            self.master.data = torch.empty_like(self.master, device=self.parameter.device)
+        self._place.read_into(self.master.detach(), self.flat(self.parameter))
 
-    def _mark_written(self) -> None:
-        self._written_version = 0 if is_fake(self.parameter) else self.parameter._version
+    def _weights_as_master(self) -> Tensor:
+        return self.read(self.parameter)
+
+    def _round_stochastically(self, generator: torch.Generator) -> None:
+        rounded = torch.empty_like(self.master, dtype=self.parameter.dtype, requires_grad=False)
+        round_stochastically_(rounded, self.master.detach(), generator)
+        self._place.write(self.flat(self.parameter), rounded)
 
     # Gradient
 
@@ -149,15 +141,6 @@ class Window:
 
     # Writing back
 
-    def write_stochastically(self, generator: torch.Generator) -> None:
-        """Round the master into the model without bias, unless someone has changed the weights since."""
-        if self.parameter.dtype in _WIDE or not self.is_loaded or not self._is_as_written():
-            return
-        rounded = torch.empty_like(self.master, dtype=self.parameter.dtype, requires_grad=False)
-        round_stochastically_(rounded, self.master.detach(), generator)
-        self._place.write(self.flat(self.parameter), rounded)
-        self._mark_written()
-
     def views(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """Views of the weights and of the master that are alike; None if the window is not made of ranges."""
         pointer = 0 if is_fake(self.parameter) else self.parameter.data_ptr()
@@ -171,7 +154,7 @@ class Window:
     def write_nearest(self) -> None:
         """Round the master into the model, to nearest."""
         self._place.write(self.flat(self.parameter), self.master.detach())
-        self._mark_written()
+        self.mark_written()
 
 
 def write_nearest(windows: list[Window]) -> None:
@@ -187,25 +170,25 @@ def write_nearest(windows: list[Window]) -> None:
             sources += views[1]
     copy_nearest_(targets, sources)
     for window in windows:
-        window._mark_written()
+        window.mark_written()
 
 
 class Collector(Protocol):
     """Who wants the gradients."""
 
-    def collect(self, window: Window) -> None:
+    def take_gradient(self, window: Window) -> None:
         """Take the gradient that autograd has just put at the window's parameter."""
 
 
 def collect_gradients(collector: Collector, window: Window) -> None:
-    """Let ``collector`` collect the gradients of the window's parameter, in place of another one before it."""
+    """Let ``collector`` take the gradients of the window's parameter, in place of another one before it."""
     hooks = getattr(window.parameter, "_post_accumulate_grad_hooks", None) or {}
-    for key in [key for key, hook in hooks.items() if isinstance(hook, _CollectHook)]:
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _GradientHook)]:
         del hooks[key]
-    window.parameter.register_post_accumulate_grad_hook(_CollectHook(collector, window))
+    window.parameter.register_post_accumulate_grad_hook(_GradientHook(collector, window))
 
 
-class _CollectHook:
+class _GradientHook:
     """Tells the collector of a gradient, without keeping it alive."""
 
     def __init__(self, collector: Collector, window: Window) -> None:
@@ -215,7 +198,7 @@ class _CollectHook:
     def __call__(self, _parameter: Tensor) -> None:
         collector, window = self.collector(), self.window()
         if collector is not None and window is not None:
-            collector.collect(window)
+            collector.take_gradient(window)
 
 
 def _memory_order(name: str, parameter: Tensor) -> list[int]:
@@ -231,3 +214,122 @@ def _memory_order(name: str, parameter: Tensor) -> list[int]:
             advice="Leave it out of param_groups, or freeze it.",
         )
     return order
+
+
+class Place(Protocol):
+    """Where a window lies in its flattened parameter: some entries of it, in a fixed order."""
+
+    def read_into(self, values: Tensor, flat: Tensor) -> None:
+        """Copy the entries of ``flat`` (shape [numel]) to ``values`` (shape [size]), converting the type."""
+
+    def add_to(self, values: Tensor, flat: Tensor) -> None:
+        """Add the entries of ``flat`` to ``values``."""
+
+    def write(self, flat: Tensor, values: Tensor) -> None:
+        """Copy ``values`` to the entries of ``flat``, rounding to nearest."""
+
+    def views(self, flat: Tensor, values: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Pairs of views such that copying ``values`` is copying the second to the first; None if there are none."""
+
+
+class Ranges:
+    """The range of entries that a visit trains; two of them where it goes round."""
+
+    def __init__(self, numel: int, size: int, visit: int) -> None:
+        self.parts: list[tuple[slice, slice]] = []
+        begin = 0
+        for first, end in window_ranges(numel, size, visit):
+            self.parts.append((slice(begin, begin + end - first), slice(first, end)))
+            begin += end - first
+
+    def read_into(self, values: Tensor, flat: Tensor) -> None:
+        for part, entries in self.parts:
+            values[part].copy_(flat[entries])
+
+    def add_to(self, values: Tensor, flat: Tensor) -> None:
+        for part, entries in self.parts:
+            values[part].add_(flat[entries])
+
+    def write(self, flat: Tensor, values: Tensor) -> None:
+        for part, entries in self.parts:
+            flat[entries].copy_(values[part])
+
+    def views(self, flat: Tensor, values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return [flat[entries] for _, entries in self.parts], [values[part] for part, _ in self.parts]
+
+
+class Scattered:
+    """The entries that a visit trains, spread over the parameter by a permutation of its runs.
+
+    A *run* is ``run`` neighbouring entries that are trained together: 16 of them fill the 32 bytes that memory
+    transfers at once, so that nothing is moved that is not used.
+
+    Args:
+        numel: entries of the parameter.
+        size: entries of the window; both are multiples of ``run``.
+        visit: number of the visit, from 0.
+        run: entries per run.
+        key: 31 bits that tell this parameter's permutation from others.
+        keep: keep the indices of the runs (4 B each) after their first use.
+    """
+
+    def __init__(self, numel: int, size: int, visit: int, *, run: int, key: int, keep: bool) -> None:
+        self._runs, self._window_runs = numel // run, size // run
+        self._visit, self._run, self._key, self._keep = visit, run, key, keep
+        self._kept: list[Tensor] | None = None
+
+    def read_into(self, values: Tensor, flat: Tensor) -> None:
+        rows = self._rows(flat)
+        for part, index in self._pieces(flat.device):
+            self._rows(values)[part].copy_(rows.index_select(0, index))
+
+    def add_to(self, values: Tensor, flat: Tensor) -> None:
+        rows = self._rows(flat)
+        for part, index in self._pieces(flat.device):
+            self._rows(values)[part].add_(rows.index_select(0, index))
+
+    def write(self, flat: Tensor, values: Tensor) -> None:
+        rows, rounded = _in_words(self._rows(flat)), values.to(flat.dtype)
+        for part, index in self._pieces(flat.device):
+            source = self._rows(rounded)[part]
+            rows.index_copy_(0, index.long(), source.view(rows.dtype) if rows.dtype != source.dtype else source)
+
+    def views(self, flat: Tensor, values: Tensor) -> None:
+        return None
+
+    def _rows(self, flat: Tensor) -> Tensor:
+        return flat if self._run == 1 else flat.view(-1, self._run)
+
+    def _pieces(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of the window's runs, each with the indices of its runs in the parameter."""
+        if self._keep and self._kept is None:
+            dtype = torch.int32 if self._runs <= 2**31 else torch.int64
+            self._kept = list(torch.cat([index.to(dtype) for index in self._computed(device)]).split(PIECE))
+        begin = 0
+        for index in self._computed(device) if self._kept is None else self._kept:
+            yield slice(begin, begin + index.numel()), index
+            begin += index.numel()
+
+    def _computed(self, device: torch.device) -> Iterator[Tensor]:
+        cell = cell_size(self._runs, self._window_runs)
+        for first, end in window_ranges(self._runs, self._window_runs, self._visit):
+            for row in cell_rows(self._runs, cell, first, end):
+                yield scattered_entries(self._runs, cell, row, self._key, device)
+
+
+def _in_words(rows: Tensor) -> Tensor:
+    """The same memory as 8-byte numbers where it is made of such: fewer and larger numbers are copied faster."""
+    row_bytes, offset_bytes = rows.stride(0) * rows.itemsize, rows.storage_offset() * rows.itemsize
+    whole = rows.dim() > 1 and row_bytes % 8 == 0 and offset_bytes % 8 == 0
+    return rows.view(torch.int64) if whole else rows
+
+
+def run_length(numel: int, size: int, longest: int) -> int:
+    """Entries per run for a window of about ``size`` entries: a power of two that divides ``numel``.
+
+    Small windows are scattered entry by entry: a few runs would be no scattering.
+    """
+    run = 1
+    while run * 2 <= longest and numel % (run * 2) == 0 and size >= FEWEST_RUNS * run * 2:
+        run *= 2
+    return run

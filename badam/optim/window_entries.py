@@ -7,7 +7,7 @@ round at the end, so over any number of visits no entry is trained more than onc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -101,67 +101,3 @@ def _coprime_to(cell: int) -> int:
     while math.gcd(step, cell) != 1:
         step += 1
     return step
-
-
-def adamw_(
-    masters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    *,
-    step: int,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-    fused: bool = True,
-    found_inf: Tensor | None = None,
-) -> None:
-    """One AdamW step (arXiv 1711.05101, decoupled decay) on lists of fp32 tensors of one device, all in place.
-
-    Args:
-        masters: parameters.
-        gradients: of the same shapes; not changed.
-        exp_avgs: first moments.
-        exp_avg_sqs: second moments.
-        step: number of this step, from 1.
-        lr: learning rate.
-        betas: decay of the moments.
-        eps: added to the root of the second moment.
-        weight_decay: decay per unit of learning rate.
-        maximize: climb instead of descend.
-        fused: one pass in torch's fused kernel, without temporaries; otherwise one temporary of the masters' size.
-        found_inf: shape (1,); where positive, the fused kernel changes nothing, and nobody waits for the device.
-    """
-    if not masters:
-        return
-    if fused:
-        steps = [torch.full((), float(step), device=masters[0].device)] * len(masters)
-        torch._fused_adamw_(
-            list(masters),
-            list(gradients),
-            list(exp_avgs),
-            list(exp_avg_sqs),
-            [],
-            steps,
-            lr=lr,
-            beta1=betas[0],
-            beta2=betas[1],
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=maximize,
-            found_inf=found_inf,
-        )
-        return
-    rate = float(lr)
-    gradients = torch._foreach_neg(list(gradients)) if maximize else list(gradients)
-    torch._foreach_mul_(list(masters), 1 - rate * weight_decay)
-    torch._foreach_lerp_(list(exp_avgs), gradients, 1 - betas[0])
-    torch._foreach_mul_(list(exp_avg_sqs), betas[1])
-    torch._foreach_addcmul_(list(exp_avg_sqs), gradients, gradients, 1 - betas[1])
-    roots = torch._foreach_sqrt(list(exp_avg_sqs))
-    torch._foreach_div_(roots, math.sqrt(1 - betas[1] ** step))
-    torch._foreach_add_(roots, eps)
-    torch._foreach_addcdiv_(list(masters), list(exp_avgs), roots, -rate / (1 - betas[0] ** step))

@@ -38,7 +38,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def version_of(tensor: Tensor) -> int:
     """How often the local part of ``tensor`` was written."""
-    return local_part(tensor)._version
+    return (local_part(tensor) if is_sharded(tensor) else tensor)._version
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -140,3 +141,128 @@ def is_rounding_of(weights: Tensor, masters: Tensor, dtype: torch.dtype) -> bool
     """
     kind = torch.finfo(dtype)
     return torch.allclose(weights, masters, rtol=kind.eps, atol=kind.smallest_normal * kind.eps)
+
+
+def adamw_(
+    masters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    fused: bool = True,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One AdamW step (arXiv 1711.05101, decoupled decay) on lists of fp32 tensors of one device, all in place.
+
+    Args:
+        masters: parameters.
+        gradients: of the same shapes; not changed.
+        exp_avgs: first moments.
+        exp_avg_sqs: second moments.
+        step: number of this step, from 1.
+        lr: learning rate.
+        betas: decay of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decay per unit of learning rate.
+        maximize: climb instead of descend.
+        fused: one pass in torch's fused kernel, without temporaries; otherwise one temporary of the masters' size.
+        found_inf: shape (1,); where positive, the fused kernel changes nothing, and nobody waits for the device.
+    """
+    if not masters:
+        return
+    if fused:
+        steps = [torch.full((), float(step), device=masters[0].device)] * len(masters)
+        torch._fused_adamw_(
+            list(masters),
+            list(gradients),
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            [],
+            steps,
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=maximize,
+            found_inf=found_inf,
+        )
+        return
+    lr = float(lr)
+    gradients = torch._foreach_neg(list(gradients)) if maximize else list(gradients)
+    torch._foreach_mul_(list(masters), 1 - lr * weight_decay)
+    torch._foreach_lerp_(list(exp_avgs), gradients, 1 - betas[0])
+    torch._foreach_mul_(list(exp_avg_sqs), betas[1])
+    torch._foreach_addcmul_(list(exp_avg_sqs), gradients, gradients, 1 - betas[1])
+    roots = torch._foreach_sqrt(list(exp_avg_sqs))
+    torch._foreach_div_(roots, math.sqrt(1 - betas[1] ** step))
+    torch._foreach_add_(roots, eps)
+    torch._foreach_addcdiv_(list(masters), list(exp_avgs), roots, -lr / (1 - betas[0] ** step))
+
+
+def compiled_adamw_factors(
+    *, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, gradient_scale: float
+) -> tuple[float, ...]:
+    """What :func:`adamw_and_round_` multiplies by, folded in double precision so that it multiplies little.
+
+    Args:
+        step: number of this step, from 1.
+        lr: learning rate.
+        betas: decay of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decay per unit of learning rate.
+        gradient_scale: factor of the gradient, from clipping.
+
+    Returns:
+        Factor of the master (1 - lr * weight decay); of the first moment (beta1) and of the gradient in it ((1 - beta1)
+        * scale); of the second moment (beta2) and of the squared gradient in it ((1 - beta2) * scale**2); step size and
+        eps, the last two with both bias corrections in them.
+    """
+    beta1, beta2 = betas
+    bias_correction1, bias_correction2_root = 1 - beta1**step, (1 - beta2**step) ** 0.5
+    return (
+        1 - lr * weight_decay,
+        beta1,
+        (1 - beta1) * gradient_scale,
+        beta2,
+        (1 - beta2) * gradient_scale**2,
+        lr * bias_correction2_root / bias_correction1,
+        eps * bias_correction2_root,
+    )
+
+
+def adamw_and_round_(
+    gradient: Tensor,
+    factors: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor | None = None,
+) -> None:
+    """One AdamW step (arXiv 1711.05101) and the write-back in place, on flat tensors of one length; to be compiled.
+
+    Args:
+        gradient: any floating type; not changed.
+        factors: fp32, shape (7,), see :func:`compiled_adamw_factors`.
+        master: fp32; updated.
+        exp_avg: fp32 first moment; updated.
+        exp_avg_sq: fp32 second moment; updated.
+        weight: bf16 or fp16; receives the master, rounded to nearest.
+    """
+    decay, beta1, gradient_factor, beta2, squared_gradient_factor, step_size, eps = factors.unbind()
+    gradient_fp32 = gradient.float()
+    new_exp_avg = exp_avg * beta1 + gradient_fp32 * gradient_factor
+    new_exp_avg_sq = exp_avg_sq * beta2 + (gradient_fp32 * squared_gradient_factor) * gradient_fp32
+    new_master = master * decay - (step_size * new_exp_avg) / (new_exp_avg_sq.sqrt() + eps)
+    exp_avg.copy_(new_exp_avg)
+    exp_avg_sq.copy_(new_exp_avg_sq)
+    master.copy_(new_master)
+    if weight is not None:
+        weight.copy_(new_master)

@@ -222,7 +222,7 @@ class ZeroThree(Copies):
             return super().build(weights, loading, tell=tell)
 
     def place(self, model: PreTrainedModel) -> None:
-        from badam.distributed.deepspeed.engine import check_installed
+        from badam.distributed.deepspeed.adapter import check_installed
 
         check_installed()
 

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
-from badam.blocks.coverage import coverage
+from badam.blocks.schedule import coverage
 from badam.errors import BadamError, InputError
 from badam.optim.block import BlockOptimizer
 from badam.plan import Plan, record_digest, save_record

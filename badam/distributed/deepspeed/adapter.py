@@ -11,13 +11,15 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
-from typing import Any, Protocol
+from importlib.util import find_spec
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from badam.errors import InputError
+from badam.optim.master import HALF_TYPES
 from badam.optim.ranks import ProcessRanks
 from badam.tensors.dtensor import seed_of_shard, shape_of
 from badam.tensors.functional import round_stochastically_
@@ -25,15 +27,18 @@ from badam.tensors.functional import round_stochastically_
 KNOWN_VERSIONS = ("0.19.",)
 """DeepSpeed versions whose private methods are the ones used here; 0.19.8 was run."""
 
-_NARROW = (torch.bfloat16, torch.float16)
 
-
+@runtime_checkable
 class Driven(Protocol):
-    """What the adapter needs of the block optimizer."""
+    """What DeepSpeed's side needs of a block optimizer, which :class:`badam.BlockOptimizer` has."""
+
+    ds_optimizer: Any
 
     def user_groups(self) -> list[list[Any]]: ...
     def rounding_seed(self) -> int: ...
     def step_is_done(self) -> None: ...
+    def position(self) -> dict[str, Any]: ...
+    def go_to(self, position: dict[str, Any]) -> None: ...
 
 
 class ZeroThree:
@@ -50,7 +55,7 @@ class ZeroThree:
 
     def __init__(self, engine: Any, optimizer: Driven) -> None:
         _check(engine)
-        self.engine = self._engine = engine
+        self.engine = engine
         self._optimizer = optimizer
         self.ranks = ProcessRanks(torch.device(engine.device))
         self._original: Callable[..., Any] = engine.step
@@ -59,29 +64,29 @@ class ZeroThree:
     def _step(self, closure: Any = None) -> Any:
         """DeepSpeed's step, and after it the block optimizer's count of it."""
         result = self._original(closure)
-        if not self._engine.overflow:
+        if not self.engine.overflow:
             self._optimizer.step_is_done()
         return result
 
     def round_stochastically(self) -> None:
         """Round the fp32 copies into the model as the block is left; each process its own part."""
         seed = seed_of_shard(self._optimizer.rounding_seed(), dist.get_rank())
-        pairs = zip(self._engine.fp16_partitioned_groups_flat, self._engine.fp32_partitioned_groups_flat, strict=True)
+        pairs = zip(self.engine.fp16_partitioned_groups_flat, self.engine.fp32_partitioned_groups_flat, strict=True)
         generators: dict[torch.device, torch.Generator] = {}
-        for narrow, wide in pairs:
-            if narrow is not None and narrow.dtype in _NARROW and wide.numel() == narrow.numel():
-                source = wide.detach().to(narrow.device)
-                generator = generators.setdefault(narrow.device, torch.Generator(narrow.device).manual_seed(seed))
-                round_stochastically_(narrow.detach(), source, generator)
+        for weights, masters in pairs:
+            if weights is not None and weights.dtype in HALF_TYPES and masters.numel() == weights.numel():
+                source = masters.detach().to(weights.device)
+                generator = generators.setdefault(weights.device, torch.Generator(weights.device).manual_seed(seed))
+                round_stochastically_(weights.detach(), source, generator)
 
     def masters(self) -> list[Tensor]:
         """This process's fp32 copies of the active block, one flat tensor for each of DeepSpeed's sub-groups."""
-        return list(self._engine.fp32_partitioned_groups_flat)
+        return list(self.engine.fp32_partitioned_groups_flat)
 
     def gradients(self) -> list[Tensor]:
         """What collects this process's gradients, and, where they are offloaded, what the step takes them from."""
         taken = [master.grad for master in self.masters() if master.grad is not None]
-        collected = self._engine.grad_partitions_flat_buffer
+        collected = self.engine.grad_partitions_flat_buffer
         return taken if collected is None else [collected, *taken]
 
     def gathered_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -95,16 +100,16 @@ class ZeroThree:
         def gathered(value: Tensor) -> Tensor:
             if value.shape != flat.shape:
                 return value
-            whole: Tensor = self._engine._fp32_state_allgather(parameter, value.detach().narrow(0, offset, count))
+            whole: Tensor = self.engine._fp32_state_allgather(parameter, value.detach().narrow(0, offset, count))
             return whole
 
-        state = self._engine.optimizer.state.get(flat, {})
+        state = self.engine.optimizer.state.get(flat, {})
         return {key: gathered(value) for key, value in {"master": flat, **state}.items() if isinstance(value, Tensor)}
 
     def take_state(self, parameter: nn.Parameter, whole: dict[str, Tensor]) -> None:
         """Keep this process's part of what :meth:`gathered_state` gave, there or among other processes."""
         flat, offset, count = self._place_of(parameter)
-        state = self._engine.optimizer.state[flat]
+        state = self.engine.optimizer.state[flat]
         for key, value in whole.items():
             if key != "master" and tuple(value.shape) != shape_of(parameter):
                 state[key] = value.clone()
@@ -112,18 +117,18 @@ class ZeroThree:
             if key != "master" and key not in state:
                 state[key] = torch.zeros_like(flat, requires_grad=False)
             target = flat.data if key == "master" else state[key]
-            rank = self._engine._get_param_partition_rank(parameter)
+            rank = self.engine._get_param_partition_rank(parameter)
             part = value.flatten()[rank * count : (rank + 1) * count]
             target.narrow(0, offset, len(part)).copy_(part)  # the last process's part is padded
 
     def _place_of(self, parameter: nn.Parameter) -> tuple[Tensor, int, int]:
         """The flat fp32 tensor that holds this process's part of ``parameter``, and where in it."""
-        group, offset, count = self._engine.grad_position[self._engine.get_param_id(parameter)]
-        return self._engine.fp32_partitioned_groups_flat[group], offset, count
+        group, offset, count = self.engine.grad_position[self.engine.get_param_id(parameter)]
+        return self.engine.fp32_partitioned_groups_flat[group], offset, count
 
     def leave_block(self) -> None:
         """Let go of the hooks, copies and buffers of the parameters that were trained."""
-        engine = self._engine
+        engine = self.engine
         for hook in (*engine._grad_acc_hooks, *engine._leaf_module_hooks):
             hook.remove()
         for name in (
@@ -151,7 +156,7 @@ class ZeroThree:
 
     def enter_block(self) -> None:
         """Set DeepSpeed up for the parameters that are trainable now, as its constructor does."""
-        engine = self._engine
+        engine = self.engine
         for group, parameters in zip(engine.optimizer.param_groups, self._optimizer.user_groups(), strict=True):
             group["params"] = parameters
         engine.trainable_param_groups = engine._get_trainable_parameter_groups()
@@ -177,12 +182,17 @@ def _forget_releases(coordinator: Any) -> None:
     inspect.getclosurevars(remembered).nonlocals["func"].cache_clear()  # the lru_cache behind a profiler's range
 
 
-def check_version() -> None:
-    """Refuse a DeepSpeed whose private methods were not tried.
+def check_installed() -> None:
+    """Refuse to go on without a DeepSpeed whose private methods were tried.
 
     Raises:
-        InputError: with the versions that were.
+        InputError: if there is none, or of another version, with those that were.
     """
+    if find_spec("deepspeed") is None:
+        raise InputError(
+            "The engine zero3 needs deepspeed, which cannot be imported here.",
+            advice="Install it with: DS_BUILD_OPS=0 pip install 'badam[zero3]', or plan with --engine fsdp2.",
+        )
     import deepspeed
 
     if not deepspeed.__version__.startswith(KNOWN_VERSIONS):
@@ -207,4 +217,4 @@ def _check(engine: Any) -> None:
             f"ds_optimizer is a {type(engine).__name__}; blocks are trained on DeepSpeed's ZeRO stage 3.",
             advice='Set "stage": 3 in the configuration of "zero_optimization", and pass engine.optimizer.',
         )
-    check_version()
+    check_installed()

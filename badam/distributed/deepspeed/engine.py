@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -15,25 +14,10 @@ from torch.optim import Optimizer
 
 from badam.blocks.names import belongs
 from badam.blocks.partition import layer_paths
-from badam.distributed.deepspeed.adapter import check_version, without_shared_memory_operator
+from badam.distributed.deepspeed.adapter import check_installed, without_shared_memory_operator
 from badam.distributed.deepspeed.linear import use_for_partitioned
-from badam.errors import InputError
 from badam.optim.block import BlockOptimizer
 from badam.tensors.dtensor import shape_of
-
-
-def check_installed() -> None:
-    """Refuse to go on without a DeepSpeed that can be driven.
-
-    Raises:
-        InputError: if there is none, or of a version that is not known.
-    """
-    if find_spec("deepspeed") is None:
-        raise InputError(
-            "The engine zero3 needs deepspeed, which cannot be imported here.",
-            advice="Install it with: DS_BUILD_OPS=0 pip install 'badam[zero3]', or plan with --engine fsdp2.",
-        )
-    check_version()
 
 
 @contextmanager

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from badam.distributed.deepspeed.engine import check_installed
-from badam.distributed.deepspeed.saving import check_number, read_position, write_position
-from badam.integrations.accelerate import innermost_optimizer
-from badam.optim.block import BlockOptimizer
+from badam.distributed.deepspeed.adapter import Driven, check_installed
+from badam.distributed.deepspeed.position import check_number, read_position, write_position
+from badam.optim.base import innermost_optimizer
 
 
 def follow_checkpoints() -> None:
@@ -56,7 +55,7 @@ def follow_checkpoints() -> None:
     DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint = save_checkpoint, load_checkpoint
 
 
-def _go_to_block_of(checkpoint: Path, optimizer: BlockOptimizer) -> None:
+def _go_to_block_of(checkpoint: Path, optimizer: Driven) -> None:
     position = read_position(checkpoint)
     check_number(checkpoint, position.pop("processes"))
     if position != optimizer.position():
@@ -69,6 +68,6 @@ def _newest(directory: str | os.PathLike[str]) -> str:
     return latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
 
 
-def _block_optimizer(engine: Any) -> BlockOptimizer | None:
+def _block_optimizer(engine: Any) -> Driven | None:
     found = innermost_optimizer(engine.optimizer)
-    return found if isinstance(found, BlockOptimizer) else None
+    return found if isinstance(found, Driven) else None

@@ -7,7 +7,6 @@ form is whole: weights, and the active block's masters and moments, which are al
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -19,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from badam.distributed.deepspeed.adapter import ZeroThree
+from badam.distributed.deepspeed.position import check_number, read_position, write_position
 from badam.errors import InputError, StateError, in_one_line
 from badam.optim.block import BlockOptimizer
 from badam.units import format_bytes
 
-POSITION = "badam.json"
 PORTABLE = "state.pt"
 
 
@@ -107,52 +106,6 @@ def load_zero3_checkpoint(engine: Any, optimizer: BlockOptimizer, checkpoint: st
     loaded, _ = engine.load_checkpoint(os.fspath(path.parent), tag=path.name)
     if loaded is None:
         raise StateError(f"DeepSpeed could not load the checkpoint at {path}.", advice="Use an older checkpoint.")
-
-
-def write_position(checkpoint: Path, optimizer: BlockOptimizer, processes: int | None) -> None:
-    """Note in ``checkpoint``, whose other files are there, where it was taken. Collective.
-
-    Args:
-        checkpoint: the checkpoint's own directory.
-        optimizer: the block optimizer that DeepSpeed drives.
-        processes: how many can read it; None for any number.
-    """
-    dist.barrier()
-    if dist.get_rank() == 0:
-        partial = checkpoint / f".{POSITION}.partial"
-        partial.write_text(json.dumps({**optimizer.position(), "processes": processes}), encoding="utf-8")
-        partial.rename(checkpoint / POSITION)
-    dist.barrier()
-
-
-def read_position(checkpoint: Path) -> dict[str, Any]:
-    """What :func:`write_position` noted: of ``BlockOptimizer.go_to``, and ``processes``.
-
-    Raises:
-        InputError: if there is nothing, so that the checkpoint is not complete.
-    """
-    try:
-        position: dict[str, Any] = json.loads((checkpoint / POSITION).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"There is no complete checkpoint at {checkpoint}: {POSITION} is missing or torn.",
-            advice="Use an older checkpoint.",
-        ) from error
-    return position
-
-
-def check_number(checkpoint: Path, processes: int | None) -> None:
-    """Refuse a checkpoint that DeepSpeed wrote for another number of processes.
-
-    Raises:
-        InputError: with both numbers.
-    """
-    if processes is not None and processes != dist.get_world_size():
-        raise InputError(
-            f"The checkpoint at {checkpoint} was written by {processes} processes, and these are "
-            f"{dist.get_world_size()}.",
-            advice=f"Start {processes} processes, and save with portable=True for another number.",
-        )
 
 
 def load_portable_weights(checkpoint: str | os.PathLike[str], model: nn.Module) -> None:

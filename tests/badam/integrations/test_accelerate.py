@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from badam import clip_grad_norm_old_version
-from badam.integrations.accelerate import hides_gradients, innermost_optimizer
 from badam.optim.active_parameter import HAS_GRAD_DTYPE
+from badam.optim.base import hides_gradients, innermost_optimizer
 from tests.badam.optim.tiny_net import blocks, loss_of, net
 
 

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from badam import BlockOptimizer
 from badam.errors import InputError
 from badam.optim.active_parameter import ActiveParameter
-from badam.optim.compiled_adamw import CompiledAdamW, _compiled, adamw_, adamw_on_all_
+from badam.optim.compiled_adamw import CompiledAdamW, _compiled, adamw_and_round_all_
+from badam.tensors.functional import adamw_and_round_
 from tests.badam.optim.tiny_net import LR, Net, adamw, blocks, loss_of, net
 
 
@@ -45,14 +46,14 @@ def test_no_two_released_gradients_exist_at_once() -> None:
     optimizer = blocks(model, switch_block_every=0, gradient_release=True)
     gradients: list[Any] = []
     alive: list[int] = []
-    original = optimizer._base.step
+    original = optimizer._master_groups.step
 
     def step(members: list[ActiveParameter]) -> None:
         gradients.extend(weakref.ref(member.gradient) for member in members)
         alive.append(sum(reference() is not None for reference in gradients))
         original(members)
 
-    optimizer._base.step = step  # type: ignore[method-assign]
+    optimizer._master_groups.step = step  # type: ignore[method-assign]
     loss_of(model, 0).backward()
     assert alive == [1] * 5
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -130,16 +131,16 @@ def operands(lengths: tuple[int, ...], seed: int) -> tuple[list[list[torch.Tenso
         gradient, master = (torch.randn(length, generator=generator) for _ in range(2))
         moments = [torch.rand(length, generator=generator) for _ in range(2)]
         tensors.append([gradient.bfloat16(), master, *moments, master.bfloat16()])
-    numbers = torch.rand(len(lengths), 7, generator=generator) / 10 + 0.8
-    return tensors, numbers
+    factors = torch.rand(len(lengths), 7, generator=generator) / 10 + 0.8
+    return tensors, factors
 
 
 def test_the_compiled_pass_is_the_written_one() -> None:
-    compiled = _compiled(adamw_on_all_)
+    compiled = _compiled(adamw_and_round_all_)
     for seed, lengths in enumerate([(64, 17, 64), (1000, 48, 1000)]):
-        (ours, numbers), (theirs, _) = operands(lengths, seed), operands(lengths, seed)
-        compiled(ours, numbers)
-        adamw_on_all_(theirs, numbers)
+        (ours, factors), (theirs, _) = operands(lengths, seed), operands(lengths, seed)
+        compiled(ours, factors)
+        adamw_and_round_all_(theirs, factors)
         for mine, other in zip(ours, theirs, strict=True):
             for tensor, expected in zip(mine, other, strict=True):
                 torch.testing.assert_close(
@@ -156,9 +157,9 @@ def test_more_combinations_than_the_compiler_bears_are_updated_one_by_one(monkey
     monkeypatch.setattr("badam.optim.compiled_adamw._MOST_COMBINATIONS", 1)
     model, twin = net(), net()
     train(model, blocks(model, switch_block_every=2, update="compiled"), 2)
-    assert set(functions) == {adamw_on_all_}
+    assert set(functions) == {adamw_and_round_all_}
     train(model, second := blocks(model, block_prefix_list=["layers.0.linear"], update="compiled"), 1)
-    assert functions[-2:] == [adamw_, adamw_]
+    assert functions[-2:] == [adamw_and_round_, adamw_and_round_]
     train(twin, blocks(twin, switch_block_every=2), 2)
     train(twin, third := blocks(twin, block_prefix_list=["layers.0.linear"]), 1)
     for member, other in zip(second.active_parameters, third.active_parameters, strict=True):

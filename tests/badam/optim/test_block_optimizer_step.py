@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from badam import phases
+from badam import optim, phases
 from badam.errors import InputError
 from badam.optim.active_parameter import HAS_GRAD_DTYPE
 from badam.vocabulary import Phase
@@ -272,3 +275,28 @@ def test_options_out_of_range_are_refused() -> None:
     for options in ({"write_back": "floor"}, {"update": "fast"}):
         with pytest.raises(InputError, match="Choose"):
             blocks(net(), **options)
+
+
+def test_a_step_is_read_in_four_files() -> None:
+    model = net()
+    optimizer = blocks(model, switch_block_every=5)
+    for _ in range(2):  # the first step makes masters
+        loss_of(model, 0).backward()
+        entered: set[str] = set()
+
+        def note(frame: FrameType, event: str, _: Any, entered: set[str] = entered) -> None:
+            if event == "call":
+                entered.add(frame.f_code.co_filename)
+
+        sys.setprofile(note)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+    home = Path(optim.__file__).parent
+    assert {Path(file).name for file in entered if Path(file).parent == home} == {
+        "block.py",
+        "master_groups.py",
+        "active_parameter.py",
+        "master.py",
+    }

@@ -18,6 +18,7 @@ from badam.blocks.names import Block
 from badam.blocks.schedule import BlockSchedule
 from badam.errors import InputError
 from badam.optim.active_parameter import HAS_GRAD_DTYPE
+from badam.optim.visit import ActiveBlock
 from badam.vocabulary import Phase
 from tests.badam.optim.tiny_net import Net, adamw, blocks, loss_of, net
 
@@ -119,8 +120,13 @@ def test_the_old_block_is_released_before_the_new_one_begins(monkeypatch: pytest
     loss_of(model, 0).backward()
     optimizer.step()
     left: list[int] = []
-    begin = type(optimizer)._begin_visit
-    monkeypatch.setattr(type(optimizer), "_begin_visit", lambda self: (left.append(len(alive(self))), begin(self)))
+    begin = ActiveBlock.begin
+
+    def counted(block: ActiveBlock, prefixes: list[str]) -> None:
+        left.append(len(alive(optimizer)))
+        begin(block, prefixes)
+
+    monkeypatch.setattr(ActiveBlock, "begin", counted)
     optimizer.switch_trainable_params()
     assert left == [0]
 

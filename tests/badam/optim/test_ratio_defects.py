@@ -60,7 +60,7 @@ def test_moments_are_fp32_and_do_not_stall() -> None:
     for _ in range(3000):
         model.weight.grad = None
         model.weight.grad = torch.ones_like(model.weight)
-        optimizer.collect(optimizer.windows[0])
+        optimizer.take_gradient(optimizer.windows[0])
         optimizer.step()
     (state,) = optimizer.state.values()
     assert state["exp_avg_sq"].dtype == torch.float32

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from badam.optim.places import Ranges, Scattered, run_length
-from badam.optim.window_entries import adamw_, cell_rows, cell_size, scattered_entries, window_ranges, window_size
+from badam.optim.window import Ranges, Scattered, run_length
+from badam.optim.window_entries import cell_rows, cell_size, scattered_entries, window_ranges, window_size
 
 numels = st.integers(1, 400)
 
@@ -168,45 +168,3 @@ def test_permutations_differ_between_keys() -> None:
 )
 def test_runs_divide_the_parameter_and_stay_many(numel: int, size: int, longest: int, expected: int) -> None:
     assert run_length(numel, size, longest) == expected
-
-
-def reference(lists: list[list[Tensor]], steps: int, **options: Any) -> list[Tensor]:
-    masters = [torch.nn.Parameter(master.clone()) for master in lists[0]]
-    optimizer = torch.optim.AdamW(masters, **options)
-    for step in range(steps):
-        for master, gradient in zip(masters, lists[1], strict=True):
-            master.grad = gradient * (step + 1)
-        optimizer.step()
-    return [master.detach() for master in masters]
-
-
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("kind", ["fused", "foreach"])
-def test_adamw_is_torchs_bit_for_bit(kind: str, maximize: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    masters = [torch.randn(n, generator=generator) for n in (5, 300, 17)]
-    gradients = [torch.randn(n, generator=generator) for n in (5, 300, 17)]
-    options: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
-    expected = reference([masters, gradients], 4, **options, maximize=maximize, **{kind: True})
-    first, second = ([torch.zeros_like(m) for m in masters] for _ in range(2))
-    for step in range(4):
-        scaled = [gradient * (step + 1) for gradient in gradients]
-        kept = [gradient.clone() for gradient in scaled]
-        adamw_(masters, scaled, first, second, step=step + 1, **options, maximize=maximize, fused=kind == "fused")
-        assert all(torch.equal(a, b) for a, b in zip(scaled, kept, strict=True))
-    for found, wanted in zip(masters, expected, strict=True):
-        if kind == "fused":
-            assert torch.equal(found, wanted)
-        else:
-            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
-
-
-def test_a_flagged_fused_step_changes_nothing() -> None:
-    master, first, second = torch.ones(3), torch.zeros(3), torch.zeros(3)
-    gradient = torch.tensor([1.0, math.nan, math.inf])
-    adamw_(
-        [master], [gradient], [first], [second], step=1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, found_inf=torch.ones(1)
-    )
-    assert torch.equal(master, torch.ones(3))
-    assert not first.any()
-    assert not second.any()

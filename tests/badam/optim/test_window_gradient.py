@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from badam.errors import InputError
-from badam.optim.places import MaskMode
-from badam.optim.window import Window, WindowOptions
+from badam.optim.window import MaskMode, Window, WindowOptions
 from badam.optim.window_gradient import WindowGradient
 from badam.tensors.functional import clip_gradients_
 
