@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from badam.errors import InputError
-from badam.integrations.accelerate import hides_gradients
+from badam.optim.base import hides_gradients
 from badam.optim.block import BlockOptimizer
 from badam.plan import Plan
 
