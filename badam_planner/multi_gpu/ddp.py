@@ -12,26 +12,26 @@ from badam_planner.recording.recording import Recording, TensorRole
 
 
 def replicate(recording: Recording) -> Recording:
-    """The recording of a card with a whole copy: the active block's fp32 gradients are averaged in one message.
+    """The recording of a GPU with a whole copy: the active block's fp32 gradients are averaged in one message.
 
     Formula: 4 bytes per active entry more, while they are averaged at the start of the step.
     """
     spread = spread_out(recording)
     step = _last_step(spread)
-    entries = sum(
+    numel = sum(
         math.prod(allocation.shape)
         for allocation in spread.allocations
         if allocation.category is Category.GRADIENT and allocation.born < step <= allocation.died
     )
     message = buffer(
         TensorRole.GRADIENTS_IN_ONE_MESSAGE,
-        4 * entries,
+        4 * numel,
         born=step + Slot.FIRST,
         died=step + Slot.SECOND,
         phase=Phase.STEP,
         engine="ddp",
     )
-    return replace(spread, allocations=sorted([*spread.allocations, message], key=lambda each: each.born))
+    return replace(spread, allocations=sorted([*spread.allocations, message], key=lambda allocation: allocation.born))
 
 
 def _last_step(recording: Recording) -> int:

@@ -1,6 +1,6 @@
 """How long a step's messages take on a link, and which links there are. Pure.
 
-Rates are nominal, per direction and card; collectives reach less, more so for small messages. Transfers overlap with
+Rates are nominal, per direction and GPU; collectives reach less, more so for small messages. Transfers overlap with
 computation where the next layer is gathered ahead, so a step takes between the longer of the two and their sum.
 """
 
@@ -13,10 +13,10 @@ from badam.plan import Target
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One kind of connection between cards."""
+    """One kind of connection between GPUs."""
 
     name: str
-    bytes_per_second: float  # one card sends so much while it receives as much
+    bytes_per_second: float  # one GPU sends so much while it receives as much
     source: str
 
 
@@ -32,7 +32,7 @@ BETWEEN_NODES = Link("InfiniBand NDR, one port per card", 50e9, "NVIDIA Quantum-
 
 
 def seconds(sent_bytes: int, link: Link) -> float:
-    """Time to send ``sent_bytes`` from one card over ``link``. Not counted: latency, protocol, contention."""
+    """Time to send ``sent_bytes`` from one GPU over ``link``. Not counted: latency, protocol, contention."""
     return sent_bytes / link.bytes_per_second
 
 
@@ -51,8 +51,8 @@ def transfer_times(target: Target, within_bytes: int, between_bytes: int) -> lis
     Gradients are averaged between copies when backward is through with them, so both times add up.
 
     Args:
-        target: the cards, numbered machine by machine; those that follow each other hold one copy of the model.
-        within_bytes: what each card sends to those with which it shares a copy.
+        target: the GPUs, numbered machine by machine; those that follow each other hold one copy of the model.
+        within_bytes: what each GPU sends to those with which it shares a copy.
         between_bytes: what it sends to those that hold the same part of other copies.
     """
     several_nodes = target.num_gpus > target.gpus_per_node
@@ -61,7 +61,7 @@ def transfer_times(target: Target, within_bytes: int, between_bytes: int) -> lis
     for link in LINKS:
         parts = ((within_bytes, within_leaves), (between_bytes, several_nodes))
         inside, outside = (sum(size for size, leaves in parts if leaves is where) for where in (False, True))
-        slower = min(link, BETWEEN_NODES, key=lambda each: each.bytes_per_second)
+        slower = min(link, BETWEEN_NODES, key=lambda kind: kind.bytes_per_second)
         name = f"{link.name} and {BETWEEN_NODES.name}" if several_nodes else link.name
         times.append((name, seconds(inside, link) + seconds(outside, slower)))
     return times

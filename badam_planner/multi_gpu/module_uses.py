@@ -126,7 +126,7 @@ class _Walk:
             holds_next = index + 1 < len(order) and _holds(module, order[index + 1])
             if not recomputed and not holds_next:
                 recomputed = True
-                is_through = any(born < again[0].born for each in births.values() for born in each)
+                is_through = any(born < again[0].born for ticks in births.values() for born in ticks)
                 if is_through:  # it is frozen and linear, and needed nothing that was computed in forward
                     self._leave(again[0].born + LEFT_BEFORE)
                 self._recompute(again, forward[1:], module, reaches=not is_through)

@@ -36,14 +36,14 @@ def on_one_gpu(
     *,
     steps_here: bool = True,
 ) -> tuple[list[Allocation], list[Allocation]]:
-    """Autograd's gradients, which are whole in backward, and everything else as one card has it.
+    """Autograd's gradients, which are whole in backward, and everything else as one GPU has it.
 
     Args:
         recording: with its parts spread out, see :func:`spread_out`.
         shapes: the model's parameters by name.
-        shards: cards that temporaries are distributed over.
-        part: this card's part of a parameter or of its state, None if that is not on the card.
-        steps_here: whether the temporaries of step and switch are on the card.
+        shards: GPUs that temporaries are distributed over.
+        part: this GPU's part of a parameter or of its state, None if that is not on the GPU.
+        steps_here: whether the temporaries of step and switch are on the GPU.
     """
     gradients: list[Allocation] = []
     others: list[Allocation | None] = []
@@ -57,7 +57,7 @@ def on_one_gpu(
             others.append(allocation)
         elif steps_here:
             others.append(replace(allocation, nbytes=-(-allocation.nbytes // shards)))
-    return gradients, [each for each in others if each is not None]
+    return gradients, [allocation for allocation in others if allocation is not None]
 
 
 def cut(allocation: Allocation, info: ParameterInfo, shape: tuple[int, ...]) -> Allocation:

@@ -1,8 +1,8 @@
-"""From the rehearsal of a step on one card to that of one of N cards under DeepSpeed's ZeRO-3. Pure, no torch.
+"""From the rehearsal of a step on one GPU to that of one of N GPUs under DeepSpeed's ZeRO-3. Pure, no torch.
 
 DeepSpeed gathers matrix by matrix, up to a layer ahead, as badam.distributed.deepspeed.engine asks it to; norms and
 biases stay gathered. Which are there when, zero3_gathers says. What it holds for the active block beside masters
-and moments are fp32 gradients of this card's part and buffers of the size of the largest matrix. docs/many-gpus.md has
+and moments are fp32 gradients of this GPU's part and buffers of the size of the largest matrix. docs/many-gpus.md has
 the formulas.
 """
 
@@ -16,7 +16,7 @@ from badam.blocks.names import ParameterInfo
 from badam.vocabulary import Category, Offload, Phase
 from badam_planner.multi_gpu.fsdp2 import (
     ROOT,
-    Pass,
+    MicroBatch,
     Passes,
     Sharding,
     twin_of,
@@ -37,22 +37,22 @@ def partition(
     *,
     shares_memory: bool = False,
 ) -> Recording:
-    """The recording of one of ``sharding.shards`` cards under ZeRO-3.
+    """The recording of one of ``sharding.shards`` GPUs under ZeRO-3.
 
     Formula: matrices, masters, moments and temporaries of the step hold ceil(entries / N), vectors these and all of
     their entries. Matrices are whole, and come in messages, when zero3_gathers says so. Whole gradients
     live until the next one is there. The active block has 4 bytes an entry / N of gradients and a bucket, in
-    backward also the reordered input of a reduction. Masters, moments and this card's gradients are in host memory if
+    backward also the reordered input of a reduction. Masters, moments and this GPU's gradients are in host memory if
     ``offload`` is ``optimizer``, and all parts of parameters too if it is ``all``.
     On the CPU gloo copies each message, see :func:`badam_planner.multi_gpu.gloo.gloos_copies`.
-    Not counted: buffers of the communication library on a card, event and stream objects, parts that are copied to the
-    card to be gathered.
+    Not counted: buffers of the communication library on a GPU, event and stream objects, parts that are copied to the
+    GPU to be gathered.
 
     Args:
-        recording: of one card alone.
+        recording: of one GPU alone.
         sharding: of the plan.
         offload: what lies in host memory.
-        shares_memory: whether the card is the host itself, so that what is offloaded stays; see :func:`on_host`.
+        shares_memory: whether the GPU is the host itself, so that what is offloaded stays; see :func:`on_host`.
     """
     spread = spread_out(recording)
     kept = _kept(sharding)
@@ -67,23 +67,25 @@ def partition(
     # The optimizer steps where its states are.
     gradients, allocations = on_one_gpu(spread, sharding.shapes, sharding.shards, part, steps_here=offload == "none")
     passes = Passes(spread, sharding)
-    for one in passes.every:
-        allocations += _whole(_gathered(passes, one, sharding), one, sharding)
-        allocations += _whole_gradients(gradients, allocations, one, passes, sharding)
+    for micro_batch in passes.micro_batches:
+        allocations += _whole(_gathered(passes, micro_batch, sharding), micro_batch, sharding)
+        allocations += _whole_gradients(gradients, allocations, micro_batch, passes, sharding)
     allocations += _buffers(sharding, offload, passes)
     if shares_memory:
         allocations += on_host(sharding, offload)
     if sharding.over_gloo:
         allocations += list(gloos_copies(allocations))
     allocations.sort(key=lambda allocation: allocation.born)
-    return replace(spread, allocations=[each for each in allocations if each.nbytes])
+    return replace(spread, allocations=[allocation for allocation in allocations if allocation.nbytes])
 
 
 def zero3_traffic(recording: Recording, sharding: Sharding, micro_batches: int) -> tuple[Traffic, Traffic]:
-    """What the cards send in a step, and what they would if everything were trained; reduced in the model's type."""
-    entry = sharding.entry_bytes
+    """What the GPUs send in a step, and what they would if everything were trained; reduced in the model's type."""
+    entry = sharding.element_bytes
     passes = Passes(spread_out(recording), sharding)
-    messages = [members for one in passes.every for members in _gathered(passes, one, sharding).messages]
+    messages = [
+        members for micro_batch in passes.micro_batches for members in _gathered(passes, micro_batch, sharding).messages
+    ]
     reduced = traffic(recording, sharding, entry)
     own = replace(
         reduced,
@@ -95,58 +97,61 @@ def zero3_traffic(recording: Recording, sharding: Sharding, micro_batches: int) 
 
 def _kept(sharding: Sharding) -> frozenset[str]:
     """Names of the parameters that stay gathered: those up to the size of the largest vector."""
-    every = sharding.shapes.values()
-    most = max((info.numel for info in every if not info.is_matrix), default=0)
-    return frozenset(info.name for info in every if info.numel <= most)
+    parameters = sharding.shapes.values()
+    most = max((info.numel for info in parameters if not info.is_matrix), default=0)
+    return frozenset(info.name for info in parameters if info.numel <= most)
 
 
-def _gathered(passes: Passes, one: Pass, sharding: Sharding) -> Gathers:
+def _gathered(passes: Passes, micro_batch: MicroBatch, sharding: Sharding) -> Gathers:
     """What is gathered in one micro-batch."""
     head_module = sharding.head_module
-    every = tuple(sharding.shapes.values())
     roots = {name.partition(".")[0] for name in (*sharding.shapes, head_module)}
     parameters: dict[str, tuple[ParameterInfo, ...]] = {}
-    for info in every:
+    for info in sharding.shapes.values():
         owner = info.name.rpartition(".")[0]
         parameters[owner] = (*parameters.get(owner, ()), info)
     if head_module and head_module not in parameters:  # it shares the matrix of the embedding
         parameters[head_module] = tuple(info for info in sharding.units[-1].parameters if info.is_matrix)[:1]
     layer = _largest_layer(sharding)
     rules = Rules(parameters, sharding.trained, _kept(sharding), sharding.shards, layer, layer)
-    return Gathers(uses_of(passes.recording, one.begins, one.turns, one.ends, roots), rules)
+    return Gathers(uses_of(passes.recording, micro_batch.begins, micro_batch.turns, micro_batch.ends, roots), rules)
 
 
-def _whole(gathers: Gathers, one: Pass, sharding: Sharding) -> Iterator[Allocation]:
+def _whole(gathers: Gathers, micro_batch: MicroBatch, sharding: Sharding) -> Iterator[Allocation]:
     """Whole matrices and the messages that bring them, as they are there in a micro-batch."""
-    for each in gathers.found:
-        phase = Phase.FORWARD if each.born < one.turns else Phase.BACKWARD
-        died = one.ends + Slot.LAST if each.died is None else each.died
+    for gathered in gathers.found:
+        phase = Phase.FORWARD if gathered.born < micro_batch.turns else Phase.BACKWARD
+        died = micro_batch.ends + Slot.LAST if gathered.died is None else gathered.died
         yield buffer(
-            each.role,
-            each.entries * sharding.entry_bytes,
-            born=each.born,
+            gathered.role,
+            gathered.numel * sharding.element_bytes,
+            born=gathered.born,
             died=died,
             phase=phase,
             engine="zero3",
-            module=each.parameter.rpartition(".")[0],
-            parameter=each.parameter,
+            module=gathered.parameter.rpartition(".")[0],
+            parameter=gathered.parameter,
         )
 
 
 def _whole_gradients(
-    gradients: Sequence[Allocation], allocations: list[Allocation], one: Pass, passes: Passes, sharding: Sharding
+    gradients: Sequence[Allocation],
+    allocations: list[Allocation],
+    micro_batch: MicroBatch,
+    passes: Passes,
+    sharding: Sharding,
 ) -> list[Allocation]:
     """Autograd's gradients, each until the next one is there; takes the rehearsal's out of ``allocations``."""
-    first = passes.every[0]
+    first = passes.micro_batches[0]
     members = sorted(gradients, key=lambda gradient: gradient.born)
     found: list[Allocation] = []
     for member in members:
-        twin = twin_of(member, allocations, sharding) if one is first else None
+        twin = twin_of(member, allocations, sharding) if micro_batch is first else None
         if twin is not None:
             allocations.remove(twin)
-        born = (twin or member).born + one.turns - first.turns
-        nbytes = math.prod(member.shape) * sharding.entry_bytes
-        found.append(replace(member, nbytes=nbytes, born=born, died=one.ends + Slot.LAST, dtype=sharding.dtype))
+        born = (twin or member).born + micro_batch.turns - first.turns
+        nbytes = math.prod(member.shape) * sharding.element_bytes
+        found.append(replace(member, nbytes=nbytes, born=born, died=micro_batch.ends + Slot.LAST, dtype=sharding.dtype))
     for index, following in enumerate(found[1:]):
         found[index] = replace(found[index], died=following.born + Slot.SECOND)
     if found:
@@ -157,7 +162,7 @@ def _whole_gradients(
                 TensorRole.REDUCTION_INPUT,
                 largest,
                 born=begins + Slot.FIRST,
-                died=one.ends + Slot.LAST,
+                died=micro_batch.ends + Slot.LAST,
                 phase=Phase.BACKWARD,
                 engine="zero3",
             )
@@ -171,7 +176,7 @@ def on_host(sharding: Sharding, offload: Offload) -> list[Allocation]:
     Formula: with A entries of the block and M of the model, each in N parts, 20A/N: masters 4, moments 8, gradients 4
     as they are collected and 4 as the step takes them. With ``all`` also the parts of all parameters, 2M/N in bf16.
     Not counted: what is built before DeepSpeed takes the model apart, checkpoints, the process itself; torch's pinned
-    memory, in which the step's gradients and the block's parts lie on a card, comes in powers of two.
+    memory, in which the step's gradients and the block's parts lie on a GPU, comes in powers of two.
     """
     if offload == "none":
         return []
@@ -183,8 +188,8 @@ def on_host(sharding: Sharding, offload: Offload) -> list[Allocation]:
         (TensorRole.HOST_STEP_GRADIENTS, 4 * parts, Category.GRADIENT),
     ]
     if offload == "all":
-        every = sum(_part(info, sharding) for info in sharding.shapes.values())
-        held.append((TensorRole.HOST_PARAMETERS, every * sharding.entry_bytes, Category.PARAMETER))
+        parts_of_model = sum(_part(info, sharding) for info in sharding.shapes.values())
+        held.append((TensorRole.HOST_PARAMETERS, parts_of_model * sharding.element_bytes, Category.PARAMETER))
     return [_resident(role, nbytes, category) for role, nbytes, category in held]
 
 
@@ -194,22 +199,22 @@ def _resident(role: TensorRole, nbytes: int, category: Category = Category.WORKS
 
 
 def _buffers(sharding: Sharding, offload: Offload, passes: Passes) -> Iterator[Allocation]:
-    """What DeepSpeed keeps for the active block on the card."""
+    """What DeepSpeed keeps for the active block on the GPU."""
     largest = max((info.numel for info in _trained(sharding)), default=0)
-    yield _resident(TensorRole.GRADIENT_BUCKET, largest * sharding.entry_bytes)
+    yield _resident(TensorRole.GRADIENT_BUCKET, largest * sharding.element_bytes)
     parts = 4 * _parts(sharding)
     if offload == "none":
         yield _resident(TensorRole.GRADIENTS_OF_PART, parts, Category.GRADIENT)
-        if sharding.entry_bytes == 4:  # DeepSpeed copies fp32 parameters too
+        if sharding.element_bytes == 4:  # DeepSpeed copies fp32 parameters too
             yield _resident(TensorRole.MASTERS_OF_PART, parts, Category.MASTER)
         return
     on_its_way = -(-4 * largest // sharding.shards)
-    for one in passes.every:
+    for micro_batch in passes.micro_batches:
         passing = buffer(
             TensorRole.GRADIENT_TO_HOST,
             on_its_way,
-            born=one.turns + Slot.FIRST,
-            died=one.ends,
+            born=micro_batch.turns + Slot.FIRST,
+            died=micro_batch.ends,
             phase=Phase.BACKWARD,
             engine="zero3",
         )
@@ -221,7 +226,7 @@ def _trained(sharding: Sharding) -> list[ParameterInfo]:
 
 
 def _parts(sharding: Sharding) -> int:
-    """Entries of the active block that one card has."""
+    """Entries of the active block that one GPU has."""
     return sum(_part(info, sharding) for info in _trained(sharding))
 
 

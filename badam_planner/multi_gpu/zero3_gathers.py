@@ -25,11 +25,11 @@ _BEFORE = -1
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Entries that are on the card from one tick to another: a message, or a whole matrix."""
+    """Entries that are on the GPU from one tick to another: a message, or a whole matrix."""
 
     role: TensorRole
     parameter: str  # "" of a message
-    entries: int
+    numel: int
     born: int
     died: int | None  # None: until the micro-batch has ended
 
@@ -42,17 +42,17 @@ class Rules:
         parameters: of each module, its own ones, in model order.
         trained: names of those that have gradients.
         kept: names of those that stay gathered.
-        shards: cards among which each parameter is dealt out.
-        ahead_entries: of a message that is gathered in advance; its last matrix may exceed it.
-        live_entries: gathered at a time, beyond which nothing is gathered in advance.
+        shards: GPUs among which each parameter is dealt out.
+        ahead_numel: of a message that is gathered in advance; its last matrix may exceed it.
+        live_numel: gathered at a time, beyond which nothing is gathered in advance.
     """
 
     parameters: Mapping[str, tuple[ParameterInfo, ...]]
     trained: frozenset[str]
     kept: frozenset[str]
     shards: int
-    ahead_entries: int
-    live_entries: int
+    ahead_numel: int
+    live_numel: int
 
 
 @dataclass(eq=False, slots=True)
@@ -117,15 +117,15 @@ class Gathers:
         self._step += 1
 
     def _in_advance(self) -> list[ParameterInfo]:
-        room = min(self.rules.live_entries - self._live, self.rules.ahead_entries)
+        room = min(self.rules.live_numel - self._live, self.rules.ahead_numel)
         wanted: dict[str, ParameterInfo] = {}
-        entries = 0
-        while self._coming and entries < room:
+        numel = 0
+        while self._coming and numel < room:
             info, step = self._coming.popleft()
             self._looked_ahead[info.name] = max(self._looked_ahead.get(info.name, _BEFORE), step)
             if not self._is_known(info) and info.name not in wanted:
                 wanted[info.name] = info
-                entries += info.numel
+                numel += info.numel
         return list(wanted.values())
 
     def _is_known(self, info: ParameterInfo) -> bool:
@@ -148,8 +148,8 @@ class Gathers:
         if message.arrived is None:
             message.arrived = tick
             for member in message.members:
-                entries = self._padded(member) if alone else member.numel
-                self._there[member.name] = (member, entries, message.sent if alone else tick + Slot.CUT_OUT)
+                numel = self._padded(member) if alone else member.numel
+                self._there[member.name] = (member, numel, message.sent if alone else tick + Slot.CUT_OUT)
         message.awaited.discard(info.name)
         if not message.awaited and not alone:
             self._note_message(message.members, message.sent, tick)
@@ -171,9 +171,9 @@ class Gathers:
                 self._release(info.name, use.tick)
 
     def _release(self, name: str, tick: int | None) -> None:
-        info, entries, born = self._there.pop(name)
+        info, numel, born = self._there.pop(name)
         self._live -= info.numel
-        self.found.append(Gathered(TensorRole.GATHERED, name, entries, born, tick))
+        self.found.append(Gathered(TensorRole.GATHERED, name, numel, born, tick))
 
     def _end(self) -> None:
         for name in list(self._there):
@@ -182,8 +182,8 @@ class Gathers:
             self._note_message(message.members, message.sent, None)
 
     def _note_message(self, members: Iterable[ParameterInfo], born: int, died: int | None) -> None:
-        entries = sum(self._padded(info) for info in members)
-        self.found.append(Gathered(TensorRole.GATHERED_MATRICES, "", entries, born, died))
+        numel = sum(self._padded(info) for info in members)
+        self.found.append(Gathered(TensorRole.GATHERED_MATRICES, "", numel, born, died))
 
     def _padded(self, info: ParameterInfo) -> int:
         return self.rules.shards * -(-info.numel // self.rules.shards)

@@ -91,7 +91,7 @@ class Allocation:
     role: TensorRole | None = None  # None where nobody said what it is
     parameter: str = ""  # the weight, or the module with the weights, that it is or belongs to
     state: str = ""  # which of the optimizer's states it is, such as "exp_avg"
-    gpu_only: bool = False  # scratch of a card's kernel; a CPU takes none of it
+    gpu_only: bool = False  # scratch of a GPU's kernel; a CPU takes none of it
     owner: str = ""  # the layer from whose weights it was computed, where no module ran
     shares: tuple[tuple[str, int], ...] = ()  # bytes that single layers have in it, where it joins what is theirs
     grown: int = 0  # bytes that come on top for layers which were not rehearsed; see :func:`settled`

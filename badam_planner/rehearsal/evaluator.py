@@ -147,7 +147,7 @@ class Evaluator:
     def every_block(self, plan: Plan, known: PlanForecast) -> PlanForecast:
         """The peaks of all blocks of a plan whose worst block is ``known``; none if they are not trained one by one.
 
-        On a card the worst block's figure is that of the simulated allocator; those of the others leave out the ends
+        On a GPU the worst block's figure is that of the simulated allocator; those of the others leave out the ends
         of the allocator's blocks that are too small to be split off, some thousandths.
         """
         worst = BlockPeaks(known.worst.peak_allocated_bytes, known.worst.peak_phase, known.worst.by_phase)

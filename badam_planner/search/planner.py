@@ -16,7 +16,7 @@ from badam.training.methods import METHODS, method_of
 from badam.units import format_bytes
 from badam.vocabulary import ELEMENT_BYTES, Strategy
 from badam_planner.multi_gpu.gpu_count import MOST_GPUS, shard_sizes, smallest_number
-from badam_planner.multi_gpu.nccl import with_communication
+from badam_planner.multi_gpu.nccl import with_nccl
 from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
 from badam_planner.rehearsal.model_tree import inspect_model, unquantized_weights
 from badam_planner.search.model_spec import explaining
@@ -134,7 +134,7 @@ def _with_enough_gpus(request: Request, evaluator: Evaluator, progress: Progress
     """The request for the fewest cards, or the fewest of one copy, on which it fits, if it leaves their number open."""
 
     def on(**cards: object) -> Request:
-        return replace(request, target=with_communication(request.target.model_copy(update=cards)))
+        return replace(request, target=with_nccl(request.target.model_copy(update=cards)))
 
     def fits(asked: Request) -> bool:
         progress(f"trying {asked.target.shards} cards")

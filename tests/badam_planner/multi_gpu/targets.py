@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from badam.plan import Target
-from badam_planner.multi_gpu.nccl import with_communication
+from badam_planner.multi_gpu.nccl import with_nccl
 
 CPU = Target(gpu="cpu", total_bytes=2**40, usable_bytes=2**40)
 
@@ -13,4 +13,4 @@ def gpus_of(engine: str, cards: int, shard_size: int | None = None) -> Target:
 
 
 def on_a100(cards: int, shard_size: int | None = None, engine: str = "fsdp2") -> Target:
-    return with_communication(gpus_of(engine, cards, shard_size).model_copy(update={"gpu": "a100-80gb"}))
+    return with_nccl(gpus_of(engine, cards, shard_size).model_copy(update={"gpu": "a100-80gb"}))

@@ -18,8 +18,8 @@ RULES = Rules(
     trained=frozenset(["a.weight"]),
     kept=frozenset(),
     shards=2,
-    ahead_entries=16,
-    live_entries=48,
+    ahead_numel=16,
+    live_numel=48,
 )
 PASS = 100
 
@@ -44,7 +44,7 @@ def test_the_first_module_is_gathered_when_it_is_needed_and_the_next_ahead() -> 
         PASS + Slot.FIRST,  # during a
         2 * PASS + Slot.FIRST,  # during b
     ]
-    assert [one.entries for one in gathers.found] == [16, 16, 16]
+    assert [one.numel for one in gathers.found] == [16, 16, 16]
 
 
 def test_a_matrix_goes_when_its_module_is_left() -> None:
@@ -53,23 +53,23 @@ def test_a_matrix_goes_when_its_module_is_left() -> None:
 
 
 def test_nothing_is_gathered_ahead_without_room() -> None:
-    gathers = Gathers(through("abc"), replace(RULES, ahead_entries=0))
+    gathers = Gathers(through("abc"), replace(RULES, ahead_numel=0))
     assert [one.born for one in gathers.found] == [PASS * number + Slot.ASKED_FOR for number in (1, 2, 3)]
-    full = Gathers(through("abc"), replace(RULES, live_entries=16))
+    full = Gathers(through("abc"), replace(RULES, live_numel=16))
     assert [one.born for one in full.found] == [one.born for one in gathers.found]
 
 
 def test_what_several_matrices_come_in_is_there_until_the_last_was_asked_for() -> None:
-    gathers = Gathers(through("abc"), replace(RULES, ahead_entries=32))
+    gathers = Gathers(through("abc"), replace(RULES, ahead_numel=32))
     (message,) = [one for one in gathers.found if one.role is TensorRole.GATHERED_MATRICES]
-    assert (message.entries, message.born, message.died) == (32, PASS + Slot.FIRST, 3 * PASS)
+    assert (message.numel, message.born, message.died) == (32, PASS + Slot.FIRST, 3 * PASS)
     assert [one.born for name in "bc" for one in whole(gathers, name)] == [2 * PASS + Slot.CUT_OUT] * 2
     assert gathers.messages == [(MATRICES["a"],), (MATRICES["b"], MATRICES["c"])]
 
 
 def test_what_the_advance_meets_again_stays_for_backward() -> None:
     uses = [*through("abc"), *through("cba", start=4 * PASS, is_forward=False)]
-    roomy = Gathers(uses, replace(RULES, ahead_entries=48, live_entries=96))
+    roomy = Gathers(uses, replace(RULES, ahead_numel=48, live_numel=96))
     assert [(one.born, one.died) for name in "ab" for one in whole(roomy, name)] == [
         (PASS + Slot.ASKED_FOR, 6 * PASS + 50),
         (2 * PASS + Slot.CUT_OUT, 5 * PASS + 50),
@@ -87,11 +87,11 @@ def test_kept_parameters_are_never_gathered() -> None:
 
 def test_messages_of_one_matrix_have_the_padding_and_cut_out_matrices_have_not() -> None:
     odd = {name: ParameterInfo(f"{name}.weight", (3, 3)) for name in MODULES}
-    rules = replace(RULES, parameters={name: (info,) for name, info in odd.items()}, ahead_entries=18)
+    rules = replace(RULES, parameters={name: (info,) for name, info in odd.items()}, ahead_numel=18)
     gathers = Gathers(through("abc"), rules)
-    assert [one.entries for one in whole(gathers, "a")] == [10]
-    assert [one.entries for one in whole(gathers, "b")] == [9]
-    assert [one.entries for one in gathers.found if one.role is TensorRole.GATHERED_MATRICES] == [20]
+    assert [one.numel for one in whole(gathers, "a")] == [10]
+    assert [one.numel for one in whole(gathers, "b")] == [9]
+    assert [one.numel for one in gathers.found if one.role is TensorRole.GATHERED_MATRICES] == [20]
 
 
 def test_what_nobody_lets_go_of_stays_until_the_micro_batch_is_over() -> None:
