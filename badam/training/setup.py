@@ -103,12 +103,13 @@ def _classifier(plan: Plan, options: RunOptions, inputs: Inputs, shared: dict[st
     if options.pack:
         raise InputError("Examples of a classification cannot be packed: each has one label.", advice="Drop --pack.")
     tokenizer, config, limit = inputs.tokenizer, shared["model"].config, plan.training.seq_len
+    rows = inputs.vocabulary_size
     classes = Classes.of(inputs.training.dataset["label"], config.num_labels)
     classes.name_in(config)
-    training, lengths = encode(inputs.training.dataset, tokenizer, classes, limit, options.on_long)
+    training, lengths = encode(inputs.training.dataset, tokenizer, classes, limit, options.on_long, rows=rows)
     evaluation = None
     if inputs.evaluation is not None:
-        evaluation, _ = encode(inputs.evaluation.dataset, tokenizer, classes, limit, options.on_long)
+        evaluation, _ = encode(inputs.evaluation.dataset, tokenizer, classes, limit, options.on_long, rows=rows)
     pad_token_id = inputs.pad_token_id
     if config.pad_token_id is None:
         config.pad_token_id = pad_token_id  # decoders classify by their last token that is no padding

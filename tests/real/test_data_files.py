@@ -79,6 +79,39 @@ def test_a_run_says_of_its_data_what_is_not_used(case: Case, tokenizers: Path, t
         assert wanted.replace("{path}", str(tmp_path / case.name)) in printed
 
 
+def test_data_is_refused_before_a_model_is_made(
+    tokenizers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case,) = [case for case in CASES if case.name == "messages-with-a-system-role-that-is-refused.jsonl"]
+    monkeypatch.setattr("badam.training.run._model", lambda *_, **__: pytest.fail("a model was made"))
+    plan = tiny_plan(model={"source": "directory", "id": str(tokenizers / "no_system")})
+    with pytest.raises(BadamError, match="System role not supported"):
+        run_tiny(plan, tmp_path, data=str(written(case, tmp_path)), init="random")
+
+
+def test_a_key_is_not_asked_for_where_the_file_is_a_list(tokenizers: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text('[{"prompt": "a", "completion": "b"}]')
+    options = RunOptions(output_dir=tmp_path, data=str(tmp_path / "list.json"), records="train")
+    with pytest.raises(BadamError, match=r"is a list of records, not an object with one"):
+        load_inputs(PLAN, options, str(tokenizers / "plain"))
+
+
+def test_padding_is_a_token_that_the_model_has_even_if_the_tokenizer_has_one_of_its_own(
+    tokenizers: Path, tmp_path: Path
+) -> None:
+    from badam.training.data.tokenizer import load_tokenizer
+
+    made = load_tokenizer(str(tokenizers / "base"))
+    made.add_special_tokens({"pad_token": "<|padding|>"})
+    made.save_pretrained(tmp_path / "more")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    plan = tiny_plan(model={"config": {**CONFIG, "vocab_size": made.pad_token_id}})
+    options = RunOptions(output_dir=tmp_path, data=str(tmp_path / "pairs.jsonl"))
+    inputs = load_inputs(plan, options, str(tmp_path / "more"))
+    assert inputs.tokenizer.pad_token_id == inputs.vocabulary_size
+    assert inputs.pad_token_id == inputs.tokenizer.eos_token_id
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES_BY_NAME)
 def test_a_file_is_trained_on_resumed_and_reported_or_refused_before_a_directory_is_left(

@@ -211,5 +211,24 @@ def test_where_turns_cannot_be_told_apart_everything_is_learned_and_that_is_said
         list(Labeller(made, loss_on="assistant", rows=10**6, bad=BadRows())([({"messages": ONE}, PLACE)]))
 
 
+def test_what_answers_begin_with_when_asked_for_and_not_here_is_said() -> None:
+    records = [{"messages": ONE}, {"prompt": ONE[:1], "completion": ONE[1:]}]
+    for record in records:
+        pieces, notes = learned("strips_thinking", record)
+        assert pieces == ["a1<|end|>"]
+        assert any(r"begins its answer with '<think>\n'; the text of 1 turns here has" in note for note in notes)
+        assert not any("begins its answer" in note for note in learned("plain", record)[1])
+
+
+def test_of_several_templates_that_for_tools_is_taken_where_there_are_some() -> None:
+    made = tokenizer_of("plain")
+    made.chat_template = {"default": made.chat_template, "tool_use": tokenizer_of("thinks_last").chat_template}
+    label = Labeller(made, loss_on=None, rows=10**6, bad=BadRows())
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    plain, with_tools = label([({"messages": ONE}, PLACE), ({"messages": ONE, "tools": tools}, PLACE)])
+    assert marked(plain, made) == ["a1<|im_end|>"]
+    assert marked(with_tools, made) == ["<think>\n\n</think>\n\na1<|im_end|>"]
+
+
 def test_every_template_of_the_corpus_has_an_outcome() -> None:
     assert {path.stem for path in TEMPLATES.glob("*.jinja")} == {*LEARNED, "broken"}

@@ -79,6 +79,8 @@ class ChatTemplate:
         """What of records the template has not written, and in how many of them."""
         self.unstopped = 0
         """Turns of the assistant that end without a special token."""
+        self.other_beginnings: Counter[str] = Counter()
+        """What an answer that is asked for begins with and the text of the record does not, and in how many turns."""
 
     def adapted(self, conversation: Conversation) -> Conversation:
         """The conversation in the shape that this template takes.
@@ -171,7 +173,10 @@ class ChatTemplate:
         for index in range(prompt, len(conversation.messages)):
             other = other.with_message(index, _standing_in(conversation.messages[index]))
         begin = _alike(before, self._try(other) or text)
-        return begin if text.startswith(before[:begin]) else _alike(before, text)
+        if not text.startswith(before[:begin]):
+            begin = _alike(before, text)
+        self._note_beginning(before[begin:])
+        return begin
 
     def count_left_out(self, conversation: Conversation) -> None:
         """Count, once for this record, what the template does not write: what can be taken away, and nothing changes.
@@ -266,8 +271,15 @@ class ChatTemplate:
             prompt = self.prompt(earlier)
         except TemplateRefusal:
             return len(before)
-        opens = base is not None and prompt != base and before.startswith(base)
-        return _alike(prompt, before) if opens else len(before)
+        if base is None or prompt == base or not before.startswith(base):
+            return len(before)
+        begin = _alike(prompt, before)
+        self._note_beginning(prompt[begin:])
+        return begin
+
+    def _note_beginning(self, lacking: str) -> None:
+        if lacking.strip():
+            self.other_beginnings[lacking] += 1
 
     # The template
 

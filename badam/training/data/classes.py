@@ -71,7 +71,7 @@ class Classes:
 
 
 def encode(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, classes: Classes, limit: int, on_long: OnLong
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, classes: Classes, limit: int, on_long: OnLong, *, rows: int
 ) -> tuple[Dataset, LengthReport]:
     """Tokenize texts and pairs of texts; longer ones are cut at the end of their longer part, special tokens stay.
 
@@ -81,22 +81,30 @@ def encode(
         classes: of the training data.
         limit: the plan's sequence length.
         on_long: what happens to examples beyond it.
+        rows: of the model's embedding: no token may have an id beyond.
 
     Returns:
         Examples with ``input_ids``, ``token_type_ids`` and ``label``, and their lengths before anything was cut.
 
     Raises:
-        DataError: with ``refuse`` and longer examples; for an unknown class; or if no example is left.
+        DataError: with ``refuse`` and longer examples; for an unknown class or token; or if no example is left.
     """
 
-    def tokens(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        texts = (list(rows["text"]), list(rows["pair"])) if "pair" in rows else (list(rows["text"]),)
+    def tokens(examples: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        texts = [list(examples[column]) for column in ("text", "pair") if column in examples]
         whole = tokenizer(*texts, return_token_type_ids=True, verbose=False)
         cut = tokenizer(*texts, truncation="longest_first", max_length=limit, return_token_type_ids=True)
+        for text, ids in zip(texts[0], cut["input_ids"], strict=True):
+            if max(ids) >= rows:
+                raise DataError(
+                    f"The token {tokenizer.convert_ids_to_tokens(max(ids))!r} has the id {max(ids)}, the model's "
+                    f"vocabulary ends with {rows - 1}; it stands in the example {text[:60]!r}.",
+                    advice="Use the tokenizer that the model was made with.",
+                )
         return {
             "input_ids": cut["input_ids"],
             "token_type_ids": cut["token_type_ids"],
-            "label": [classes.index(label) for label in rows["label"]],
+            "label": [classes.index(label) for label in examples["label"]],
             "length": [len(ids) for ids in whole["input_ids"]],
         }
 

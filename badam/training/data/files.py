@@ -111,6 +111,8 @@ def _json(path: Path, reading: _Reading) -> Iterator[PlacedRow]:
     """A JSON array of objects, one under a key, or, as many ``.json`` files are, one object per line."""
     with _as_utf8(path) as file:
         begin = next((line for line in file if line.strip()), b"").strip()
+    if reading.records is not None and begin.startswith(b"["):
+        raise DataError(f"{path} is a list of records, not an object with one.", advice="Leave --records out.")
     if reading.records is not None or not begin.startswith(b"{"):
         yield from _array(path, reading.records, reading)
     elif _is_object(begin):

@@ -88,6 +88,12 @@ class Labeller:
         if template is not None and template.left_out:
             counts = ", ".join(f"{what} ({count:,} records)" for what, count in template.left_out.most_common())
             notes.append(f"not written by the chat template, so not learned from: {counts}")
+        if template is not None and template.other_beginnings:
+            (lacking, count), *_ = template.other_beginnings.most_common(1)
+            notes.append(
+                f"when the model is asked, the chat template begins its answer with {lacking!r}; the text of {count:,} "
+                "turns here has no such beginning"
+            )
         if template is not None and template.unstopped:
             notes.append(
                 "warning: the chat template does not end what the assistant says with a token that stops it, so the "
