@@ -18,8 +18,6 @@ from tests.real.data_files import CASES, Case
 CHOSEN = (
     "messages-with-tool-calls.jsonl",
     "messages-some-of-which-are-refused.jsonl",
-    "alpaca-with-history-all-of-it-learned.jsonl",
-    "nested-and-named.json",
     "messages-with-a-system-role-that-is-refused.jsonl",
 )
 
@@ -61,7 +59,19 @@ def test_data_goes_through_all_commands_or_ends_in_its_sentence(name: str, tmp_p
         directory=tmp_path,
     )
     assert planned.returncode == 0, planned.stderr
-    training = ["--plan", "plan.json", "--data", name, "--output-dir", "run", "--save-steps", "2", *flags(case)]
+    training = [
+        "--plan",
+        "plan.json",
+        "--data",
+        name,
+        "--output-dir",
+        "run",
+        "--save-steps",
+        "2",
+        "--pad-to",
+        "plan",
+        *flags(case),
+    ]
     trained = command("train", *training, "--max-steps", "2", directory=tmp_path)
     if case.says is not None:
         assert trained.returncode == 2
@@ -74,7 +84,7 @@ def test_data_goes_through_all_commands_or_ends_in_its_sentence(name: str, tmp_p
     resumed = command("train", *training, "--max-steps", "4", "--resume", directory=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     report = command("report", "plan.json", "run/measured.json", "--json", directory=tmp_path)
-    assert report.returncode == 0, report.stderr
+    assert report.returncode == 0, report.stdout
     assert json.loads(report.stdout)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     assert AutoTokenizer.from_pretrained(tmp_path / "run/model").chat_template == made.chat_template
