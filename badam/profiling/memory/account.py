@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -33,15 +34,35 @@ class Account:
     def __init__(self) -> None:
         self.live_bytes = 0
         self._live: dict[int, Block] = {}
+        self._whole: set[int] = set()  # addresses of mapped files
         self._phase = Phase.SETUP
 
     def take_in(self, address: int, nbytes: int, category: Category = Category.ACTIVATION) -> bool:
         """Count a block that no event reported; False if it is counted already."""
-        if address in self._live:
+        if address in self._live or self.block_around(address) is not None:
             return False
         self._live[address] = Block(nbytes, category)
         self.live_bytes += nbytes
         return True
+
+    def keep_whole(self, addresses: Iterable[int]) -> None:
+        """From now on, take memory inside the live blocks that are around some of ``addresses`` for a part of them.
+
+        Such a block is a file that is mapped: tensors have their memory anywhere in it.
+        """
+        begins = sorted(self._live)
+        for address in addresses:
+            index = bisect_right(begins, address) - 1
+            if index >= 0 and begins[index] < address < begins[index] + self._live[begins[index]].nbytes:
+                self._whole.add(begins[index])
+
+    def block_around(self, address: int) -> tuple[int, int] | None:
+        """Address and bytes of the block that holds ``address``, if it is one that :meth:`keep_whole` has found."""
+        for begin in self._whole:
+            block = self._live.get(begin)
+            if block is not None and begin <= address < begin + block.nbytes:
+                return begin, block.nbytes
+        return None
 
     def release(self, address: int) -> Block | None:
         """Stop counting the block at ``address``, if there is one."""

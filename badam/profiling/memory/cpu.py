@@ -1,8 +1,9 @@
 """Allocated bytes on the CPU, to the byte, from the allocator's own reports.
 
 Live bytes are a sum of reports, and nothing is estimated. Memory whose birth was not reported is taken in when
-listening begins: tensors alive at the start, parameters that are mapped from a file, and, where only some steps are
-measured, what was made in the others. Its death is not reported either; a weak reference tells it.
+listening begins: tensors alive at the start and, where only some steps are measured, what was made in the others. Its
+death is not reported either; a weak reference tells it. A file that weights are mapped from is reported as one block,
+and the tensors inside are no memory besides.
 """
 
 from __future__ import annotations
@@ -52,12 +53,13 @@ class CpuMemory:
         self._take_in((tensor, Category.ACTIVATION) for tensor in live_cpu_tensors())
 
     def attach(self, states: ModelStates) -> None:
-        """Learn the model and its optimizer; parameters mapped from a file are taken in here."""
+        """Learn the model and its optimizer."""
         self._read(self._log.drain(self._take_deaths()))
         self._states = states
         named = (*states.parameters(), *states.optimizer_states())
+        self._account.keep_whole(one.address for one in named)
         self._take_in(named)
-        self._account.recognize(_by_address(named))
+        self._account.recognize({address: category for address, (_, category) in self._blocks_of(named).items()})
         # The fp32 gradients of master copies live inside the optimizer's step only: the place to see them is its hook.
         self._hook = states.base_optimizer.register_step_pre_hook(self._base_step_begins)
 
@@ -71,7 +73,7 @@ class CpuMemory:
             self._account.release(address)
         states = self._states
         named = (*states.parameters(), *states.optimizer_states(), *states.gradients())
-        self._account.forget_absent({one.address: (one.nbytes, one.category) for one in named}, NAMED)
+        self._account.forget_absent(self._blocks_of(named), NAMED)
         self._take_in(chain(named, ((tensor, Category.ACTIVATION) for tensor in batch)))
 
     def phase_begins(self, phase: Phase) -> None:
@@ -114,6 +116,14 @@ class CpuMemory:
     def _mark(self, mark: Mark) -> None:
         self._log.mark(len(self._marks))
         self._marks.append(mark)
+
+    def _blocks_of(self, named: Iterable[Named]) -> dict[int, tuple[int, Category]]:
+        """Address, size and category of the blocks that named tensors are in, or that are theirs alone."""
+        found = {}
+        for one in named:
+            address, nbytes = self._account.block_around(one.address) or (one.address, one.nbytes)
+            found[address] = nbytes, one.category
+        return found
 
     def _take_in(self, tensors: Iterable[tuple[Tensor, Category]]) -> None:
         for tensor, category in tensors:

@@ -75,3 +75,17 @@ def test_a_boundary_tells_what_is_alive_and_the_peak_since_the_one_before() -> N
     events = [(1, 100), (1, -100), (0, 0), (2, 20), (1, 0), (9, -5), (2, 0)]
     result = account.replay(events, [boundary] * 3)
     assert result.boundaries == ((5, 105), (25, 25), (20, 25))
+
+
+def test_memory_inside_a_mapped_file_is_a_part_of_it() -> None:
+    account = Account()
+    account.take_in(1000, 500)
+    account.take_in(2000, 100)
+    account.keep_whole([1064, 2000, 5000])
+    assert account.block_around(1064) == account.block_around(1000) == (1000, 500)
+    assert account.block_around(2050) is None, "only begins were known of this one: it is no file"
+    assert not account.take_in(1300, 100, Category.PARAMETER)
+    assert account.take_in(1500, 10)
+    assert account.live_bytes == 610
+    account.release(1000)
+    assert account.block_around(1064) is None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from badam.errors import BadamError
@@ -242,3 +244,35 @@ def test_what_is_made_in_a_pause_and_released_in_a_measured_step_is_not_counted_
         assert memory.live_bytes == without_moments
     finally:
         memory.stop()
+
+
+@pytest.mark.parametrize("pause", [False, True])
+def test_weights_that_are_mapped_from_a_file_are_counted_once(tmp_path: Path, memory: CpuMemory, pause: bool) -> None:
+    """The file is one block of memory with all parameters in it, and is there as long as one of them is."""
+    save_file({name: torch.zeros(SIDE, SIDE) for name in ("first", "second")}, tmp_path / "weights.safetensors")
+    file = (tmp_path / "weights.safetensors").stat().st_size
+    before = memory.live_bytes
+    model = nn.Module()
+    for name, tensor in load_file(tmp_path / "weights.safetensors").items():
+        model.register_parameter(name, nn.Parameter(tensor))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory.attach(ModelStates(model, optimizer))
+    for _ in range(2):
+        memory.begin_step([])
+        memory.phase_begins(Phase.STEP)
+        found = memory.end_step(pause=pause)
+        assert memory.live_bytes - before == file
+        assert found.by_category[Category.PARAMETER] == file
+    del model, optimizer
+    memory.stop()
+
+
+def test_a_mapped_file_is_gone_with_its_last_parameter(tmp_path: Path, memory: CpuMemory) -> None:
+    save_file({"weight": torch.zeros(SIDE, SIDE)}, tmp_path / "weights.safetensors")
+    before = memory.live_bytes
+    model = nn.Linear(SIDE, SIDE, bias=False)
+    model.weight.data = load_file(tmp_path / "weights.safetensors")["weight"]
+    memory.attach(ModelStates(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+    model.weight.data = torch.zeros(1)
+    memory.end_step(pause=False)
+    assert memory.live_bytes - before == 4
