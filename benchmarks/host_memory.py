@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from badam.distributed import shard_blocks
 from badam.distributed.fsdp2 import mesh_of
-from badam.distributed.fsdp2_init import CutBuilder
+from badam.distributed.fsdp2_init import ShardedModelBuilder
 from badam.plan import ModelSpec, Training, config_digest
 from badam.training.build import build_model
 
@@ -75,7 +75,7 @@ def highest() -> Iterator[list[int]]:
 def in_parts(spec: ModelSpec, weights: str | None) -> Any:
     """The model as badam-train builds it."""
     mesh, host = mesh_of(dist.get_world_size()), torch.device("cpu")
-    return build_model(spec, TRAINING, weights=weights, builder=lambda kind: CutBuilder(kind, mesh, host))
+    return build_model(spec, TRAINING, weights=weights, builder=lambda kind: ShardedModelBuilder(kind, mesh, host))
 
 
 def whole_then_cut(spec: ModelSpec, weights: str | None) -> Any:

@@ -18,14 +18,14 @@ _ATTENTION_NORM = re.compile(r"attn|^sa_", re.IGNORECASE)  # not "attention": po
 def layer_blocks(path: str, inside: Sequence[ParameterInfo], strategy: BlockStrategy) -> list[Block]:
     """The blocks of the layer at module ``path``, whose parameters are ``inside``, in model order."""
     if strategy == "layer":
-        return [Block(path, (path,), _entries(inside))]
+        return [Block(path, (path,), _numel(inside))]
     attention, feed_forward = split_layer(path, inside)
     if strategy == "matrix":
-        return [*_matrix_blocks(attention), *_matrix_blocks(feed_forward)] or [Block(path, (path,), _entries(inside))]
+        return [*_matrix_blocks(attention), *_matrix_blocks(feed_forward)] or [Block(path, (path,), _numel(inside))]
     if not attention or not feed_forward:
-        return [Block(path, (path,), _entries(inside))]
+        return [Block(path, (path,), _numel(inside))]
     return [
-        Block(f"{path}.{word}", tuple(dict.fromkeys(_child(path, p.name) for p in part)), _entries(part))
+        Block(f"{path}.{word}", tuple(dict.fromkeys(_child(path, p.name) for p in part)), _numel(part))
         for word, part in (("attention", attention), ("mlp", feed_forward))
     ]
 
@@ -80,7 +80,7 @@ def _matrix_blocks(part: Sequence[ParameterInfo]) -> list[Block]:
         module = name.rpartition(".")[0]
         # The module names its block where it has one matrix; fused experts and bare parameters keep their own name.
         alone = sum(matrix.name.rpartition(".")[0] == module for matrix in matrices) == 1
-        blocks.append(Block(module if alone else name, tuple(p.name for p in group), _entries(group)))
+        blocks.append(Block(module if alone else name, tuple(p.name for p in group), _numel(group)))
     return blocks
 
 
@@ -108,5 +108,5 @@ def _mixes_tokens(path: str, name: str) -> bool:
     return bool(_TOKEN_MIXING.search(inner) or _BARE_PROJECTION.fullmatch(inner.partition(".")[0]))
 
 
-def _entries(parameters: Sequence[ParameterInfo]) -> int:
+def _numel(parameters: Sequence[ParameterInfo]) -> int:
     return sum(parameter.numel for parameter in parameters)

@@ -122,16 +122,16 @@ def split_by_rows(block: Block, parameters: Sequence[ParameterInfo], limit: int)
         return (block,)
     blocks = []
     for piece in range(pieces):
-        prefixes, entries = [], 0
+        prefixes, numel = [], 0
         for parameter in inside:
             if parameter.is_matrix:
-                first, end = (parameter.shape[0] * edge // pieces for edge in (piece, piece + 1))
-                prefixes.append(f"{parameter.name}[{first}:{end}]")
-                entries += (end - first) * math.prod(parameter.shape[1:])
+                begin, end = (parameter.shape[0] * edge // pieces for edge in (piece, piece + 1))
+                prefixes.append(f"{parameter.name}[{begin}:{end}]")
+                numel += (end - begin) * math.prod(parameter.shape[1:])
             elif piece == 0:
                 prefixes.append(parameter.name)
-                entries += parameter.numel
-        blocks.append(Block(f"{block.name}[{piece + 1}/{pieces}]", tuple(prefixes), entries))
+                numel += parameter.numel
+        blocks.append(Block(f"{block.name}[{piece + 1}/{pieces}]", tuple(prefixes), numel))
     return tuple(blocks)
 
 

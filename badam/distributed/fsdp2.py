@@ -54,12 +54,12 @@ def shard_blocks(
     Raises:
         InputError: if there is no process group, the mesh has more than two dimensions, or there are no layers.
     """
-    trained = cut_blocks(model, mesh=mesh, layers=layers, compute_dtype=compute_dtype, reduce_dtype=reduce_dtype)
-    settle_types(model, trained)
+    trained = shard_units(model, mesh=mesh, layers=layers, compute_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+    thaw_for_first_forward(model, trained)
     return model
 
 
-def cut_blocks(
+def shard_units(
     model: nn.Module,
     *,
     mesh: DeviceMesh | None = None,
@@ -67,7 +67,7 @@ def cut_blocks(
     compute_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = torch.float32,
 ) -> list[str]:
-    """What :func:`shard_blocks` does, but for :func:`settle_types`, which comes when the parameters have their data.
+    """What :func:`shard_blocks` does before :func:`thaw_for_first_forward`, which comes when there are data.
 
     Returns:
         Names of the parameters that may be trained.
@@ -143,7 +143,7 @@ def follow_blocks(model: nn.Module, optimizer: BlockOptimizer) -> Callable[[], N
     units = [(path, module) for path, module in model.named_modules() if isinstance(module, FSDPModule)]
 
     def on_switch(changed: BlockOptimizer) -> None:
-        lowest = _lowest_unit([path for path, _ in units], [each.name for each in changed.active_parameters], model)
+        lowest = _lowest_unit([path for path, _ in units], [member.name for member in changed.active_parameters], model)
         for path, unit in units:
             unit.set_modules_to_backward_prefetch([unit] if path == lowest else [])
 
@@ -153,12 +153,12 @@ def follow_blocks(model: nn.Module, optimizer: BlockOptimizer) -> Callable[[], N
 def _lowest_unit(paths: Sequence[str], active: Sequence[str], model: nn.Module) -> str | None:
     """The unit in which backward ends; None if it reaches the start of the model."""
     order = {name: position for position, (name, _) in enumerate(model.named_parameters())}
-    first = min(active, key=order.__getitem__)
-    inside = [path for path in paths if path and belongs(first, (path,))]
+    lowest = min(active, key=order.__getitem__)
+    inside = [path for path in paths if path and belongs(lowest, (path,))]
     if inside:
         return max(inside, key=len)
     layered = [position for name, position in order.items() if belongs(name, [path for path in paths if path])]
-    return "" if order[first] > max(layered) else None
+    return "" if order[lowest] > max(layered) else None
 
 
 def _lone_embedding(model: nn.Module) -> nn.Module | None:
@@ -177,7 +177,7 @@ def _lone_embedding(model: nn.Module) -> nn.Module | None:
     return embedding if uses == len(own) else None
 
 
-def settle_types(model: nn.Module, trained: Sequence[str]) -> None:
+def thaw_for_first_forward(model: nn.Module, trained: Sequence[str]) -> None:
     """Let FSDP2 see every trained parameter as such while it prepares itself, in the root's first forward.
 
     It then notes the types of each unit's trainable parameters. For a unit that is frozen at that time it would note

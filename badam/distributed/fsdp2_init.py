@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from badam.blocks.partition import layer_paths
-from badam.distributed.fsdp2 import cut_blocks, settle_types
+from badam.distributed.fsdp2 import shard_units, thaw_for_first_forward
 from badam.errors import InputError
 from badam.tensors.dtensor import local_part
 
@@ -31,7 +31,7 @@ _READY = "_is_hf_initialized"
 """How transformers marks a tensor, or a module, that needs no initialization any more."""
 
 
-_WHEN_CUT = "_badam_when_cut"
+_NOTED_WHEN_SHARDED = "_badam_noted_when_sharded"
 """Where a model notes, while it is loaded, what may be trained and what is shared."""
 
 
@@ -43,7 +43,7 @@ class NotInParts(Exception):
     """A model initializes parameters out of turn. No error to anyone: it is built whole instead."""
 
 
-class CutBuilder:
+class ShardedModelBuilder:
     """Takes the place of transformers' auto class for one model class; what it builds is sharded by blocks.
 
     Args:
@@ -67,11 +67,11 @@ class CutBuilder:
             parts.check(model)
         except NotInParts:
             torch.set_rng_state(before)
-            return self._cut(cast(Any, self.model_class)._from_config(config, **options))
+            return self._shard_whole(cast(Any, self.model_class)._from_config(config, **options))
         kept = {name: parts.kept[parameter] for name, parameter in _every_name(model)}
-        trained = cut_blocks(model, mesh=self.mesh)
+        trained = shard_units(model, mesh=self.mesh)
         self._put(model, kept)
-        settle_types(model, trained)
+        thaw_for_first_forward(model, trained)
         return model
 
     def from_pretrained(self, weights: str, **options: Any) -> tuple[PreTrainedModel, Any]:
@@ -93,29 +93,29 @@ class CutBuilder:
         parts = Parts(self.mesh)
         try:
             with parts.initializing(), _InTurn(parts, draws=False):
-                model, info = cast(Any, self._cut_class().from_pretrained(weights, **options))
+                model, info = cast(Any, self._sharding_class().from_pretrained(weights, **options))
         except NotInParts:
             torch.set_rng_state(before)
             return self._cut_whole(weights, **options)
-        trained, shared = model.__dict__.pop(_WHEN_CUT)
+        trained, shared = model.__dict__.pop(_NOTED_WHEN_SHARDED)
         _check_shared(model, shared, weights)
         self._put(model, {name: local_part(parameter) for name, parameter in _every_name(model)})
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
-        settle_types(model, trained)
+        thaw_for_first_forward(model, trained)
         return model, info
 
     def _cut_whole(self, weights: str, **options: Any) -> tuple[PreTrainedModel, Any]:
         model, info = cast(Any, self.model_class.from_pretrained(weights, **options))
-        return self._cut(model), info
+        return self._shard_whole(model), info
 
-    def _cut(self, model: PreTrainedModel) -> PreTrainedModel:
+    def _shard_whole(self, model: PreTrainedModel) -> PreTrainedModel:
         """What was built whole."""
-        settle_types(model, cut_blocks(model, mesh=self.mesh))
+        thaw_for_first_forward(model, shard_units(model, mesh=self.mesh))
         return model
 
-    def _cut_class(self) -> type[PreTrainedModel]:
+    def _sharding_class(self) -> type[PreTrainedModel]:
         """The model class, cut when it has been made: transformers loads what it then finds in it."""
         from transformers import PreTrainedModel
 
@@ -126,7 +126,7 @@ class CutBuilder:
             tie(model, recompute_mapping=False)  # transformers would tie after loading: too late to cut what is shared
             if any(_leaves_some_without(parameter, mesh) for parameter in model.parameters()):
                 raise NotInParts
-            model.__dict__[_WHEN_CUT] = cut_blocks(model, mesh=mesh), _shared_names(model)
+            model.__dict__[_NOTED_WHEN_SHARDED] = shard_units(model, mesh=mesh), _shared_names(model)
 
         return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
 
@@ -152,19 +152,19 @@ class CutBuilder:
 def _check_shared(model: nn.Module, shared: dict[str, str], weights: str) -> None:
     """Make sure that loading has left shared what was ``shared`` when the model was cut, by name and first name."""
     left = _shared_names(model)
-    for name, first in shared.items():
-        if left.get(name) != first:
+    for name, first_name in shared.items():
+        if left.get(name) != first_name:
             raise InputError(
-                f"The weights in {weights} have two tensors for {first} and {name}, which the model shares.",
+                f"The weights in {weights} have two tensors for {first_name} and {name}, which the model shares.",
                 advice='Set "tie_word_embeddings" to false in the configuration, and plan again.',
             )
 
 
 def _shared_names(model: nn.Module) -> dict[str, str]:
     """Further names of shared parameters, with the first one."""
-    first: dict[int, str] = {}
-    names = ((name, first.setdefault(id(parameter), name)) for name, parameter in _every_name(model))
-    return {name: own for name, own in names if name != own}
+    first_names: dict[int, str] = {}
+    names = ((name, first_names.setdefault(id(parameter), name)) for name, parameter in _every_name(model))
+    return {name: first_name for name, first_name in names if name != first_name}
 
 
 class Scratch:
@@ -297,14 +297,14 @@ class _InTurn(TorchDispatchMode):
         self._scratch = Scratch()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = args[0] if args else None
-        if torch.Tag.nondeterministic_seeded in func.tags and isinstance(first, Tensor):
-            if self._parts.at_work and (first.is_meta or isinstance(first, DTensor)):
+        target = args[0] if args else None
+        if torch.Tag.nondeterministic_seeded in func.tags and isinstance(target, Tensor):
+            if self._parts.at_work and (target.is_meta or isinstance(target, DTensor)):
                 raise NotInParts
-            if first.is_meta and self._draws:
-                func(self._scratch.empty(tuple(first.shape), first.dtype), *args[1:], **(kwargs or {}))
+            if target.is_meta and self._draws:
+                func(self._scratch.empty(tuple(target.shape), target.dtype), *args[1:], **(kwargs or {}))
                 self._scratch.reuse()
-                return first
+                return target
         return func(*args, **(kwargs or {}))
 
 

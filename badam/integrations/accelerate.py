@@ -48,5 +48,5 @@ def clip_grad_norm_old_version(
     return clip_gradients_([p.grad for p in parameters if p.grad is not None], max_norm, norm_type)
 
 
-def _same(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
-    return [id(tensor) for tensor in first] == [id(tensor) for tensor in second]
+def _same(parameters: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    return [id(tensor) for tensor in parameters] == [id(tensor) for tensor in others]

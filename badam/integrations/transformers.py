@@ -128,11 +128,11 @@ class BAdamCallback(TrainerCallback):
         """Let the gathers of a model that FSDP2 has sharded follow the active block."""
         if not is_sharded(next(model.parameters(), None) if model is not None else None):
             return
-        from badam.distributed.fsdp2 import follow_blocks, settle_types
+        from badam.distributed.fsdp2 import follow_blocks, thaw_for_first_forward
         from badam.optim.block import BlockOptimizer
 
         if isinstance(optimizer, BlockOptimizer):
-            settle_types(model, optimizer.trained_names)
+            thaw_for_first_forward(model, optimizer.trained_names)
             self._standing_aside.callback(follow_blocks(model, optimizer))
 
     def _connect_deepspeed(self, optimizer: Any) -> None:

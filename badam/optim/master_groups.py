@@ -103,10 +103,10 @@ class MasterGroups:
                 {**saved, "params": [index[id(master)] for master in group["params"]]}
                 for group, saved in zip(self.base_optimizer.param_groups, groups, strict=True)
             ]
-            entries = {
+            states = {
                 position: _unshared(state[positions[id(member.parameter)]]) for position, member in enumerate(members)
             }
-            self.base_optimizer.load_state_dict({"state": entries, "param_groups": options})
+            self.base_optimizer.load_state_dict({"state": states, "param_groups": options})
 
     def pack_changes(self) -> list[list[Any]]:
         """What steps have overwritten in the groups: rows of (group, option, whether it was there, its value)."""

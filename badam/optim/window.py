@@ -237,10 +237,10 @@ class Ranges:
 
     def __init__(self, numel: int, size: int, visit: int) -> None:
         self.parts: list[tuple[slice, slice]] = []
-        begin = 0
-        for first, end in window_ranges(numel, size, visit):
-            self.parts.append((slice(begin, begin + end - first), slice(first, end)))
-            begin += end - first
+        offset = 0
+        for begin, end in window_ranges(numel, size, visit):
+            self.parts.append((slice(offset, offset + end - begin), slice(begin, end)))
+            offset += end - begin
 
     def read_into(self, values: Tensor, flat: Tensor) -> None:
         for part, entries in self.parts:
@@ -312,8 +312,8 @@ class Scattered:
 
     def _computed(self, device: torch.device) -> Iterator[Tensor]:
         cell = cell_size(self._runs, self._window_runs)
-        for first, end in window_ranges(self._runs, self._window_runs, self._visit):
-            for row in cell_rows(self._runs, cell, first, end):
+        for begin, end in window_ranges(self._runs, self._window_runs, self._visit):
+            for row in cell_rows(self._runs, cell, begin, end):
                 yield scattered_entries(self._runs, cell, row, self._key, device)
 
 

@@ -25,10 +25,10 @@ def window_size(numel: int, ratio: float) -> int:
 
 
 def window_ranges(numel: int, size: int, visit: int) -> list[tuple[int, int]]:
-    """Positions ``[first, end)`` that visit number ``visit`` (from 0) trains: one range, or two where it goes round."""
-    first = visit * size % numel
-    end = first + size
-    return [(first, end)] if end <= numel else [(first, numel), (0, end - numel)]
+    """Positions ``[begin, end)`` that visit number ``visit`` (from 0) trains: one range, or two where it goes round."""
+    begin = visit * size % numel
+    end = begin + size
+    return [(begin, end)] if end <= numel else [(begin, numel), (0, end - numel)]
 
 
 def cell_size(numel: int, size: int) -> int:
@@ -36,23 +36,23 @@ def cell_size(numel: int, size: int) -> int:
     return math.ceil(numel / size)
 
 
-def cell_rows(numel: int, cell: int, first: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The positions ``[first, end)`` as rows ``(turn, first_cell, end_cell)``: these cells give their entry ``turn``.
+def cell_rows(numel: int, cell: int, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The positions ``[begin, end)`` as rows ``(turn, first_cell, end_cell)``: these cells give their entry ``turn``.
 
     Positions count through the cells in every turn, and the last cell, which may be smaller, has fewer turns. Pieces
     are at most :data:`PIECE` cells long.
     """
     cells = math.ceil(numel / cell)
     last = numel - (cells - 1) * cell  # entries of the last cell
-    while first < end:
-        if first < last * cells:
-            turn, column, columns = first // cells, first % cells, cells
+    while begin < end:
+        if begin < last * cells:
+            turn, column, columns = begin // cells, begin % cells, cells
         else:
-            beyond = first - last * cells
+            beyond = begin - last * cells
             turn, column, columns = last + beyond // (cells - 1), beyond % (cells - 1), cells - 1
-        length = min(end - first, columns - column, PIECE)
+        length = min(end - begin, columns - column, PIECE)
         yield turn, column, column + length
-        first += length
+        begin += length
 
 
 def scattered_entries(
@@ -73,8 +73,8 @@ def scattered_entries(
     Returns:
         int64, shape [end_cell - first_cell].
     """
-    turn, first, end = row
-    index = torch.arange(first, end, dtype=torch.int64, device=device)
+    turn, begin, end = row
+    index = torch.arange(begin, end, dtype=torch.int64, device=device)
     start = _hashed(index, key)
     stride = _coprime_to(cell)
     cells = math.ceil(numel / cell)

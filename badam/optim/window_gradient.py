@@ -86,18 +86,18 @@ class WindowGradient(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        first = args[0]
-        if func is aten.add_.Tensor and isinstance(first, cls) and not isinstance(args[1], cls) and not kwargs:
-            first.window.add_to(first.window_values, args[1])  # how autograd accumulates
-            return first
+        gradient = args[0]
+        if func is aten.add_.Tensor and isinstance(gradient, cls) and not isinstance(args[1], cls) and not kwargs:
+            gradient.window.add_to(gradient.window_values, args[1])  # how autograd accumulates
+            return gradient
         if func is aten.detach.default:
-            return cls(first.window, first.window_values)
+            return cls(gradient.window, gradient.window_values)
         if func is aten.clone.default:
-            return cls(first.window, first.window_values.clone())
+            return cls(gradient.window, gradient.window_values.clone())
         norm_of_all = func is aten.linalg_vector_norm.default and _is_norm_of_all(*args[1:], **kwargs)
         if norm_of_all or (func in _SAME_ON_THE_WINDOW and _only_numbers_beside(args[1:], cls)):
-            result = func(*_mapped(args, cls, lambda gradient: gradient.window_values), **kwargs)
-            return first if result is not None and func._schema.is_mutable else result
+            result = func(*_mapped(args, cls, lambda leaf: leaf.window_values), **kwargs)
+            return gradient if result is not None and func._schema.is_mutable else result
         if func._schema.is_mutable:
             raise InputError(
                 f"{func} cannot write into the gradient of a parameter of which only a window is trained.",

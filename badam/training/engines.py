@@ -158,7 +158,7 @@ class Sharded(Copies):
         """Each process builds the part that it keeps."""
 
         from badam.distributed.fsdp2 import mesh_of
-        from badam.distributed.fsdp2_init import CutBuilder
+        from badam.distributed.fsdp2_init import ShardedModelBuilder
         from badam.training.build import build_model
 
         mesh = mesh_of(self.plan.target.shards)
@@ -170,7 +170,7 @@ class Sharded(Copies):
             self.plan.training,
             weights=weights,
             loading=loading,
-            builder=lambda model_class: CutBuilder(model_class, mesh, device),
+            builder=lambda model_class: ShardedModelBuilder(model_class, mesh, device),
             tell=tell,
         )
 

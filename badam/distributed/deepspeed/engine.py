@@ -54,7 +54,7 @@ def partitioned_from_the_start(dtype: torch.dtype, *, initializes: bool, offload
     del config
 
 
-def entries_of(parameter: Tensor) -> int:
+def numel_of(parameter: Tensor) -> int:
     """Entries of a parameter, partitioned or not."""
     return math.prod(shape_of(parameter))
 
@@ -89,7 +89,7 @@ def start_zero3(
 
     parameter = next(model.parameters())
     trained = set(optimizer.trained_names)
-    largest = max(entries_of(each) for name, each in optimizer.named_parameters_list if name in trained)
+    largest = max(numel_of(trainable) for name, trainable in optimizer.named_parameters_list if name in trained)
     without_shared_memory_operator(parameter.device)
     stage = _partitioning(model, largest)
     if offload_optimizer:
@@ -126,14 +126,14 @@ def _partitioning(model: nn.Module, largest: int) -> dict[str, Any]:
         "stage3_max_reuse_distance": 0,
         # Norms and biases stay gathered: a message for each would take longer than they are worth.
         "stage3_param_persistence_threshold": max(
-            (entries_of(each) for each in model.parameters() if len(shape_of(each)) < 2), default=0
+            (numel_of(parameter) for parameter in model.parameters() if len(shape_of(parameter)) < 2), default=0
         ),
     }
 
 
 def _largest_layer(model: nn.Module) -> int:
     """Entries of the largest of the repeated layers; of the whole model if it has none."""
-    named = [(name, entries_of(parameter)) for name, parameter in model.named_parameters()]
+    named = [(name, numel_of(parameter)) for name, parameter in model.named_parameters()]
     paths = layer_paths(name for name, _ in named)
     sizes = (sum(numel for name, numel in named if belongs(name, (path,))) for path in paths)
     return max(sizes, default=sum(numel for _, numel in named))

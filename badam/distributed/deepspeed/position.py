@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from badam.distributed.deepspeed.adapter import Driven
 from badam.errors import InputError
+from badam.files import write_file
 
 POSITION = "badam.json"
 
@@ -28,9 +29,7 @@ def write_position(checkpoint: Path, optimizer: Driven, processes: int | None) -
     """
     dist.barrier()
     if dist.get_rank() == 0:
-        partial = checkpoint / f".{POSITION}.partial"
-        partial.write_text(json.dumps({**optimizer.position(), "processes": processes}), encoding="utf-8")
-        partial.rename(checkpoint / POSITION)
+        write_file(checkpoint / POSITION, json.dumps({**optimizer.position(), "processes": processes}))
     dist.barrier()
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaModel, LlamaPreTrainedModel, set_seed
 
 from badam.distributed import shard_blocks
 from badam.distributed.fsdp2 import mesh_of
-from badam.distributed.fsdp2_init import CutBuilder
+from badam.distributed.fsdp2_init import ShardedModelBuilder
 from badam.errors import InputError
 from badam.plan import ModelSpec, Training
 from badam.profiling.memory.cpu_allocator_log import AllocatorLog
@@ -25,14 +25,14 @@ def built(spec: str, training: str, weights: str | None, shard_size: int) -> dic
     """A model that was built in parts with a seed, put together again, and what the generator draws next."""
     set_seed(3)
     whole: list[nn.Module] = []
-    usual = CutBuilder._cut
-    CutBuilder._cut = lambda builder, model: whole.append(model) or usual(builder, model)  # type: ignore[method-assign,func-returns-value]
+    usual = ShardedModelBuilder._shard_whole
+    ShardedModelBuilder._shard_whole = lambda builder, model: whole.append(model) or usual(builder, model)  # type: ignore[method-assign,func-returns-value]
     try:
         model = in_parts(spec, training, weights, shard_size)
     except InputError as error:
         return {"refused": error.message}
     finally:
-        CutBuilder._cut = usual  # type: ignore[method-assign]
+        ShardedModelBuilder._shard_whole = usual  # type: ignore[method-assign]
     drawn = torch.rand(3)
     weights_of = {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -51,7 +51,7 @@ def in_parts(spec: str, training: str, weights: str | None, shard_size: int) -> 
         ModelSpec.model_validate_json(spec),
         Training.model_validate_json(training),
         weights=weights,
-        builder=lambda model_class: CutBuilder(model_class, mesh, HOST),
+        builder=lambda model_class: ShardedModelBuilder(model_class, mesh, HOST),
     )
 
 

@@ -249,7 +249,7 @@ def peak_of_building(directory: str, how: str) -> tuple[int, int]:
     import psutil
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from badam.distributed.deepspeed.engine import entries_of, partitioned_from_the_start
+    from badam.distributed.deepspeed.engine import numel_of, partitioned_from_the_start
 
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "vocab_size": 16000}
     config = LlamaConfig(**sizes, num_attention_heads=8, use_cache=False)
@@ -267,4 +267,4 @@ def peak_of_building(directory: str, how: str) -> tuple[int, int]:
             else:
                 model = AutoModelForCausalLM.from_config(config)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak - before, 4 * sum(entries_of(parameter) for parameter in model.parameters())
+    return peak - before, 4 * sum(numel_of(parameter) for parameter in model.parameters())
