@@ -7,19 +7,57 @@ from collections.abc import Callable
 MOST_GPUS = 4096
 """More GPUs than this are not tried: a model that does not fit then does not fit for its activations."""
 
+ROUNDS = 4
 
-def smallest_number(fits: Callable[[int], bool]) -> int | None:
-    """The smallest number of GPUs for which ``fits`` is true, taking it to stay true for more; None up to the most."""
-    most = 1
-    while not fits(most):
-        most *= 2
-        if most > MOST_GPUS:
-            return None
-    least = most // 2  # does not fit, or 0
+
+def smallest_number(fits: Callable[[int], bool], guess: int = 1) -> int | None:
+    """The smallest number of GPUs for which ``fits`` is true, taking it to stay true for more; None up to the most.
+
+    Args:
+        fits: asked of few numbers: two if the guess is right.
+        guess: where to begin; away from it the steps double.
+    """
+    least, most, step = 0, guess, 1
+    if fits(guess):
+        while most > 1 and fits(below := max(most - step, 1)):
+            most, step = below, 2 * step
+        least = max(most - step, 1) if most > 1 else 0
+    else:
+        least = guess
+        while not fits(most := min(least + step, MOST_GPUS)):
+            if most == MOST_GPUS:
+                return None
+            least, step = most, 2 * step
     while most - least > 1:
         middle = (least + most) // 2
         least, most = (least, middle) if fits(middle) else (middle, most)
     return most
+
+
+def guessed_number(needed: Callable[[int], int], usable_bytes: int, least: int) -> int:
+    """About how many GPUs are needed, from what each of a few numbers of them needs.
+
+    Formula: a + b / n <= usable, where a is what no sharding divides. What is needed is the highest of several such
+    lines, one for each moment of a step, so a and b are taken at n and 2 n, beginning with ``least``, until the line at
+    the answer is the one that it came from.
+
+    Args:
+        needed: device bytes of each of so many GPUs.
+        usable_bytes: of each.
+        least: number with which the weights alone would fit; from 2 on.
+    """
+    number = least
+    for _ in range(ROUNDS):
+        one, two = needed(number), needed(2 * number)
+        divided = 2 * number * (one - two)
+        whole = one - divided // number
+        if usable_bytes <= whole:
+            return number
+        found = min(max(-(-divided // (usable_bytes - whole)), least), MOST_GPUS)
+        if found <= number + 1:
+            return found
+        number = found
+    return number
 
 
 def shard_sizes(gpus: int, gpus_per_node: int) -> list[int]:

@@ -52,6 +52,10 @@ _Sized = tuple[Rehearsed, Sequence[int] | None]
 """A rehearsal, or the pattern of many sizes and the numbers of one of them."""
 
 
+KEPT_RECORDINGS = 24
+"""Of one of several GPUs at full depth, some megabytes each: those that a partition's settings have in common."""
+
+
 class Evaluator:
     """Rehearses blocks of plans for one model; a rehearsal that answers for several blocks is made once."""
 
@@ -68,6 +72,7 @@ class Evaluator:
         self.exact = exact
         self._rehearsed: dict[Hashable, _Sized] = {}
         self._whole: dict[Hashable, Recording] = {}  # rehearsed at full depth
+        self._per_rank: dict[Hashable, Recording] = {}  # on one of several GPUs, the last ones
         self._counted: dict[str, Entries] = {}
         self._roles = Roles(tree)
         self._ranges: tuple[SizeRange, ...] = ()
@@ -90,16 +95,22 @@ class Evaluator:
         lowest = {shape: shapes.index(shape) for shape in shapes}
         peaks: dict[int, BlockPeaks] = {}
         decisive = self.decisive(plan)
+        # Alone on a GPU a block takes less than a fork; on several, a part of a second, and there are up to dozens.
+        workers = self.workers if engine_of(plan.target).joins_gpus else 1
         for index in decisive:
             if len(peaks) == 1:
                 self.prepare((plan, other) for other in decisive)
-            peaks[index] = self.peaks(plan, index)
-            if (
-                give_up_above is not None
-                and peaks[index].peak_allocated_bytes + plan.target.outside_bytes > give_up_above
-            ):
+                if workers > 1:
+                    others = decisive[1:]
+                    found = run_all([partial(self.peaks, plan, other) for other in others], workers)
+                    peaks |= zip(others, found, strict=True)
+            if index not in peaks:
+                peaks[index] = self.peaks(plan, index)
+            if give_up_above is not None and self._is_too_large(plan, index, peaks[index], give_up_above):
                 return None
-        forecasts = {index: self._forecast(plan, index) for index in _worth_simulating(peaks)}
+        close = _worth_simulating(peaks)
+        simulated = run_all([partial(self._forecast, plan, index) for index in close], workers)
+        forecasts = dict(zip(close, simulated, strict=True))
         worst = max(forecasts, key=lambda index: (forecasts[index].peak_device_bytes, -index))
         if give_up_above is not None and forecasts[worst].peak_device_bytes > give_up_above:
             return None
@@ -107,6 +118,21 @@ class Evaluator:
         relative = backward_relative(plan, self.tree, flops, [lowest[shape] for shape in shapes])
         largest = max(block.parameters + self._roles.entries_besides(plan, block) for block in plan.partition.blocks)
         return PlanForecast(worst, forecasts[worst], relative, largest)
+
+    def _is_too_large(self, plan: Plan, index: int, peaks: BlockPeaks, limit_bytes: int) -> bool:
+        """Whether one block alone needs more than the limit; of the largest also with the allocator's share.
+
+        On several GPUs every other block would have to be composed before its tensors were all known.
+        """
+        if peaks.peak_allocated_bytes + plan.target.outside_bytes > limit_bytes:
+            return True
+        if not engine_of(plan.target).joins_gpus or index != self.decisive(plan)[0]:
+            return False
+        return self._forecast(plan, index).peak_device_bytes > limit_bytes
+
+    def device_bytes_of_largest(self, plan: Plan) -> int:
+        """What the largest block needs: near what the worst one does, for far less work."""
+        return self._forecast(plan, self.decisive(plan)[0]).peak_device_bytes
 
     def decisive(self, plan: Plan) -> list[int]:
         """The blocks that must be rehearsed to find a plan's worst: the lowest of each shape, the largest first."""
@@ -161,9 +187,9 @@ class Evaluator:
         from_the_middle = sorted(indices, key=lambda index: abs(index - middle))  # these answer for others
         self.prepare((plan, index) for index in from_the_middle[:1])
         self.prepare((plan, index) for index in from_the_middle)
-        for index in from_the_middle:
-            if index not in peaks:
-                peaks[index] = self.peaks(plan, index)
+        left = [index for index in from_the_middle if index not in peaks]
+        workers = self.workers if engine_of(plan.target).joins_gpus else 1  # alone, a block takes less than a fork
+        peaks |= zip(left, run_all([partial(self.peaks, plan, index) for index in left], workers), strict=True)
         return replace(
             known,
             blocks=tuple(peaks[index] for index in indices),
@@ -190,8 +216,17 @@ class Evaluator:
 
     def recording(self, plan: Plan, index: int) -> Recording:
         """What happens on one of the plan's GPUs with one block active, at full depth."""
-        alone, engine = self._alone(plan, index), engine_of(plan.target)
-        return engine.per_rank(alone, plan, self._sharding(plan, index)) if engine.joins_gpus else alone
+        engine = engine_of(plan.target)
+        if not engine.joins_gpus:
+            return self._alone(plan, index)
+        target = plan.target.model_copy(update={"expandable_segments": False, "usable_bytes": 0})  # as the recording
+        block, modules = plan.partition.blocks[index], plan.partition.active_modules
+        key = (block.model_dump_json(), modules, plan.training.model_dump_json(), target.model_dump_json())
+        if key not in self._per_rank:
+            while len(self._per_rank) >= KEPT_RECORDINGS:
+                del self._per_rank[next(iter(self._per_rank))]  # the oldest
+            self._per_rank[key] = engine.per_rank(self._alone(plan, index), plan, self._sharding(plan, index))
+        return self._per_rank[key]
 
     def traffic(self, plan: Plan, index: int) -> tuple[Traffic, Traffic] | None:
         """What each GPU sends in a step with one block active, and what it would if all were; None if it is alone."""

@@ -7,15 +7,16 @@ what each candidate needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from badam.errors import BadamError
 from badam.plan import Plan
 from badam.training.methods import METHODS, method_of
 from badam.units import format_bytes
 from badam.vocabulary import ELEMENT_BYTES, Strategy
-from badam_planner.multi_gpu.gpu_count import MOST_GPUS, shard_sizes, smallest_number
+from badam_planner.multi_gpu.gpu_count import MOST_GPUS, guessed_number, shard_sizes, smallest_number
 from badam_planner.multi_gpu.nccl import with_nccl
 from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
 from badam_planner.rehearsal.model_tree import inspect_model, unquantized_weights
@@ -138,7 +139,7 @@ def _with_enough_gpus(request: Request, evaluator: Evaluator, progress: Progress
 
     def fits(asked: Request) -> bool:
         progress(f"trying {asked.target.shards} cards")
-        kinds = reversed(strategies(request.method, request.partition))
+        kinds = strategies(request.method, request.partition)  # the first is the coarsest: fewest blocks to look at
         return any(fits_at_its_leanest(asked, strategy, evaluator) for strategy in kinds)
 
     def of_number(cards: int) -> Request:
@@ -146,11 +147,29 @@ def _with_enough_gpus(request: Request, evaluator: Evaluator, progress: Progress
         return on(num_gpus=cards) if cards > 1 else on(num_gpus=1, engine="single", offload="none")
 
     if request.find_num_gpus:
-        return of_number(smallest_number(lambda cards: fits(of_number(cards))) or MOST_GPUS)
+        guess = _guessed_gpus(request, evaluator, of_number)
+        return of_number(smallest_number(lambda cards: fits(of_number(cards)), guess) or MOST_GPUS)
     if request.find_shard_size:
         *fewer, _ = shard_sizes(request.target.num_gpus, request.target.gpus_per_node)
         return next(filter(fits, (on(shard_size=size) for size in fewer)), on(shard_size=None))
     return on()
+
+
+def _guessed_gpus(request: Request, evaluator: Evaluator, of_number: Callable[[int], Request]) -> int:
+    """Where to begin looking for the fewest GPUs: 1 where one could hold the weights."""
+    target = request.target
+    weights = request.spec.parameters * ELEMENT_BYTES[request.dtype]
+    least = -(-weights // max(target.usable_bytes - target.outside_bytes, 1))
+    if least <= 1 or least > MOST_GPUS // 2:
+        return 1
+
+    def needed(strategy: Strategy, number: int) -> int:
+        asked = of_number(number)
+        leanest = settings_of(asked, evaluator.tree)[-1]
+        return evaluator.device_bytes_of_largest(staged_plan(asked, strategy, leanest, evaluator.tree))
+
+    finest = strategies(request.method, request.partition)[-1]
+    return guessed_number(partial(needed, finest), target.usable_bytes, least)
 
 
 def _other_methods(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from badam.errors import DoesNotFit
 from badam.plan import Plan, Target
 from badam.training.build import model_config
-from badam.training.tasks import input_positions
+from badam.training.tasks import TRAINED_HERE, input_positions
 from badam.units import format_bytes
 from badam.vocabulary import ELEMENT_BYTES
 from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
@@ -40,12 +40,25 @@ def refusal(
         return DoesNotFit(message, advice=f"This would fit: {options}")
     shards = request.target.shards
     weights = format_bytes(-(-request.spec.parameters * ELEMENT_BYTES[request.dtype] // shards))
-    each, more = (" on each card", ", more cards (--num-gpus auto)") if shards > 1 else ("", "")
+    share = " on each card" if shards > 1 else ""
     return DoesNotFit(
         message,
-        advice=f"No batch size, length or partition makes it fit: the weights alone take {weights}{each}. "
-        f"Choose a larger card{'' if request.find_num_gpus else more} or a smaller model.",
+        advice=f"No batch size, length or partition makes it fit: the weights alone take {weights}{share}. "
+        f"{_beyond_one_card(request)}",
     )
+
+
+def _beyond_one_card(request: Request) -> str:
+    """What is left where no option makes the request fit on the cards that it is for."""
+    target = request.target
+    if target.shards > 1:
+        more = "" if request.find_num_gpus else ", more cards (--num-gpus auto)"
+        return f"Choose a larger card{more} or a smaller model."
+    if target.gpu == "cpu" or request.spec.task not in TRAINED_HERE:
+        return "Choose a larger card or a smaller model."
+    method = "" if request.method == "badam" else "--method badam "
+    options = f"{method}--engine fsdp2 --num-gpus auto"
+    return f"Shard it over several cards with {options}, or choose a larger card or a smaller model."
 
 
 def _cut_in_words(target: Target) -> str:

@@ -71,3 +71,14 @@ def test_qlora_names_what_its_library_leaves_unquantized(gpu: Target) -> None:
     assert "mlp.dense_h_to_4h.weight" in note
     assert ask(llama, gpu, method="qlora", partition="auto").notes == ()
     assert ask(falcon, gpu, method="lora", partition="auto").notes == ()
+
+
+def test_a_model_whose_weights_no_card_holds_is_to_be_sharded(gpt2: ModelSpec, gpu: Target) -> None:
+    small = gpu.model_copy(update={"usable_bytes": gpu.context_bytes + 2**20})
+    for method, options in (("badam", "with --engine fsdp2"), ("adam", "with --method badam --engine fsdp2")):
+        refused = ask(gpt2, small, method=method, partition="auto").refusal
+        assert refused is not None
+        assert f"Shard it over several cards {options} --num-gpus auto" in (refused.advice or "")
+    on_this_machine = ask(gpt2, small.model_copy(update={"gpu": "cpu"}), partition="auto").refusal
+    assert on_this_machine is not None
+    assert "Choose a larger card or a smaller model." in (on_this_machine.advice or "")
