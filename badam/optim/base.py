@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import torch.distributed
@@ -110,6 +110,14 @@ def rounding_seed_of(seed: int, visit: int) -> int:
     It differs from visit to visit and depends on saved numbers only, so that a resumed run rounds alike.
     """
     return (seed * 0x9E3779B97F4A7C15 + visit * 0xD1B54A32D192ED03 + 1) % 2**63
+
+
+def plain_options(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The options of each group as far as they are plain: learning rate, decay and the like."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return [
+        {key: value for key, value in group.items() if key != "params" and isinstance(value, plain)} for group in groups
+    ]
 
 
 def innermost_optimizer(optimizer: Any) -> Any:

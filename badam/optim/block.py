@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from badam.blocks.schedule import BlockSchedule
 from badam.errors import InputError, StateError, check_choice
 from badam.optim import driver, host_checks
 from badam.optim.active_parameter import ActiveParameter
-from badam.optim.base import Messages, VisitingOptimizer, rounding_seed_of
+from badam.optim.base import Messages, VisitingOptimizer, plain_options, rounding_seed_of
 from badam.optim.compiled_adamw import CompiledAdamW
 from badam.optim.master_groups import MasterGroups
 from badam.optim.model_blocks import BlockSpec, blocks_of_model
@@ -32,9 +32,6 @@ from badam.optim.visit import ActiveBlock
 from badam.tensors.dtensor import is_held_by_deepspeed
 from badam.tensors.functional import all_finite
 from badam.vocabulary import Phase, SwitchMode, WriteBack
-
-if TYPE_CHECKING:
-    from badam.distributed.deepspeed.adapter import ZeroThree
 
 Update = Literal["base", "compiled"]
 
@@ -582,17 +579,12 @@ class BlockOptimizer(VisitingOptimizer):
 
     def _facts(self) -> dict[str, object]:
         """What all processes must agree on."""
-        plain = (bool, int, float, str, tuple, type(None))
-        options = [
-            {key: value for key, value in group.items() if key != "params" and isinstance(value, plain)}
-            for group in self.param_groups
-        ]
         return {
             "the model": (len(self.named_parameters_list), model_digest(self.named_parameters_list)),
             "the blocks": (self.block_num, [block.prefixes for block in self.blocks], self.active_modules),
             "the schedule": self.schedule,
             "the position": {"step": self.global_step, "visit": self.visit, "steps in it": self.steps_in_visit},
-            "the base optimizer": (type(self.base_optimizer).__name__, options),
+            "the base optimizer": (type(self.base_optimizer).__name__, plain_options(self.param_groups)),
             "the write-back": self.write_back,
         }
 
@@ -613,7 +605,7 @@ class BlockOptimizer(VisitingOptimizer):
         self._user_groups = [group for group in self._user_groups if group]  # DeepSpeed has dropped empty ones
 
     @property
-    def driven_by(self) -> ZeroThree | None:
+    def driven_by(self) -> driver.ZeroThree | None:
         """The adapter through which DeepSpeed drives this optimizer, if it does."""
         return self._active.zero3
 

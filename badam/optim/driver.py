@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from badam.distributed.deepspeed.adapter import Driven, ZeroThree
+    from badam.distributed.deepspeed.adapter import Driven as Driven
+    from badam.distributed.deepspeed.adapter import ZeroThree as ZeroThree
 
 
 def connect_deepspeed(engine: Any, optimizer: Driven) -> ZeroThree:

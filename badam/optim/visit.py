@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from badam.blocks.names import belongs, rows_of
 from badam.errors import InputError
+from badam.optim import driver
 from badam.optim.active_parameter import HAS_GRAD_DTYPE, ActiveParameter
 from badam.optim.model_blocks import BlocksOfModel, freeze
 from badam.tensors.dtensor import is_sharded, seed_of_shard
-
-if TYPE_CHECKING:
-    from badam.distributed.deepspeed.adapter import ZeroThree
 
 
 class ActiveBlock:
@@ -38,7 +35,7 @@ class ActiveBlock:
     ) -> None:
         self.members: list[ActiveParameter] = []
         self.hides_gradients = hides_gradients
-        self.zero3: ZeroThree | None = None  # through which DeepSpeed drives the optimizer, if it does
+        self.zero3: driver.ZeroThree | None = None  # through which DeepSpeed drives the optimizer, if it does
         self._model = model
         self._keep_dtype = keep_dtype
         self._on_gradient = on_gradient
@@ -89,7 +86,7 @@ class ActiveBlock:
             freeze(member.parameter)
         self.members = []
 
-    def hand_over(self, zero3: ZeroThree) -> None:
+    def hand_over(self, zero3: driver.ZeroThree) -> None:
         """Leave gradients, masters and states to DeepSpeed from here on."""
         self.zero3 = zero3
         for member in self.members:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from badam.distributed.deepspeed.adapter import ZeroThree
 from badam.distributed.deepspeed.position import check_number, read_position, write_position
 from badam.errors import InputError, StateError, in_one_line
+from badam.optim.base import plain_options
 from badam.optim.block import BlockOptimizer
 from badam.units import format_bytes
 
@@ -54,7 +55,7 @@ def save_zero3_checkpoint(
     target = Path(directory) / tag
     if portable:
         state = {"weights": gathered_weights(engine.module), "active": _gathered_states(optimizer)}
-        _write_first(target / PORTABLE, {**state, "groups": _options(optimizer)})
+        _write_first(target / PORTABLE, {**state, "groups": plain_options(optimizer.param_groups)})
     else:
         engine.save_checkpoint(os.fspath(directory), tag=tag)
     write_position(target, optimizer, None if portable else dist.get_world_size())
@@ -157,15 +158,6 @@ def _scatter(model: nn.Module, weights: dict[str, Tensor]) -> None:
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             if dist.get_rank() == 0:
                 parameter.copy_(weights[name])
-
-
-def _options(optimizer: BlockOptimizer) -> list[dict[str, Any]]:
-    """The options of each group, as far as they are plain: learning rate, decay and the like."""
-    plain = (bool, int, float, str, tuple, type(None))
-    return [
-        {key: value for key, value in group.items() if key != "params" and isinstance(value, plain)}
-        for group in optimizer.param_groups
-    ]
 
 
 def _read(path: Path) -> dict[str, Any]:
