@@ -51,7 +51,6 @@ class MasterCopy:
             weights, master = self._weights_as_master(), local_part(self.master)
             if not is_rounding_of(weights, master, self.parameter.dtype):
                 master.copy_(weights)
-            self.mark_written()
         assert self.master is not None
         return self.master
 

@@ -58,6 +58,17 @@ def test_weights_loaded_within_a_visit_are_not_overwritten() -> None:
         assert (weight - before[name]).abs().max() < 0.1
 
 
+def test_weights_loaded_since_the_last_step_stay_as_they_are_though_a_backward_has_seen_them() -> None:
+    model = net()
+    optimizer = build(model, switch_every=0)
+    train(model, optimizer, 2)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))  # the masters, rounded: within one unit of the last place
+    before = weights(model)
+    model.loss(0).backward()
+    optimizer.write_back_block()
+    assert not any(moved(before, weights(model)).values())
+
+
 def test_weights_whose_memory_was_replaced_are_still_trained() -> None:
     model, twin = net(), net()
     optimizer, other = build(model), build(twin)
