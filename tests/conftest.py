@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Generator
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from packaging.version import Version
@@ -19,6 +20,10 @@ BatchFactory = Callable[..., Tensor]
 # By the processor's instructions oneDNN chooses kernels, and with them the scratch that a bf16 product takes of torch
 # memory. With those that all processors have, none is taken, and tests that compare bytes find the same everywhere.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+
+# How long an example takes says nothing on a machine that others use too.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 VOCABULARY = 64
 RUN_BY_EVERY_CHANGE = Version("5.23")  # of transformers, see constraints.txt

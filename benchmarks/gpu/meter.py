@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from badam.profiling.memory.nvml import DeviceMeter
+from badam.profiling.memory.cuda import DeviceMeter
 from benchmarks.gpu.record import DeviceAccount
 
 

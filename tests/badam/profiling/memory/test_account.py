@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from badam.profiling.memory.account import Account, Mark
+from badam.profiling.memory.cpu import Account, Mark
 from badam.vocabulary import Category, Phase
 
 sizes = st.integers(min_value=1, max_value=1000)

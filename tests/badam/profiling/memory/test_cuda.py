@@ -11,7 +11,6 @@ from torch import nn
 
 from badam.profiling.clocks import CudaClock
 from badam.profiling.memory import cuda as cuda_memory
-from badam.profiling.memory import nvml
 from badam.profiling.memory.cuda import CudaMemory
 from badam.profiling.memory.states import ModelStates
 from badam.vocabulary import Category, Phase
@@ -155,10 +154,10 @@ def test_the_driver_tells_this_process_or_the_card_or_nothing(
     monkeypatch: pytest.MonkeyPatch, driver: Driver, used: int | None, words: str
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", driver)
-    monkeypatch.setattr(nvml.os, "getpid", lambda: 77)
+    monkeypatch.setattr(cuda_memory.os, "getpid", lambda: 77)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234"))
     monkeypatch.setattr(torch.cuda, "synchronize", driver.make_context)
-    meter = nvml.DeviceMeter(0)
+    meter = cuda_memory.DeviceMeter(0)
     assert meter.used_bytes() == used
     assert words in meter.description
     meter.close()

@@ -13,9 +13,8 @@ import torch
 import badam.profiling
 from badam.errors import BadamError, InputError, PlanError
 from badam.plan import Plan, record_digest
-from badam.profiling.modules import cuda_history as allocator_history
 from badam.profiling.modules import profile as full_profile
-from badam.profiling.modules.cuda_history import SNAPSHOT_FILE, AllocatorHistory
+from badam.profiling.modules.profile import SNAPSHOT_FILE, AllocatorHistory
 from badam.profiling.modules.record import (
     MODULES_FILE,
     ModuleTimelines,
@@ -176,7 +175,7 @@ class Played:
 def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     player = Played()
     memory = SimpleNamespace(_record_memory_history=player.record, _dump_snapshot=player.dump)
-    monkeypatch.setattr(allocator_history, "torch", SimpleNamespace(cuda=SimpleNamespace(memory=memory)))
+    monkeypatch.setattr(full_profile, "torch", SimpleNamespace(cuda=SimpleNamespace(memory=memory)))
     return player
 
 
