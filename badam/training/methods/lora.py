@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -84,11 +85,13 @@ class Lora(TrainingMethod):
     def finish(self, model: PreTrainedModel) -> None:
         """Merge the adapters into the weights that they stand beside, so that any program can load the model.
 
-        A head that was trained in fp32 gets the type of the other weights.
+        A head that was trained in fp32 gets the type of the other weights, and one that shares its weights with the
+        embedding gets its own, if either of them has an adapter.
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        _untie(model, [layer.get_base_layer() for layer in layers.values()])
         for layer in layers.values():
             layer.merge(safe_merge=True)
         for path, layer in layers.items():
@@ -100,6 +103,18 @@ class Lora(TrainingMethod):
             for key in [key for key, hook in hooks.items() if hook is _in_single_precision]:
                 del hooks[key]
                 head.to(model.base_model.dtype)
+
+
+def _untie(model: PreTrainedModel, adapted: list[nn.Module]) -> None:
+    """Give modules with adapters weights of their own: merged into a shared one, they would change who shares it."""
+    holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    for module in adapted:
+        weight = module._parameters.get("weight")
+        if weight is not None and holders[id(weight)] > 1:
+            holders[id(weight)] -= 1
+            module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            for config in (model.config, model.config.get_text_config()):
+                config.tie_word_embeddings = False  # or they would be tied again when they are loaded
 
 
 def _heads(model: PreTrainedModel) -> list[nn.Module]:
