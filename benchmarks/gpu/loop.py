@@ -18,6 +18,8 @@ from badam.vocabulary import Phase
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from badam.training.engines import Engine
+
 SEED = 0
 
 
@@ -35,18 +37,34 @@ def build_on(device: torch.device, plan: Plan) -> PreTrainedModel:
 
 
 def run_steps(
-    plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer, steps: int, *, command: str
+    plan: Plan,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    *,
+    command: str,
+    engine: Engine | None = None,
 ) -> MeasuredRun:
     """Train for ``steps`` optimizer steps and tell what was measured.
+
+    Args:
+        plan: what to train.
+        model: prepared for it.
+        optimizer: of the plan.
+        steps: how many.
+        command: written into the record.
+        engine: of one of several processes, each with a GPU, which drives the optimizer.
 
     Raises:
         torch.OutOfMemoryError, RuntimeError: if the device refuses an allocation.
     """
-    device = next(model.parameters()).device
+    # What an engine partitions may be on the host between its uses.
+    device = next(model.parameters()).device if engine is None else torch.device("cuda", torch.cuda.current_device())
+    driven = optimizer if engine is None else engine.drive(model, optimizer)
     phases.enter(Phase.SETUP)
     with profiling.record(optimizer, model, plan=plan) as run:
         for _ in range(steps):
-            loss = optimizer_step(plan, model, optimizer, device)
+            loss = optimizer_step(plan, model, driven, device, engine)
             run.note(loss=float(loss), tokens=_tokens(plan))
             del loss
     measured = run.measured_run()
@@ -55,7 +73,11 @@ def run_steps(
 
 
 def optimizer_step(
-    plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device
+    plan: Plan,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    engine: Engine | None = None,
 ) -> Tensor:
     """One optimizer step on random tokens; returns the loss, shape (), detached."""
     total, items = torch.zeros((), device=device), torch.tensor(_tokens(plan), device=device)
@@ -66,6 +88,7 @@ def optimizer_step(
         optimizer,
         lambda: (random_batch(plan, model, device), items),
         micro_batches=plan.training.grad_accum,
+        engine=engine,
         on_loss=lambda loss: total.add_(loss.detach()),
     )
     return total

@@ -52,9 +52,12 @@ def _start_again(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     variables = environment(find_gpu(options.gpu))
     variables["TORCH_SYMBOLIZE_MODE"] = "dladdr"  # names of operators in some seconds, not minutes
     variables.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if options.expandable_segments or (options.case.endswith(".json") and _load(options).target.expandable_segments):
+    target = _load(options).target if options.case.endswith(".json") else None
+    if options.expandable_segments or (target is not None and target.expandable_segments):
         arguments = [*arguments, "--expandable-segments"]
         variables["PYTORCH_CUDA_ALLOC_CONF"] = EXPANDABLE
+    if target is not None and target.engine == "zero3":
+        variables["NULL_CUDA_TRUTH"] = "0"  # DeepSpeed reads one byte to learn whether a gradient overflowed
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks.null_cuda.trace", *arguments], variables)
 
 

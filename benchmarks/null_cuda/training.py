@@ -9,8 +9,10 @@ import torch
 from badam.plan import Plan
 from badam.profiling.record import MeasuredRun
 from badam.training.build import build_model, build_optimizer, prepare_checkpointing, prepare_model
+from badam.training.engines import engine_of
 from benchmarks.gpu.loop import build_on, run_steps
 from benchmarks.null_cuda.history import Request, recorded
+from benchmarks.null_cuda.ranks import join
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,10 +36,18 @@ def train(plan: Plan, steps: int, *, command: str) -> tuple[MeasuredRun, list[Re
         index = getattr(optimizer, "current_block_idx", 0)
         return ended[0], blocks[index].name if index < len(blocks) else ""
 
+    if plan.target.num_gpus > 1:
+        join(plan.target.num_gpus)
+    engine = engine_of(plan) if plan.target.num_gpus > 1 else None
     with recorded(position) as requests:
-        model = model_on(device, plan)
-        prepare_model(model, plan)
-        model.to(device)
+        model = model_on(device, plan) if engine is None else engine.build()
+        if engine is None:
+            prepare_model(model, plan)
+            model.to(device)
+        else:
+            engine.place(model)
+            prepare_model(model, plan)
+            torch.cuda.empty_cache()
         optimizer = build_optimizer(model, plan)
         prepare_checkpointing(model, optimizer, plan)
         count = [0]
@@ -47,7 +57,7 @@ def train(plan: Plan, steps: int, *, command: str) -> tuple[MeasuredRun, list[Re
             count[0] += 1
 
         optimizer.register_step_post_hook(ended)
-        run = run_steps(plan, model, optimizer, steps, command=command)
+        run = run_steps(plan, model, optimizer, steps, command=command, engine=engine)
     return run, requests
 
 

@@ -120,6 +120,19 @@ def test_a_singular_value_decomposition_runs(on_device: Run) -> None:
     assert python(on_device, code) == "torch.Size([64, 32]);torch.Size([32]);torch.Size([32, 32])"
 
 
+def test_nothing_is_wrong_and_all_is_right_with_what_is_read_back_and_what_was_just_sent_is_there(
+    on_device: Run,
+) -> None:
+    code = """
+import torch
+x = torch.ones(2, 3, device="cuda")
+print(x.isnan().any().item(), x.isfinite().all().item(), bool((x == x).all()), x.sum().item(), x.tolist()[1])
+sent = torch.tensor([3, 5], device="cuda")
+print(sent.tolist(), sent[1].item(), (sent + 1).tolist(), sent.tolist())
+"""
+    assert python(on_device, code).splitlines() == ["False True True 0.0 [0.0, 0.0, 0.0]", "[3, 5] 5 [0, 0] [0, 0]"]
+
+
 def test_a_thread_that_still_works_when_python_ends_does_not_abort_the_process(on_device: Run) -> None:
     code = """
 import threading, time, torch

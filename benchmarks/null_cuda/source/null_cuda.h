@@ -3,7 +3,7 @@
  * Preloaded, the library stands in front of libcudart (runtime.c, memory.c), of the parts of cuBLAS, cuSOLVER and NCCL
  * that PyTorch calls (libraries.c), of the driver functions that PyTorch asks for by name (driver.c) and, through a link
  * called libnvidia-ml.so.1, of NVML (nvml.c). Addresses are real but lead nowhere; a kernel launch does nothing; what is
- * read back from the device is zero. Everything on the host is PyTorch's own: operators, autograd, caching allocator.
+ * read back from the device is zero, or what was just sent there. Everything on the host is PyTorch's own: operators, autograd, caching allocator.
  * So what torch.cuda reports of memory is what it would report on the GPU.
  *
  * Which GPU is pretended stands in the environment, where device.py puts it from the product's catalogue of GPUs:
@@ -54,6 +54,7 @@ void give_memory_back(size_t bytes, int device);
 size_t memory_in_use(int device); /* without the context */
 size_t in_pages(size_t bytes);
 void open_context(void);
+void forget_uploads(void);
 int has_context(void); /* whether this process has one */
 
 /* runtime.c */

@@ -154,6 +154,7 @@ static _Thread_local int last_answer = -1; /* of the kernel that this thread lau
 static _Thread_local int is_decomposed;    /* whether a decomposition ran since the last byte was read */
 
 static int launch(const void *function) {
+    forget_uploads();
     last_answer = -1;
     for (int place = 0; place < reductions_known; place++)
         if (reductions[place].function == function) last_answer = reductions[place].answer;
