@@ -15,13 +15,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-import badam
-import badam_planner
 from badam.errors import DoesNotFit, InputError
 from badam.files import cache_directory, write_file
 from badam.plan import Plan, Target
@@ -41,6 +40,7 @@ KEPT_ANSWERS = 500
 def answer(
     question: Question,
     *,
+    source: tuple[str, ModelSource, dict[str, Any]] | None = None,
     command: str = "",
     progress: Callable[[str], None] = lambda _text: None,
     tell: Callable[[str], None] = lambda _text: None,
@@ -49,6 +49,7 @@ def answer(
 
     Args:
         question: what is asked.
+        source: id, kind and configuration of its model, where they need not be looked up.
         command: for the record of the plan.
         progress: is told what is being done.
         tell: is told what the figures of the device rest on, if on more than the catalogue.
@@ -59,7 +60,7 @@ def answer(
     check_gpus(question)
     progress(f"reading {question.model}")
     target = target_of(question, tell)
-    source = find_config(question.model)
+    source = source or find_config(question.model)
     key = answer_key(question, source, target)
     found = load_answer(key)
     if found is None:
@@ -157,8 +158,8 @@ def _remove_oldest(directory: Path) -> None:
 def _sources_digest() -> str:
     """Changes whenever a source file of runtime or planner does: an editable install keeps its version."""
     digest = hashlib.sha256()
-    for package in (badam, badam_planner):
-        root = Path(str(package.__file__)).parent
+    for package in ("badam", "badam_planner"):
+        root = Path(str(files(package)))
         for file in sorted(root.rglob("*.py")):
             status = file.stat()
             digest.update(f"{file.relative_to(root)} {status.st_size} {status.st_mtime_ns}\n".encode())
