@@ -7,7 +7,6 @@ without a word.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -19,13 +18,11 @@ from torch import Tensor, nn
 
 from badam.errors import InputError
 from badam.training.tasks import CLASSIFICATIONS
+from badam.training.weights import saved_files, shown
 from badam.vocabulary import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-NAMES_SHOWN = 4
 
 WRAPPERS = {r"^module\.": "DistributedDataParallel", r"_orig_mod(?:ule)?\.": "torch.compile"}
 """What a wrapper puts into the names of what it wraps, as regular expressions."""
@@ -144,34 +141,6 @@ def load_saved_weights(model: PreTrainedModel, directory: Path) -> None:
             model._weight_conversions = written_as
     absent = {*info.missing_keys, *(name for name, *_ in info.mismatched_keys)}
     _check_complete(model, absent, directory)
-
-
-def saved_files(directory: Path) -> list[Path]:
-    """The safetensors files that make up the weights in ``directory``.
-
-    Raises:
-        InputError: if one of them is not there.
-    """
-    if not (directory / INDEX).is_file():
-        files = [directory / WEIGHTS]
-    else:
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-        files = [directory / name for name in sorted(set(index["weight_map"].values()))]
-    absent = [path.name for path in files if not path.is_file()]
-    if absent:
-        raise InputError(
-            f"The weights in {directory} are not complete: {shown(absent)} of {len(files)} files "
-            f"{'is' if len(absent) == 1 else 'are'} not there.",
-            advice="Copy or download what is missing.",
-        )
-    return files
-
-
-def shown(names: Iterable[str]) -> str:
-    """The first few of some names, and how many more there are."""
-    ordered = sorted(names)
-    more = len(ordered) - NAMES_SHOWN
-    return ", ".join(ordered[:NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:

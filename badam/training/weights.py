@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,9 +12,11 @@ from urllib.request import getproxies
 
 from badam.errors import InputError
 from badam.plan import ModelSpec
-from badam.training.loading import INDEX, WEIGHTS, saved_files
 
 PRETRAINED, RANDOM = "pretrained", "random"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+NAMES_SHOWN = 4
+
 OWN_NAMESPACE = "badam/"
 """Catalogued models under this name exist as configurations only, for trying things out."""
 
@@ -50,6 +52,34 @@ def locate_weights(spec: ModelSpec, init: str) -> str | None:
         )
     _check_plain(spec.id, Path(_check_hub(spec.id)))
     return spec.id
+
+
+def saved_files(directory: Path) -> list[Path]:
+    """The safetensors files that make up the weights in ``directory``.
+
+    Raises:
+        InputError: if one of them is not there.
+    """
+    if not (directory / INDEX).is_file():
+        files = [directory / WEIGHTS]
+    else:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        files = [directory / name for name in sorted(set(index["weight_map"].values()))]
+    absent = [path.name for path in files if not path.is_file()]
+    if absent:
+        raise InputError(
+            f"The weights in {directory} are not complete: {shown(absent)} of {len(files)} files "
+            f"{'is' if len(absent) == 1 else 'are'} not there.",
+            advice="Copy or download what is missing.",
+        )
+    return files
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    ordered = sorted(names)
+    more = len(ordered) - NAMES_SHOWN
+    return ", ".join(ordered[:NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def stored_quantized(config: Mapping[str, Any]) -> str | None:

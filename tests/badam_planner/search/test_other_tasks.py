@@ -21,6 +21,7 @@ from badam.vocabulary import Strategy
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.rehearse import fake_world
 from badam_planner.search.planner import Request
+from badam_planner.search.request import check_engine
 from badam_planner.search.size_map import map_sizes
 from tests.badam_planner.rehearsal.measuring import measure, products_take_known_scratch
 from tests.badam_planner.rehearsal.plans import BART, FLAN_T5, LLAMA, T5, VIT, WHISPER, plan_of, spec_of
@@ -174,7 +175,7 @@ def test_losses_that_such_a_model_lacks_and_several_cards_are_refused() -> None:
         Evaluator(tree).recording(plan, 0)
     cards = Target(gpu="rtx3090", engine="fsdp2", num_gpus=2, total_bytes=2**34, usable_bytes=2**34)
     with pytest.raises(InputError, match="speech-to-text can be planned for one card only"):
-        Request(spec=spec_of(WHISPER, 2), target=cards)
+        check_engine(Request(spec=spec_of(WHISPER, 2), target=cards))
 
 
 def test_micro_batches_of_different_length_weigh_as_one_batch() -> None:

@@ -116,7 +116,7 @@ def test_what_the_driver_measures_overrules_the_record(driver: FakeDriver) -> No
 
 
 @pytest.mark.parametrize(
-    ("card", "workspace"),
+    ("gpu", "workspace"),
     [
         (FakeGpu("NVIDIA GeForce RTX 4090", 49140, capability=(8, 9)), 8_519_680),  # another size of a known card
         (FakeGpu("NVIDIA X1", 65536, capability=(11, 0)), 32 * MIB),
