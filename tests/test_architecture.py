@@ -36,7 +36,7 @@ HEAVY = {"accelerate", "datasets", "numpy", "peft", "pynvml", "torch", "transfor
 
 MAY_IMPORT = {
     "torch": ("badam", "badam_planner.rehearsal", "badam_planner.search"),
-    "transformers": ("badam", "badam_planner.rehearsal", "badam_planner.search"),
+    "transformers": ("badam", "badam_planner.rehearsal", "badam_planner.search", "badam_planner.interface"),
     "trl": ("badam.training",),
     "datasets": ("badam.training",),
     "accelerate": ("badam",),
