@@ -92,7 +92,9 @@ class Target(Record):
     usable_bytes: Bytes  # total less the driver's own share: what a process can use, its context included
     context_bytes: Bytes = 0  # taken by the process's device context, outside torch
     communication_bytes: Bytes = 0  # taken by the communication library, outside torch
-    workspace_bytes: Bytes = 0  # matrix-multiplication workspace, allocated through torch
+    workspace_bytes: Bytes = 0  # matrix-multiplication workspace, allocated through torch; each thread takes one
+    multiprocessors: Count | None = None  # of the GPU, by which kernels cut their work; None: not known
+    threads_per_multiprocessor: Count | None = None  # resident at most
     expandable_segments: bool = False  # torch's allocator grows few segments by pages instead of taking many
     rates: Rates | None = None  # None: nothing is known of its speed
 

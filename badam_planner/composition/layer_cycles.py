@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Literal, NamedTuple
 
 from badam.blocks.names import enclosing
-from badam.vocabulary import Phase
+from badam.vocabulary import Category, Phase
 from badam_planner.composition.renaming import Renamer
 from badam_planner.recording.recording import GIVEN, NEVER, Recording
 
@@ -94,7 +94,7 @@ class LayerCycles:
         self._cycle_of_layer = {layer: number for number, cycle in enumerate(cycles) for layer in cycle}
         cut = self._cut(_stream(recording))
         spans = [part for span in cut for part in _parted(span, "aside", self._aside)]
-        self._homes = _homes(spans, len(cycles))
+        self._homes = _homes(spans, len(cycles), recording)
         parted = (part for span in spans for part in _parted(span, "release", self._released))
         self.spans = [self._seen(part) for part in parted]
 
@@ -218,13 +218,17 @@ def _parted(span: Span, kind: Kind, cycles_of: Callable[[Sequence[Item]], list[i
         yield Span(cycle, None if cycle is None else kind, [item for _, item in members])
 
 
-def _homes(spans: Sequence[Span], cycles: int) -> dict[int, tuple[int, Ordinal]]:
-    """By allocation that a cycle made: the cycle, and which one of the cycle's it is."""
+def _homes(spans: Sequence[Span], cycles: int, recording: Recording) -> dict[int, tuple[int, Ordinal]]:
+    """By allocation that a cycle made: the cycle, and which one of the cycle's it is.
+
+    A library's workspace is no cycle's: whichever comes first takes it.
+    """
+    shared = {index for index, one in enumerate(recording.allocations) if one.category is Category.WORKSPACE}
     homes: dict[int, tuple[int, Ordinal]] = {}
     passages = [0] * cycles
     for span in spans:
         if span.cycle is not None:
-            made = [item.allocation for item in span.items if item.what == "birth"]
+            made = [item.allocation for item in span.items if item.what == "birth" and item.allocation not in shared]
             begin = -len(made) if span.kind == "backward" else 0
             places = enumerate(made, begin)
             homes.update((index, (span.cycle, (passages[span.cycle], place))) for place, index in places)

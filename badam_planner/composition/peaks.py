@@ -18,7 +18,7 @@ from badam.vocabulary import Phase
 from badam_planner.composition.compose import growth
 from badam_planner.composition.layer_cycles import Item, LayerCycles, NotPeriodic, times_of_cycle
 from badam_planner.recording.caching_allocator import ROUNDING
-from badam_planner.recording.recording import Recording
+from badam_planner.recording.recording import Recording, bytes_of
 
 FEWEST_CYCLES = 3
 """With two cycles the last releases what the first made, whose sizes nothing has compared with the middle ones'."""
@@ -63,7 +63,7 @@ class DepthPeaks:
         Args:
             recording: of a rehearsal.
             runs: for each run of equal cycles the layers (module paths) of its four cycles.
-            target: sizes are counted as on this device: rounded on a card, which also takes scratch and a workspace.
+            target: sizes are counted as on this device: rounded on a GPU, which also takes scratch.
 
         Raises:
             NotPeriodic: if a run cannot be composed.
@@ -71,7 +71,6 @@ class DepthPeaks:
         self._recording = recording
         self._on_gpu = target.gpu != "cpu"
         self._granularity = ROUNDING if self._on_gpu else 1
-        self._workspace_bytes = target.workspace_bytes if self._on_gpu else 0
         self._first_phase = recording.phase_starts[0][1]
         self._stretches = _stretches(recording, runs)
         self._growing = [(index, one.shares) for index, one in enumerate(recording.allocations) if one.shares]
@@ -105,19 +104,21 @@ class DepthPeaks:
         return BlockPeaks(highest[at], at, highest)
 
     def _sizes(self, totals: Sequence[int], numbers: Sequence[int] | None) -> list[int]:
-        """Rounded bytes by allocation, those of the workspace last."""
+        """Rounded bytes by allocation."""
         granularity = self._granularity
 
         def times(place: tuple[int, int]) -> int:
             return times_of_cycle(place[1], totals[place[0]])
 
         exact = [
-            (one.nbytes if numbers is None else numbers[one.size_law]) if self._on_gpu or not one.gpu_only else 0
+            (one.nbytes if numbers is None else bytes_of(one, numbers[one.size_law]))
+            if self._on_gpu or not one.gpu_only
+            else 0
             for one in self._recording.allocations
         ]
         for index, shares in self._growing:
             exact[index] += growth(shares, self._place_of_layer, times)
-        return [-(-nbytes // granularity) * granularity for nbytes in (*exact, self._workspace_bytes)]
+        return [-(-nbytes // granularity) * granularity for nbytes in exact]
 
 
 def _passed(
@@ -158,10 +159,6 @@ def _stretches(recording: Recording, runs: Sequence[Sequence[tuple[str, ...]]]) 
         passages = LayerCycles(recording, ())
         steps = [_step(item) for span in passages.spans for item in span.items]
         owners = [None] * len(steps)
-    first_forward = next((place for place, step in enumerate(steps) if step.phase is Phase.FORWARD), None)
-    if first_forward is not None:
-        steps.insert(first_forward + 1, _Step(len(recording.allocations), 1))
-        owners.insert(first_forward + 1, owners[first_forward])
     stretches = []
     for owner, members in groupby(zip(owners, steps, strict=True), key=lambda pair: pair[0]):
         run, cycle = (None, 0) if owner is None else owner[:2]

@@ -42,7 +42,7 @@ class Renamer:
         shares = tuple((self(layer), nbytes) for layer, nbytes in one.shares) if one.shares else ()
         return Allocation(
             one.nbytes, born, died, one.phase, where, one.operation, one.shape, one.dtype, one.category, one.role,
-            parameter, one.state, one.gpu_only, owner, shares, one.grown, one.size_law,
+            parameter, one.state, one.gpu_only, owner, shares, one.grown, one.size_law, one.rule, one.rows,
         )  # fmt: skip
 
 

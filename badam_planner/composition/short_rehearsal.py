@@ -43,7 +43,7 @@ class Rehearsed:
 
     def depth_peaks(self, target: Target) -> DepthPeaks:
         """Its outline for a device."""
-        key = (target.gpu == "cpu", target.workspace_bytes)
+        key = target.gpu == "cpu"
         if key not in self.depth_peaks_of:
             self.depth_peaks_of[key] = DepthPeaks(self.recording, self.runs, target)
         return self.depth_peaks_of[key]
@@ -68,7 +68,7 @@ class Rehearsed:
 
     def forecaster(self, layers: Sequence[str], runs: Sequence[Run], target: Target, head_module: str) -> Forecaster:
         """A forecaster of what :meth:`composed` gives."""
-        key = (tuple(runs), target.gpu == "cpu", target.workspace_bytes, head_module)
+        key = (tuple(runs), target.gpu == "cpu", head_module)
         if key not in self.forecasters:
             self.forecasters[key] = Forecaster(self.composed(layers, runs), target, head_module=head_module)
         return self.forecasters[key]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from badam.vocabulary import Phase
-from badam_planner.recording.recording import Recording, settled
+from badam_planner.recording.recording import Allocation, Recording, bytes_of, settled
 
 GRID = 128
 """Lengths that are multiples of this can be a family: kernels round their scratch up to it."""
@@ -145,16 +145,21 @@ class SizeFamily:
 
 def filled_in(pattern: SizePattern, numbers: Sequence[int]) -> Recording:
     """A family's pattern, composed or not, with the ``numbers`` of one size for its own."""
-    allocations = [replace(one, nbytes=numbers[one.size_law]) for one in pattern.recording.allocations]
+    allocations = [_filled(one, numbers[one.size_law]) for one in pattern.recording.allocations]
     flops = {place: numbers[law] for place, law in pattern.flops_laws.items()}
     return settled(replace(pattern.recording, allocations=allocations, flops=flops))
+
+
+def _filled(one: Allocation, number: int) -> Allocation:
+    rows = one.rows if one.rule is None else number
+    return replace(one, nbytes=bytes_of(one, number), rows=rows)
 
 
 def _likeness(recording: Recording) -> tuple[object, ...]:
     """All that must be the same at every size."""
     events = [
         (one.born, one.died, one.phase, one.module, one.operation, one.dtype, one.category, one.role,
-         one.parameter, one.state, one.gpu_only, one.owner, one.shares)
+         one.parameter, one.state, one.gpu_only, one.owner, one.shares, one.rule)
         for one in recording.allocations
     ]  # fmt: skip
     return events, recording.phase_starts, recording.layer_marks, list(recording.flops), recording.end
@@ -162,7 +167,7 @@ def _likeness(recording: Recording) -> tuple[object, ...]:
 
 def _numbers(recording: Recording) -> Iterator[int]:
     """All that may grow."""
-    yield from (one.nbytes for one in recording.allocations)
+    yield from (one.nbytes if one.rule is None else one.rows for one in recording.allocations)
     yield from recording.flops.values()
 
 

@@ -58,22 +58,22 @@ class _Pool:
 
     small: bool
     free: list[tuple[int, int, int]] = field(default_factory=list)
-    blocks: dict[tuple[int, int], _Block] = field(default_factory=dict)
+    blocks: dict[tuple[int, int, int], _Block] = field(default_factory=dict)  # by entry of ``free``
 
     def add(self, block: _Block) -> None:
-        insort(self.free, (block.size, block.segment, block.offset))
-        self.blocks[block.segment, block.offset] = block
+        entry = (block.size, block.segment, block.offset)
+        insort(self.free, entry)
+        self.blocks[entry] = block
 
     def remove(self, block: _Block) -> None:
-        del self.free[bisect_left(self.free, (block.size, block.segment, block.offset))]
-        del self.blocks[block.segment, block.offset]
+        entry = (block.size, block.segment, block.offset)
+        del self.free[bisect_left(self.free, entry)]
+        del self.blocks[entry]
 
-    def best_fit(self, size: int) -> _Block | None:
-        at = bisect_left(self.free, (size, -1, -1))
-        if at == len(self.free):
-            return None
-        _, segment, offset = self.free[at]
-        return self.blocks[segment, offset]
+    def take_best_fit(self, size: int) -> _Block | None:
+        """The smallest free block that holds ``size`` bytes, no longer among the free ones."""
+        at = bisect_left(self.free, (size,))
+        return self.blocks.pop(self.free.pop(at)) if at < len(self.free) else None
 
 
 class Taken(Protocol):
@@ -114,11 +114,12 @@ class SimulatedAllocator(ABC, Generic[TakenT, PoolT]):
         """
         if size == 0:
             return 0
-        taken, pool = self._take(-(-size // ROUNDING) * ROUNDING)
-        self._held[handle] = taken, pool
-        self.allocated += taken.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
-        return taken.size
+        held = self._held[handle] = self._take(-(-size // ROUNDING) * ROUNDING)
+        taken = held[0].size
+        self.allocated += taken
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
+        return taken
 
     def release(self, handle: Hashable) -> None:
         """Free what ``handle`` holds; it becomes available, and stays reserved."""
@@ -132,6 +133,10 @@ class SimulatedAllocator(ABC, Generic[TakenT, PoolT]):
     @abstractmethod
     def empty_cache(self) -> None:
         """Give back everything in which nothing is allocated."""
+
+    @abstractmethod
+    def layout(self) -> Hashable:
+        """What is free and where: what the allocator does next depends on nothing else."""
 
     @abstractmethod
     def _take(self, size: int) -> tuple[TakenT, PoolT]:
@@ -154,19 +159,20 @@ class CachingAllocator(SimulatedAllocator[_Block, _Pool]):
 
     def __init__(self, capacity: int | None = None) -> None:
         super().__init__(capacity)
-        self._pools = {True: _Pool(small=True), False: _Pool(small=False)}
+        self._small, self._large = _Pool(small=True), _Pool(small=False)
+        self._pools = {True: self._small, False: self._large}
         self._segments: dict[int, int] = {}
         self._next_segment = 0
 
     def _take(self, size: int) -> tuple[_Block, _Pool]:
-        pool = self._pools[size <= SMALL_REQUEST]
-        block = pool.best_fit(size) or self._new_segment(_segment_size(size), pool)
-        pool.remove(block)
+        pool = self._small if size <= SMALL_REQUEST else self._large
+        block = pool.take_best_fit(size) or self._new_segment(_segment_size(size))
         rest = block.size - size
-        if rest >= ROUNDING if pool.small else rest > SMALL_REQUEST:
-            remainder = _Block(block.segment, block.offset + size, rest, True, block, block.following)
-            if block.following is not None:
-                block.following.previous = remainder
+        if rest > SMALL_REQUEST or (rest >= ROUNDING and pool.small):
+            following = block.following
+            remainder = _Block(block.segment, block.offset + size, rest, True, block, following)
+            if following is not None:
+                following.previous = remainder
             block.following = remainder
             block.size = size
             pool.add(remainder)
@@ -174,15 +180,15 @@ class CachingAllocator(SimulatedAllocator[_Block, _Pool]):
         return block, pool
 
     def _give_back(self, taken: _Block, pool: _Pool) -> None:
-        block = taken
-        if (before := block.previous) is not None and before.free:
+        block, before, after = taken, taken.previous, taken.following
+        if before is not None and before.free:
             pool.remove(before)
             before.size += block.size
-            before.following = block.following
-            if block.following is not None:
-                block.following.previous = before
+            before.following = after
+            if after is not None:
+                after.previous = before
             block = before
-        if (after := block.following) is not None and after.free:
+        if after is not None and after.free:
             pool.remove(after)
             block.size += after.size
             block.following = after.following
@@ -199,7 +205,11 @@ class CachingAllocator(SimulatedAllocator[_Block, _Pool]):
                     pool.remove(block)
                     self.reserved -= self._segments.pop(block.segment)
 
-    def _new_segment(self, size: int, pool: _Pool) -> _Block:
+    def layout(self) -> Hashable:
+        """The free blocks by place, and what is reserved."""
+        return self.reserved, tuple(self._small.free), tuple(self._large.free)
+
+    def _new_segment(self, size: int) -> _Block:
         if not self._allows(size):
             self.empty_cache()
         if self.capacity is not None and not self._allows(size):
@@ -210,7 +220,6 @@ class CachingAllocator(SimulatedAllocator[_Block, _Pool]):
         self._segments[self._next_segment] = size
         self._next_segment += 1
         self._reserve(size)
-        pool.add(block)
         return block
 
 

@@ -17,7 +17,7 @@ Not counted: more than one stream, and the end of the address space, which is an
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
 from badam_planner.recording.caching_allocator import (
@@ -152,6 +152,10 @@ class ExpandableAllocator(SimulatedAllocator[_Range, _Pool]):
         for pool in self._pools.values():
             for _, start in list(pool.free):
                 self._unmap(pool, pool.at[start])
+
+    def layout(self) -> Hashable:
+        """The free ranges by place, and what is reserved."""
+        return self.reserved, *(tuple(pool.free) for pool in self._pools.values())
 
     def _grow(self, pool: _Pool, size: int) -> _Range:
         grown = self._try_to_grow(pool, size)

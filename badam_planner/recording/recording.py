@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from badam.vocabulary import Category, Phase
 
@@ -28,6 +28,7 @@ class TensorRole(StrEnum):
     FLASH_SCRATCH = "scratch of flash attention in"
     UNPACKED_WEIGHT = "unpacked weight in"
     FP32_COPY = "fp32 copy in"
+    PARTIAL_SUMS = "partial sums in"
     MATMUL_WORKSPACE = "workspace of matrix multiplication"
     GATHER_BUFFER = "gather buffer of"
     GATHERED = "gathered"
@@ -60,7 +61,7 @@ CATEGORY_OF_ROLE = {
 }
 """Of what a rehearsal names; the category of everything else is given where it is made, or follows from its life."""
 
-_SCRATCH = (TensorRole.FLASH_SCRATCH, TensorRole.UNPACKED_WEIGHT, TensorRole.FP32_COPY)
+_SCRATCH = (TensorRole.FLASH_SCRATCH, TensorRole.UNPACKED_WEIGHT, TensorRole.FP32_COPY, TensorRole.PARTIAL_SUMS)
 """Labels of these say in which module they are taken."""
 _OF_WEIGHTS = (*CATEGORY_OF_ROLE, TensorRole.GATHER_BUFFER, TensorRole.GATHERED)
 """Labels of these say which weights they are of."""
@@ -73,6 +74,13 @@ _REST = {
 
 NO_LAW = -1
 """``size_law`` of an allocation that is in no family of sizes."""
+
+
+class ScratchRule(Protocol):
+    """How many bytes a kernel takes for so many rows, where that is no polynomial; equal rules are equal objects."""
+
+    def nbytes(self, rows: int) -> int:
+        """Bytes for ``rows`` rows."""
 
 
 @dataclass(slots=True)
@@ -96,6 +104,8 @@ class Allocation:
     shares: tuple[tuple[str, int], ...] = ()  # bytes that single layers have in it, where it joins what is theirs
     grown: int = 0  # bytes that come on top for layers which were not rehearsed; see :func:`settled`
     size_law: int = NO_LAW  # by which number of its family its bytes grow with the size; see composition.sizes
+    rule: ScratchRule | None = None  # of a kernel's scratch: what its bytes follow from, with ``rows``
+    rows: int = 0  # that the rule is applied to
 
     @property
     def label(self) -> str | None:
@@ -163,6 +173,31 @@ class Recording:
     flops: Flops = field(default_factory=dict)
     traffic: dict[tuple[Phase, str], MemoryTraffic] = field(default_factory=dict)  # by phase and module path
     end: int = 1  # the next tick; the first one began the first phase
+
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """The optimizer steps, each from its first tick up to, not including, its end.
+
+        Forward begins the first one, and the phase between two steps each following one. What comes after the last
+        update is part of the last step.
+        """
+        forward = next((tick for tick, phase in self.phase_starts if phase is Phase.FORWARD), None)
+        if forward is None:
+            return []
+        begins = [forward, *(tick for tick, phase in self.phase_starts if phase is Phase.SETUP and tick > forward)]
+        if len(begins) > 1:
+            begins.pop()  # after the last update
+        return list(zip(begins, [*begins[1:], self.end], strict=True))
+
+    @property
+    def switches(self) -> bool:
+        """Whether a visit ends in the recording."""
+        return any(phase is Phase.SWITCH for _, phase in self.phase_starts)
+
+
+def bytes_of(one: Allocation, number: int) -> int:
+    """Bytes of an allocation for which ``number`` was found: itself, or what the rule of a scratch makes of it."""
+    return number if one.rule is None else one.rule.nbytes(number)
 
 
 def settled(recording: Recording) -> Recording:

@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
+from typing import NamedTuple
 
 from badam.vocabulary import Category, Phase
 from badam_planner.recording.recording import NEVER, Allocation, Recording
@@ -24,6 +25,14 @@ class Peak:
     tick: int
     phase: Phase
     module: str
+
+
+class Piece(NamedTuple):
+    """A stretch of one phase, with the changes in it: the tick of each, as :attr:`Timeline.changes` has them."""
+
+    begin: int
+    phase: Phase
+    changes: list[tuple[int, int]]
 
 
 class Timeline:
@@ -58,7 +67,7 @@ class Timeline:
 
     def resized(self, sizes: Sequence[int]) -> Timeline:
         """The same timeline with other sizes, such as those of the blocks that an allocator gave: one by allocation."""
-        _ = self._by_phase  # found once for all of them
+        _ = self.pieces  # found once for all of them
         other = copy(self)
         other.sizes = list(sizes)
         return other
@@ -111,7 +120,7 @@ class Timeline:
         """
         best: dict[Phase, Peak] = {}
         sizes, live = self.sizes, 0
-        for begin, phase, changes in self._by_phase:
+        for begin, phase, changes in self.pieces:
             top, tick, where = live, begin, ""
             for when, change in changes:
                 if change < 0:
@@ -125,14 +134,14 @@ class Timeline:
         return best
 
     @cached_property
-    def _by_phase(self) -> list[tuple[int, Phase, list[tuple[int, int]]]]:
+    def pieces(self) -> list[Piece]:
         """The phases in order, each with the tick when it began and the changes from then on."""
         starts = [bisect_left(self.changes, (begin,)) for begin in self._starts]
         starts[0] = 0
-        pieces = zip(starts, [*starts[1:], len(self.changes)], strict=True)
+        spans = zip(starts, [*starts[1:], len(self.changes)], strict=True)
         return [
-            (begin, phase, self.changes[first:end])
-            for begin, phase, (first, end) in zip(self._starts, self._phases, pieces, strict=True)
+            Piece(begin, phase, self.changes[first:end])
+            for begin, phase, (first, end) in zip(self._starts, self._phases, spans, strict=True)
         ]
 
     def live_at(self, tick: int) -> list[tuple[Allocation, Category, int]]:

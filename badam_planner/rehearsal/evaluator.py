@@ -31,7 +31,7 @@ from badam_planner.recording.forecast import Forecast, forecast
 from badam_planner.recording.recording import Entries, Flops, Recording
 from badam_planner.rehearsal.model_tree import ModelTree
 from badam_planner.rehearsal.relative_backward import backward_of_all, backward_relative
-from badam_planner.rehearsal.roles import Roles, trained_prefixes
+from badam_planner.rehearsal.roles import Roles, rehearsed_device, trained_prefixes
 from badam_planner.rehearsal.workers import run_all
 
 
@@ -265,8 +265,7 @@ class Evaluator:
             plan.partition.blocks[index].model_dump_json(),
             plan.training.model_dump_json(),
             plan.method,
-            plan.target.gpu == "cpu",
-            engine_of(plan.target).has_own_linear,
+            rehearsed_device(plan.target),
         )
         if key not in self._whole:
             self._whole[key] = rehearse(plan, index, layers=self.tree.layers)

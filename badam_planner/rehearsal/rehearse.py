@@ -1,11 +1,12 @@
 """Rehearse a plan: run the trainer's own code on fake tensors and record every allocation.
 
-One visit is rehearsed: its first optimizer update, in which the block's master copies and moments come into being,
-then a whole training step with them in place, then the switch to the next block. The first update is made with bare
-gradients, without forward and backward: those of the visit's first step hold less than those of every later one.
+One visit is rehearsed: a whole training step, in whose update the block's master copies and moments come into being,
+then one with them in place, then the switch to the next block. The first step holds less than those that follow, but
+it decides where a GPU's allocator puts what comes later. Engines that cut the model are laid over a rehearsal of one
+step; there the first update is made with bare gradients.
 
-Not counted: scratch memory inside an operator, the device context and libraries' workspaces (both come from the
-card's record), the data loader, and what the training loop holds for logging (some hundred bytes).
+Not counted: scratch memory inside an operator other than what badam_planner.recording.kernel_scratch lists, the device
+context (from the GPU's record), the data loader, and what the training loop holds for logging (some hundred bytes).
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def rehearse(
         stack.enter_context(_without_garbage_collection())
         model = build_without(lambda: fake_model(plan.model, plan.training), layers, classes, without)
         prepare_model(model, plan)
-        tracker = StorageTracker(model, layers, mode=mode, on_cpu=plan.target.gpu == "cpu")
+        tracker = StorageTracker(model, layers, mode=mode, target=plan.target)
         _label_weights(model, method, tracker, layers, without)
         on_host = list(method.resident_states(model, plan, block)) if plan.target.gpu == "cpu" else []
         for name, (key, tensor), is_there in with_left_out(((n, (k, t)) for n, k, t in on_host), layers, without):
@@ -184,11 +185,17 @@ def rehearse(
         with tracker.watching():
             optimizer = build_optimizer(model, staged, start_block=start)
             prepare_checkpointing(model, optimizer, staged)
-            if method.keeps_gradients:
+            if not engine_of(plan.target).joins_gpus:
+                tracker.counts_work = False
+                _training_step(plan, method, model, optimizer, tracker)
+                label_states(model, optimizer, tracker)
+            elif method.keeps_gradients:
                 _first_update(model, optimizer, tracker)
             else:
                 label_states(model, optimizer, tracker)
-            tracker.recording.traffic.clear()  # memory so far is there to stay, work so far is no part of a step's
+            tracker.recording.traffic.clear()  # work so far is no part of a later step
+            tracker.recording.flops.clear()
+            tracker.counts_work = True
             _training_step(plan, method, model, optimizer, tracker)
         del on_host  # only now: it stays allocated throughout
         return tracker.recording
@@ -285,6 +292,7 @@ def _training_step(
     plan: Plan, method: TrainingMethod, model: PreTrainedModel, optimizer: Optimizer, tracker: StorageTracker
 ) -> None:
     """The trainer's step, on batches without content."""
+    tracker.begin_step()
 
     def next_batch() -> tuple[dict[str, Tensor], Tensor]:
         batch = blank_batch(plan, model.config)

@@ -6,10 +6,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from badam.blocks.names import belongs
-from badam.plan import BlockPlan, Plan
+from badam.plan import BlockPlan, Plan, Target
 from badam.training.methods import method_of
 from badam_planner.composition.compose import Run
 from badam_planner.multi_gpu.engines import engine_of
+from badam_planner.recording.kernel_scratch import Occupancy
 from badam_planner.rehearsal.model_tree import ModelTree
 
 
@@ -48,8 +49,7 @@ class Roles:
                 shape.append(role_of[layer])
         prefixes = self.trained(plan, index)
         elsewhere = tuple(path for path in prefixes if not self.tree.layer_of(path))
-        device = plan.target.gpu == "cpu", engine_of(plan.target).has_own_linear
-        return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method, device
+        return tuple(shape), elsewhere, plan.training.model_dump_json(), plan.method, rehearsed_device(plan.target)
 
     def of(self, plan: Plan, index: int) -> tuple[Role, ...]:
         """What each layer is and does while block number ``index`` is active."""
@@ -112,3 +112,10 @@ class Roles:
 def trained_prefixes(plan: Plan, block: BlockPlan) -> tuple[str, ...]:
     """The module paths of what is trained while ``block`` is active."""
     return (*block.prefixes, *plan.partition.active_modules)
+
+
+def rehearsed_device(target: Target) -> Hashable:
+    """All of a target that a rehearsal depends on."""
+    engine = engine_of(target)
+    gpu = None if target.gpu == "cpu" else (target.workspace_bytes, Occupancy.of(target))
+    return gpu, engine.has_own_linear, engine.joins_gpus

@@ -17,12 +17,20 @@ from torch.utils._pytree import tree_leaves
 
 from badam import phases
 from badam.blocks.names import enclosing
-from badam.vocabulary import Phase
+from badam.plan import Target
+from badam.vocabulary import Category, Phase
 from badam_planner.recording.kernel_scratch import (
     BY_INDEX,
+    COLUMN_SUM,
+    EMBEDDING_BACKWARD,
     FLASH_BACKWARD,
     FOUR_BIT_PRODUCT,
+    PRODUCTS,
+    ColumnSum,
+    EmbeddingSums,
+    Occupancy,
     by_index_bytes,
+    column_sum_shape,
     flash_backward_bytes,
     unpacked_bytes,
 )
@@ -34,6 +42,7 @@ from badam_planner.recording.recording import (
     LayerMark,
     MemoryTraffic,
     Recording,
+    ScratchRule,
     TensorRole,
 )
 from badam_planner.recording.timeline import LOSS_MODULE
@@ -65,7 +74,7 @@ class StorageTracker(TorchDispatchMode):
         layers: Collection[str] = (),
         *,
         mode: FakeTensorMode | None = None,
-        on_cpu: bool = False,
+        target: Target | None = None,
     ) -> None:
         """Watch ``model``; the beginnings of its ``layers`` (module paths) are marked in the recording.
 
@@ -73,13 +82,18 @@ class StorageTracker(TorchDispatchMode):
             model: whose modules run.
             layers: module paths.
             mode: of the fake tensors, whose operators are then answered from memory where that is possible.
-            on_cpu: record scratch that only a CPU's kernels take.
+            target: the device whose kernels' scratch is recorded; None records only what every GPU takes.
         """
         super().__init__()
         self._maker = None if mode is None else Maker(mode)
         self._layers = frozenset(layers)
-        self._on_cpu = on_cpu
+        self._on_cpu = target is not None and target.gpu == "cpu"
+        self._on_gpu = None if target is None or self._on_cpu else Occupancy.of(target)
+        self._workspace_bytes = 0 if target is None or self._on_cpu else target.workspace_bytes
+        self._threads_with_workspace: set[bool] = set()  # whether it is autograd's
         self.recording = Recording()
+        self.counts_work = True
+        """Whether work is noted; outside of layers it is all the same, since it tells whose turn it is."""
         self._names = {id(module): name for name, module in model.named_modules()}
         self._living: dict[int, tuple[int, weakref.ref[Any]]] = {}  # storage address -> index of its allocation
         self._owners = Owners(self._layers, self.recording, self._index_of)
@@ -128,8 +142,35 @@ class StorageTracker(TorchDispatchMode):
         elif self._on_cpu and name in BY_INDEX:
             sizes = by_index_bytes(output.shape, output.element_size())
             self._pass_through(sizes, name, TensorRole.FP32_COPY, gpu_only=False)
+        elif self._on_gpu is not None:
+            self._take_on_a_gpu(name, self._on_gpu, args)
         self._count(func, args, kwargs, output, moved)
         return output
+
+    def _take_on_a_gpu(self, name: str, gpu: Occupancy, args: tuple[Any, ...]) -> None:
+        """Record what an operator takes besides its output, after it, on the GPU that is planned for."""
+        if name in PRODUCTS:
+            if self._workspace_bytes and len(self._threads_with_workspace) < 2:
+                self._take_workspace(name)
+        elif name == COLUMN_SUM:
+            shape = column_sum_shape(args[0].shape, args[1] or ()) if args[0].is_contiguous() else None
+            if shape is not None:
+                self._pass_by_rule(shape[0], ColumnSum(shape[1], gpu), name)
+        elif name == EMBEDDING_BACKWARD:
+            gradient, indices, vocabulary = args[:3]
+            self._pass_by_rule(indices.numel(), EmbeddingSums(vocabulary, gradient.shape[-1]), name)
+
+    def _take_workspace(self, name: str) -> None:
+        """The first product of each thread takes a workspace for good: the main one's, and autograd's for backward."""
+        autograds = torch._C._current_autograd_node() is not None
+        if autograds in self._threads_with_workspace:
+            return
+        self._threads_with_workspace.add(autograds)
+        nbytes = self._workspace_bytes
+        workspace = Allocation(nbytes, self._tick(), NEVER, self._phase, self.module, name, (nbytes,), "uint8")
+        workspace.category, workspace.gpu_only = Category.WORKSPACE, True
+        workspace.role = TensorRole.MATMUL_WORKSPACE
+        self.recording.allocations.append(workspace)
 
     def _see_owned(self, func: Any, arguments: Arguments, output: Any) -> None:
         """See what an operator returns where no layer runs, and note whose it is."""
@@ -145,8 +186,10 @@ class StorageTracker(TorchDispatchMode):
         """Note the work of one operator where it is done; outside of layers with the one that it is done for."""
         place = (self._phase, self.module)
         recording = self.recording
-        formula = FLOPS.get(func._overloadpacket)
         outside = not self._stack and not enclosing(place[1], self._layers)
+        if not self.counts_work and not outside:
+            return
+        formula = FLOPS.get(func._overloadpacket)
         if formula is not None:
             if outside:
                 place = (place[0], self._owners.whose_turn((args, kwargs)) or place[1])
@@ -172,6 +215,11 @@ class StorageTracker(TorchDispatchMode):
         values = getattr(tensor, "window_values", tensor)  # see badam.optim.window_gradient
         known = self._living.get(values.untyped_storage()._cdata)
         return None if known is None else known[0]
+
+    def _pass_by_rule(self, rows: int, rule: ScratchRule, operation: str) -> None:
+        """Record a GPU kernel's scratch, also where it is nothing at this size: at another it may be something."""
+        self._pass_through((rule.nbytes(rows),), operation, TensorRole.PARTIAL_SUMS, gpu_only=True)
+        self.recording.allocations[-1].rule, self.recording.allocations[-1].rows = rule, rows
 
     def _pass_through(self, sizes: Iterable[int], operation: str, role: TensorRole, *, gpu_only: bool) -> None:
         """Record scratch of a kernel: born together, dead before the operator returns."""
@@ -240,6 +288,10 @@ class StorageTracker(TorchDispatchMode):
         self.recording.allocations.append(
             replace(known, born=born, died=NEVER, category=category, role=role, parameter=parameter, state=state)
         )
+
+    def begin_step(self) -> None:
+        """What follows is no layer's, whoever's the last operator was."""
+        self._owners.begin(self._phase)
 
     # -- where the code is
 

@@ -118,6 +118,8 @@ class GpuRecord(CatalogueRecord):
             usable_bytes=self.usable_bytes,
             context_bytes=self.context_bytes,
             workspace_bytes=self.workspace_bytes,
+            multiprocessors=self.multiprocessors,
+            threads_per_multiprocessor=self.threads_per_multiprocessor,
             rates=self.rates(),
         )
 

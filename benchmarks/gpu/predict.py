@@ -69,7 +69,10 @@ def todays_target(target: Target) -> Target:
     if known is None:
         return target
     assumed = known.target()
-    changed = {"context_bytes": assumed.context_bytes, "workspace_bytes": assumed.workspace_bytes}
+    changed = {
+        name: getattr(assumed, name)
+        for name in ("context_bytes", "workspace_bytes", "multiprocessors", "threads_per_multiprocessor")
+    }
     return target.model_copy(update=changed)
 
 

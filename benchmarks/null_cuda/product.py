@@ -10,7 +10,7 @@ from badam.plan import Plan
 from badam.vocabulary import Phase
 from badam_planner.recording.caching_allocator import ROUNDING, CachingAllocator, SimulatedAllocator
 from badam_planner.recording.expandable_allocator import ExpandableAllocator
-from badam_planner.recording.forecast import replay, with_workspace
+from badam_planner.recording.replay import replay
 from badam_planner.recording.timeline import Timeline
 from badam_planner.rehearsal.evaluator import Evaluator
 from badam_planner.rehearsal.model_tree import ModelTree
@@ -50,17 +50,16 @@ class Predicted:
 def predicted_requests(plan: Plan, tree: ModelTree, block: int) -> Predicted:
     """The events that the product predicts for a block of a plan on a GPU, in order."""
     recording = Evaluator(tree).recording(plan, block)
-    recording = with_workspace(recording, plan.target.workspace_bytes)
     timeline = Timeline(recording, tree.head_module, granularity=ROUNDING, on_gpu=True)
-    allocator, sizes = replay(timeline, expandable_segments=plan.target.expandable_segments)
-    in_blocks = timeline.resized(sizes)
-    peak = in_blocks.peak()
+    replayed = replay(timeline, expandable_segments=plan.target.expandable_segments)
+    in_blocks = timeline.resized(replayed.sizes)
+    peak = max(replayed.by_phase.values(), key=lambda each: each.nbytes)
     alive = tuple(
         (round_up(allocation.nbytes), nbytes, f"{allocation.describe()} [{category}]")
         for allocation, category, nbytes in in_blocks.live_at(peak.tick)
         if nbytes
     )
-    return Predicted(tuple(_events(timeline)), alive, peak.nbytes, allocator.peak_reserved)
+    return Predicted(tuple(_events(timeline)), alive, peak.nbytes, replayed.allocator.peak_reserved)
 
 
 def _events(timeline: Timeline) -> Iterator[PredictedEvent]:

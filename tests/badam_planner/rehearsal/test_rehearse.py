@@ -102,6 +102,19 @@ def test_every_gradient_and_state_carries_the_name_of_its_parameter() -> None:
     assert "gradient of model.layers.0.mlp.up_proj.weight" not in labels
 
 
+def test_a_visit_begins_with_a_whole_step_before_masters_and_moments_exist() -> None:
+    plan, _ = plan_of(LLAMA, 2)
+    recording = rehearse(plan, 1)
+    (first, turn), (second, _) = recording.steps
+    states = [one for one in recording.allocations if one.category in (Category.MASTER, Category.OPTIMIZER_STATE)]
+    gradients = [one for one in recording.allocations if one.category is Category.GRADIENT]
+    assert turn == second
+    assert states
+    assert all(one.phase is Phase.STEP and first < one.born < turn < one.died for one in states)
+    assert {one.born < turn for one in gradients} == {True, False}
+    assert recording.switches
+
+
 def test_a_rehearsal_leaves_no_trace() -> None:
     plan, _ = plan_of(LLAMA, 2, checkpointing=True)
     before = torch.get_rng_state()
