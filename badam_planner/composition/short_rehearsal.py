@@ -16,8 +16,9 @@ from badam_planner.composition.peaks import BlockPeaks, DepthPeaks
 from badam_planner.composition.renaming import renamed, renamed_work
 from badam_planner.composition.sizes import SizePattern, filled_in
 from badam_planner.composition.step_time import StepTimes, Work
-from badam_planner.recording.forecast import Forecast, Forecaster
+from badam_planner.recording.forecast import at_size, timeline_on
 from badam_planner.recording.recording import Flops, Recording, settled
+from badam_planner.recording.timeline import Timeline
 
 
 @dataclass(slots=True)
@@ -30,7 +31,7 @@ class Rehearsed:
     flops_laws: dict[tuple[Phase, str], int] | None = None  # of a family's pattern
     depth_peaks_of: dict[Hashable, DepthPeaks] = field(default_factory=dict)
     paces: dict[Hashable, StepTimes] = field(default_factory=dict)
-    forecasters: dict[Hashable, Forecaster] = field(default_factory=dict)
+    timelines: dict[Hashable, Timeline] = field(default_factory=dict)
     works: dict[Hashable, Flops] = field(default_factory=dict)
 
     @classmethod
@@ -66,12 +67,12 @@ class Rehearsed:
             recording = compose(recording, run)
         return settled(recording) if self.flops_laws is None else recording
 
-    def forecaster(self, layers: Sequence[str], runs: Sequence[Run], target: Target, head_module: str) -> Forecaster:
-        """A forecaster of what :meth:`composed` gives."""
+    def timeline(self, layers: Sequence[str], runs: Sequence[Run], target: Target, head_module: str) -> Timeline:
+        """The timeline of what :meth:`composed` gives."""
         key = (tuple(runs), target.gpu == "cpu", head_module)
-        if key not in self.forecasters:
-            self.forecasters[key] = Forecaster(self.composed(layers, runs), target, head_module=head_module)
-        return self.forecasters[key]
+        if key not in self.timelines:
+            self.timelines[key] = timeline_on(self.composed(layers, runs), target, head_module)
+        return self.timelines[key]
 
     def flops(self, layers: Sequence[str], runs: Sequence[Run]) -> Flops:
         """Operations of what :meth:`composed` gives; of a family's pattern their laws."""
@@ -113,10 +114,10 @@ class Rehearsal:
         """The peaks at full depth; NotPeriodic is raised if they cannot be told."""
         return self.rehearsed.depth_peaks(target).peaks(self._totals, self.numbers)
 
-    def forecast(self, target: Target, head_module: str) -> Forecast:
-        """The forecast at full depth; NotPeriodic is raised if it cannot be composed."""
-        forecaster = self.rehearsed.forecaster(self.layers, self.runs, target, head_module)
-        return forecaster.forecast(target, self.numbers)
+    def timeline(self, target: Target, head_module: str) -> Timeline:
+        """The timeline at full depth; NotPeriodic is raised if it cannot be composed."""
+        timeline = self.rehearsed.timeline(self.layers, self.runs, target, head_module)
+        return timeline if self.numbers is None else at_size(timeline, self.numbers)
 
     def flops(self) -> Flops:
         """Operations at full depth."""

@@ -101,6 +101,8 @@ class SimulatedAllocator(ABC, Generic[TakenT, PoolT]):
         self.reserved = 0
         self.peak_allocated = 0
         self.peak_reserved = 0
+        self.releases = 0
+        """How often there was no room, and everything free went back."""
         self._held: dict[Hashable, tuple[TakenT, PoolT]] = {}
 
     def allocate(self, handle: Hashable, size: int) -> int:
@@ -211,6 +213,7 @@ class CachingAllocator(SimulatedAllocator[_Block, _Pool]):
 
     def _new_segment(self, size: int) -> _Block:
         if not self._allows(size):
+            self.releases += 1
             self.empty_cache()
         if self.capacity is not None and not self._allows(size):
             raise AllocationRefused(

@@ -131,7 +131,6 @@ class ExpandableAllocator(SimulatedAllocator[_Range, _Pool]):
 
     def __init__(self, capacity: int | None = None) -> None:
         super().__init__(capacity)
-        self.retries = 0
         self._pools = {True: _Pool(SMALL_SEGMENT), False: _Pool(MEDIUM_SEGMENT)}
 
     def _take(self, size: int) -> tuple[_Range, _Pool]:
@@ -160,7 +159,7 @@ class ExpandableAllocator(SimulatedAllocator[_Range, _Pool]):
     def _grow(self, pool: _Pool, size: int) -> _Range:
         grown = self._try_to_grow(pool, size)
         if grown is None:
-            self.retries += 1
+            self.releases += 1
             self.empty_cache()
             grown = self._try_to_grow(pool, size)
         if grown is None:

@@ -56,6 +56,7 @@ class Timeline:
         """
         self.recording = recording
         self.granularity = granularity
+        self.on_gpu = on_gpu
         self.sizes = [
             0 if allocation.gpu_only and not on_gpu else -(-allocation.nbytes // granularity) * granularity
             for allocation in recording.allocations

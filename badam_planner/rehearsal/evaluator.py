@@ -8,6 +8,7 @@ ones and are composed to full depth (badam_planner.composition.compose); with ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,8 +28,9 @@ from badam_planner.composition.step_time import StepTimes, Work
 from badam_planner.multi_gpu.engines import engine_of
 from badam_planner.multi_gpu.fsdp2 import Sharding, sharding_of
 from badam_planner.multi_gpu.traffic import Traffic
-from badam_planner.recording.forecast import Forecast, forecast
+from badam_planner.recording.forecast import Forecast, cache_releases, forecast_visits, timeline_on
 from badam_planner.recording.recording import Entries, Flops, Recording
+from badam_planner.recording.timeline import Timeline
 from badam_planner.rehearsal.model_tree import ModelTree
 from badam_planner.rehearsal.relative_backward import backward_of_all, backward_relative
 from badam_planner.rehearsal.roles import Roles, rehearsed_device, trained_prefixes
@@ -46,6 +48,7 @@ class PlanForecast:
     quantized_entries: int = 0  # entries of the weights that are kept in fewer than 16 bits
     blocks: tuple[BlockPeaks, ...] = ()  # by block, or empty if only the worst was asked for
     work_by_phase: tuple[dict[Phase, Work], ...] = ()  # by block: of one optimizer step; the switch of a whole visit
+    visited: tuple[int, ...] = ()  # the blocks whose visits in turns were simulated
 
 
 _Sized = tuple[Rehearsed, Sequence[int] | None]
@@ -108,16 +111,14 @@ class Evaluator:
                 peaks[index] = self.peaks(plan, index)
             if give_up_above is not None and self._is_too_large(plan, index, peaks[index], give_up_above):
                 return None
-        close = _worth_simulating(peaks)
-        simulated = run_all([partial(self._forecast, plan, index) for index in close], workers)
-        forecasts = dict(zip(close, simulated, strict=True))
-        worst = max(forecasts, key=lambda index: (forecasts[index].peak_device_bytes, -index))
-        if give_up_above is not None and forecasts[worst].peak_device_bytes > give_up_above:
+        visited = sorted({*_worth_simulating(peaks), *self._of_each_kind(plan, peaks)})
+        worst, found = self._forecast(plan, visited, workers)
+        if give_up_above is not None and found.peak_device_bytes > give_up_above:
             return None
         flops = {index: self.flops(plan, index) for index in peaks}
         relative = backward_relative(plan, self.tree, flops, [lowest[shape] for shape in shapes])
         largest = max(block.parameters + self._roles.entries_besides(plan, block) for block in plan.partition.blocks)
-        return PlanForecast(worst, forecasts[worst], relative, largest)
+        return PlanForecast(worst, found, relative, largest, visited=tuple(visited))
 
     def _is_too_large(self, plan: Plan, index: int, peaks: BlockPeaks, limit_bytes: int) -> bool:
         """Whether one block alone needs more than the limit; of the largest also with the allocator's share.
@@ -128,11 +129,11 @@ class Evaluator:
             return True
         if not engine_of(plan.target).joins_gpus or index != self.decisive(plan)[0]:
             return False
-        return self._forecast(plan, index).peak_device_bytes > limit_bytes
+        return self._forecast_alone(plan, index).peak_device_bytes > limit_bytes
 
     def device_bytes_of_largest(self, plan: Plan) -> int:
         """What the largest block needs: near what the worst one does, for far less work."""
-        return self._forecast(plan, self.decisive(plan)[0]).peak_device_bytes
+        return self._forecast_alone(plan, self.decisive(plan)[0]).peak_device_bytes
 
     def decisive(self, plan: Plan) -> list[int]:
         """The blocks that must be rehearsed to find a plan's worst: the lowest of each shape, the largest first."""
@@ -142,11 +143,41 @@ class Evaluator:
             key=lambda index: -plan.partition.blocks[index].parameters,
         )
 
-    def _forecast(self, plan: Plan, index: int) -> Forecast:
+    def _of_each_kind(self, plan: Plan, peaks: Mapping[int, BlockPeaks]) -> list[int]:
+        """Of the blocks whose states have the same sizes the one with the highest peak: others leave other segments."""
+        kinds: dict[Hashable, int] = {}
+        for index in sorted(peaks, key=lambda index: -peaks[index].peak_allocated_bytes):
+            prefixes = self._roles.trained(plan, index)
+            sizes = sorted(math.prod(one.shape) for one in self.tree.parameters if belongs(one.name, prefixes))
+            kinds.setdefault(tuple(sizes), index)
+        return list(kinds.values()) if plan.target.gpu != "cpu" and not engine_of(plan.target).joins_gpus else []
+
+    def _forecast(self, plan: Plan, visited: Sequence[int], workers: int = 1) -> tuple[int, Forecast]:
+        """The forecast of visits to these blocks in turns, and which of them has the highest peak."""
+        if engine_of(plan.target).joins_gpus:  # rehearsals of a step, and not of a visit
+            alone = run_all([partial(self._forecast_alone, plan, index) for index in visited], workers)
+            worst = max(range(len(alone)), key=lambda place: (alone[place].peak_device_bytes, -place))
+            return visited[worst], alone[worst]
+        found = forecast_visits([self._timeline(plan, index) for index in visited], plan.target)
+        return visited[found.worst], found.forecast
+
+    def _forecast_alone(self, plan: Plan, index: int) -> Forecast:
+        return forecast_visits([self._timeline(plan, index)], plan.target).forecast
+
+    def _timeline(self, plan: Plan, index: int) -> Timeline:
         if self._composes(plan) and not engine_of(plan.target).joins_gpus:
             with suppress(NotPeriodic):
-                return self._rehearsal(plan, index).forecast(plan.target, self.tree.head_module)
-        return forecast(self.recording(plan, index), plan.target, head_module=self.tree.head_module)
+                return self._rehearsal(plan, index).timeline(plan.target, self.tree.head_module)
+        return timeline_on(self.recording(plan, index), plan.target, self.tree.head_module)
+
+    def cache_releases(self, plan: Plan, known: PlanForecast) -> float | None:
+        """How often per step a plan gives back cached segments to stay within its GPU; None if it runs out even so.
+
+        Args:
+            plan: on a GPU.
+            known: what was found for it.
+        """
+        return cache_releases([self._timeline(plan, index) for index in known.visited], plan.target)
 
     def _without_roles(self, plan: Plan, give_up_above: int | None) -> PlanForecast | None:
         """Rehearse the first and the last block, for methods that train more than the block.
@@ -154,12 +185,12 @@ class Evaluator:
         What is trained besides reaches through all layers, so blocks differ only in when their gradients and saved
         inputs come and go: the lowest keeps most activations until last, the highest has its gradients first.
         """
-        forecasts = {index: self._forecast(plan, index) for index in {0, len(plan.partition.blocks) - 1}}
-        worst = max(forecasts, key=lambda index: (forecasts[index].peak_device_bytes, -index))
-        if give_up_above is not None and forecasts[worst].peak_device_bytes > give_up_above:
+        visited = sorted({0, len(plan.partition.blocks) - 1})
+        worst, found = self._forecast(plan, visited)
+        if give_up_above is not None and found.peak_device_bytes > give_up_above:
             return None
         relative = (backward_of_all(self.flops(plan, worst)),) * len(plan.partition.blocks)
-        return PlanForecast(worst, forecasts[worst], relative, *self._entries(plan))
+        return PlanForecast(worst, found, relative, *self._entries(plan), visited=tuple(visited))
 
     def _entries(self, plan: Plan) -> Entries:
         from badam_planner.rehearsal.rehearse import count_entries

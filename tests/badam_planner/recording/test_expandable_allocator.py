@@ -115,7 +115,7 @@ def test_cached_pages_are_given_back_before_a_request_is_refused() -> None:
         allocator.release(handle)
     assert allocator.reserved == 2 * PAGE
     allocator.allocate("next", 20 * MIB)
-    assert (allocator.reserved, allocator.retries) == (2 * PAGE, 1)
+    assert (allocator.reserved, allocator.releases) == (2 * PAGE, 1)
     with pytest.raises(AllocationRefused, match="41943040 of 41943040"):
         allocator.allocate("too much", 2 * MIB)
 

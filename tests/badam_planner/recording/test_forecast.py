@@ -116,7 +116,7 @@ def test_the_timeline_of_blocks_peaks_where_the_allocator_does(recording: Record
     replayed = replay(timeline)
     peak = max(each.nbytes for each in replayed.by_phase.values())
     assert peak == replayed.allocator.peak_allocated
-    if replayed.visits == 1:  # in a later visit what an earlier one left is there too
+    if replayed.rounds == 1:  # in a later visit what an earlier one left is there too
         assert timeline.resized(replayed.sizes).peak().nbytes == peak
     assert all(given >= asked for given, asked in zip(replayed.sizes, timeline.sizes, strict=True))
 

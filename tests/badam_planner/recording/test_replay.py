@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from badam.units import MIB
 from badam.vocabulary import Category, Phase
 from badam_planner.recording.recording import Recording
-from badam_planner.recording.replay import MOST_VISITS, Replay, replay
+from badam_planner.recording.replay import MOST_ROUNDS, Replay, replay
 from badam_planner.recording.timeline import Timeline
 from tests.badam_planner.recording.recordings import Script, scripted
 
@@ -51,20 +51,20 @@ def test_the_first_update_takes_the_segments_that_the_first_steps_logits_left() 
 
 
 def test_a_visit_is_repeated_until_the_segments_are_those_of_an_earlier_one() -> None:
-    assert run(visit()).visits == 2
-    assert run(visit(switches=False)).visits == 2
+    assert run(visit()).rounds == 2
+    assert run(visit(switches=False)).rounds == 2
 
 
 def test_a_workspace_is_taken_once_however_many_visits_there_are() -> None:
     found = run(visit(workspace=True))
-    assert found.visits == 2
+    assert found.rounds == 2
     assert found.allocator.peak_allocated == WEIGHTS + STATES + LOGITS + 10 * MIB
     assert found.allocator.peak_reserved == WEIGHTS + STATES + LOGITS + 10 * MIB
 
 
 def test_what_a_repeated_step_makes_anew_takes_the_place_of_what_it_made_before() -> None:
     found = run(visit(switches=False, growing=True))
-    assert found.visits <= MOST_VISITS
+    assert found.rounds <= MOST_ROUNDS
     assert found.allocator.peak_allocated == WEIGHTS + STATES + LOGITS + 2 * 20 * MIB
 
 
@@ -94,4 +94,4 @@ def test_the_highest_phase_is_the_allocators_peak_whatever_happens(expandable: b
     found = run(recording, expandable_segments=expandable)
     assert max(peak.nbytes for peak in found.by_phase.values()) == found.allocator.peak_allocated
     assert found.allocator.peak_reserved >= found.allocator.peak_allocated
-    assert 1 <= found.visits <= MOST_VISITS
+    assert 1 <= found.rounds <= MOST_ROUNDS
