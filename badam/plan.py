@@ -220,6 +220,9 @@ class Prediction(Record):
     peak_allocated_bytes: Bytes
     peak_reserved_bytes: Bytes
     peak_device_bytes: Bytes
+    # Of a plan that does not fit and runs because torch, at its limit, gives back cached segments and tries again: how
+    # often per optimizer step, 0 for in the first ones only. None for a plan that fits.
+    cache_releases_per_step: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     formula_bytes: Bytes  # 2M + 16M/D, model states only (arXiv 2404.02827, section 2.2)
     by_category: dict[Category, Bytes]  # at the peak; sums to peak_allocated_bytes
     by_phase: dict[Phase, Bytes]  # highest allocated bytes within each phase

@@ -114,6 +114,14 @@ def plan(
         SegmentsChoice,
         typer.Option(help="Expandable segments of the CUDA allocator; auto only where needed to fit."),
     ] = "auto",
+    allow_cache_release: Annotated[
+        bool,
+        typer.Option(
+            "--allow-cache-release",
+            help="If nothing fits: plan what stays within memory only because torch gives back cached segments in each "
+            "step and reserves them anew, which costs time.",
+        ),
+    ] = False,
     attention: Annotated[
         AttentionChoice,
         typer.Option(help="Attention implementation; auto is sdpa where the model has it."),
@@ -139,7 +147,8 @@ def plan(
 ) -> None:
     """Predict the peak memory of fine-tuning MODEL for each way to cut it into blocks, and write a plan for the best.
 
-    Exit code 0: it fits, and the plan was written; 1: nothing fits; 2: bad input.
+    Exit code 0: it fits, and the plan was written; 1: nothing fits, or only by giving back cached memory, which
+    --allow-cache-release accepts; 2: bad input.
     """
     with reporting_errors():
         quiet_libraries()
@@ -175,6 +184,7 @@ def plan(
                 checkpointing=checkpointing,
                 loss=loss,
                 expandable_segments=expandable_segments,
+                allow_cache_release=allow_cache_release,
                 attention=attention,
                 switch_every=_visit_length(switch_every),
                 switch_mode=switch_mode,

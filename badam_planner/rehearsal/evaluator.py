@@ -112,13 +112,13 @@ class Evaluator:
             if give_up_above is not None and self._is_too_large(plan, index, peaks[index], give_up_above):
                 return None
         visited = sorted({*_worth_simulating(peaks), *self._of_each_kind(plan, peaks)})
-        worst, found = self._forecast(plan, visited, workers)
-        if give_up_above is not None and found.peak_device_bytes > give_up_above:
+        worst, highest = self._forecast(plan, visited, workers)
+        if give_up_above is not None and highest.peak_device_bytes > give_up_above:
             return None
         flops = {index: self.flops(plan, index) for index in peaks}
         relative = backward_relative(plan, self.tree, flops, [lowest[shape] for shape in shapes])
         largest = max(block.parameters + self._roles.entries_besides(plan, block) for block in plan.partition.blocks)
-        return PlanForecast(worst, found, relative, largest, visited=tuple(visited))
+        return PlanForecast(worst, highest, relative, largest, visited=tuple(visited))
 
     def _is_too_large(self, plan: Plan, index: int, peaks: BlockPeaks, limit_bytes: int) -> bool:
         """Whether one block alone needs more than the limit; of the largest also with the allocator's share.
@@ -173,10 +173,10 @@ class Evaluator:
     def cache_releases(self, plan: Plan, known: PlanForecast) -> float | None:
         """How often per step a plan gives back cached segments to stay within its GPU; None if it runs out even so.
 
-        Args:
-            plan: on a GPU.
-            known: what was found for it.
+        None too where there is no such cache (on the CPU), and on several GPUs, whose rehearsals are of one step.
         """
+        if plan.target.gpu == "cpu" or engine_of(plan.target).joins_gpus:
+            return None
         return cache_releases([self._timeline(plan, index) for index in known.visited], plan.target)
 
     def _without_roles(self, plan: Plan, give_up_above: int | None) -> PlanForecast | None:

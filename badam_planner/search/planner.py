@@ -7,7 +7,7 @@ what each candidate needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,8 +21,8 @@ from badam_planner.multi_gpu.nccl import with_nccl
 from badam_planner.rehearsal.evaluator import Evaluator, PlanForecast
 from badam_planner.rehearsal.model_tree import inspect_model, unquantized_weights
 from badam_planner.search.model_spec import explaining
-from badam_planner.search.prediction import candidate_of, with_prediction, with_traffic
-from badam_planner.search.refusal import refusal
+from badam_planner.search.prediction import candidate_of, with_prediction, with_releases, with_traffic
+from badam_planner.search.refusal import Squeezed, refusal, releases_in_words
 from badam_planner.search.request import Request, check_engine, staged_plan
 from badam_planner.search.result import Answer, SearchResult
 from badam_planner.search.settings import recommended_index, strategies
@@ -89,10 +89,24 @@ def _made(request: Request, progress: Progress, workers: int) -> Answer:
     plan, forecast = tried[best]
     notes = _left_in_16_bits(plan, forecast, evaluator)
     if not fits[best]:
-        return Answer(result, None, refusal(request, tried, evaluator, progress), notes)
+        squeezed = next(_squeezed(tried, evaluator), None)
+        if squeezed is None or not request.allow_cache_release:
+            return Answer(result, None, refusal(request, tried, evaluator, progress, squeezed), notes)
+        plan, forecast, releases = squeezed
+        notes = (*notes, f"It does not fit; {releases_in_words(releases)}.")
+        planned = with_prediction(plan, evaluator.every_block(plan, forecast), request.samples)
+        return Answer(result, with_releases(planned, releases), None, notes)
     progress("forecasting every block of the recommended partition")
     planned = with_prediction(plan, evaluator.every_block(plan, forecast), request.samples)
     return Answer(result, with_traffic(planned, evaluator), None, notes)
+
+
+def _squeezed(tried: Sequence[tuple[Plan, PlanForecast]], evaluator: Evaluator) -> Iterator[Squeezed]:
+    """Of plans that do not fit those that run all the same because torch gives back cached segments, best first."""
+    for plan, forecast in tried:
+        releases = evaluator.cache_releases(plan, forecast)
+        if releases is not None:
+            yield Squeezed(plan, forecast, releases)
 
 
 def _left_in_16_bits(plan: Plan, forecast: PlanForecast, evaluator: Evaluator) -> tuple[str, ...]:

@@ -134,5 +134,12 @@ def with_traffic(plan: Plan, evaluator: Evaluator) -> Plan:
     return plan.model_copy(update={"prediction": plan.prediction.model_copy(update=sent)})
 
 
+def with_releases(plan: Plan, releases_per_step: float) -> Plan:
+    """A plan that does not fit, with how often per step torch gives back its cache to run it."""
+    assert plan.prediction is not None
+    told = plan.prediction.model_copy(update={"cache_releases_per_step": releases_per_step})
+    return plan.model_copy(update={"prediction": told})
+
+
 def _seconds(work_by_phase: Mapping[Phase, Work]) -> dict[Phase, float]:
     return {phase: work.seconds for phase, work in work_by_phase.items()}

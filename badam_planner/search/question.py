@@ -51,6 +51,7 @@ class Choices:
     checkpointing: CheckpointingChoice = "auto"
     loss: LossChoice = "auto"
     expandable_segments: SegmentsChoice = "auto"
+    allow_cache_release: bool = False  # also plan what runs only because torch gives back cached segments
     switch_every: int | None = None  # K, the optimizer steps of each visit; None: by the number of samples
     switch_mode: SwitchMode = "random"
     samples: Count | None = None  # of an epoch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from badam.errors import DoesNotFit
 from badam.plan import Plan, Target
@@ -17,10 +18,36 @@ from badam_planner.search.settings import MemorySetting, SmallerBatch, smaller_b
 from badam_planner.search.trial import Progress, first_that_fits, fits_at_its_leanest, headroom, in_words
 
 
+class Squeezed(NamedTuple):
+    """A plan that does not fit and would run, with how often per step torch gives back its cached segments for that."""
+
+    plan: Plan
+    forecast: PlanForecast
+    releases_per_step: float
+
+
+def releases_in_words(per_step: float) -> str:
+    """How often a plan gives back cached segments, as the end of a sentence."""
+    often = f"{per_step:.2f} times per step" if per_step else "in its first steps"
+    return f"it runs only because torch, out of memory, gives back its cached segments and tries again, {often}"
+
+
 def refusal(
-    request: Request, tried: Sequence[tuple[Plan, PlanForecast]], evaluator: Evaluator, progress: Progress
+    request: Request,
+    tried: Sequence[tuple[Plan, PlanForecast]],
+    evaluator: Evaluator,
+    progress: Progress,
+    squeezed: Squeezed | None = None,
 ) -> DoesNotFit:
-    """Why nothing fits, and the mildest change that would make it fit."""
+    """Why nothing fits, and the mildest change that would make it fit.
+
+    Args:
+        request: what was asked.
+        tried: of each partition the leanest plan.
+        evaluator: for what would fit.
+        progress: is told what is tried.
+        squeezed: the best of these that would run all the same.
+    """
     plan, forecast = min(tried, key=lambda pair: pair[1].worst.peak_device_bytes)
     worst, training = forecast.worst, plan.training
     setting = MemorySetting(training.checkpointing, training.loss, plan.target.expandable_segments)
@@ -32,6 +59,9 @@ def refusal(
         f"{format_bytes(request.target.usable_bytes)}: {format_bytes(-headroom(request, forecast))} too much. "
         f"The largest part is {category}, {format_bytes(size)}, at the peak in {worst.peak_phase}."
     )
+    if squeezed is not None:
+        way = f"With {squeezed.plan.partition.strategy} blocks {releases_in_words(squeezed.releases_per_step)}"
+        message = f"{message} {way}: --allow-cache-release plans that."
     options = _what_would_fit(request, evaluator, progress)
     if options is None and request.method != "badam":
         options = _what_would_fit(replace(request, method="badam"), evaluator, progress)

@@ -49,6 +49,7 @@ class Outcome(Record):
     predicted_bytes: Bytes  # reserved, or allocated where nothing is reserved (CPU)
     limit_bytes: Bytes
     ran: bool | None  # None: something else went wrong
+    predicted_releases_per_step: float | None = None  # of cached segments to stay within the limit; None: runs out
     measured_allocated_bytes: Bytes | None = None
     measured_bytes: Bytes | None = None  # reserved at the peak, or allocated (CPU); None if it did not run
     message: str = ""
@@ -60,13 +61,15 @@ class Outcome(Record):
         return self.predicted_bytes <= self.limit_bytes
 
     @property
-    def verdict(self) -> Literal["right", "wrong fit", "false refusal", "undecided"]:
-        """The answer beside what happened."""
+    def verdict(self) -> Literal["right", "wrong fit", "false refusal", "only by giving back cache", "undecided"]:
+        """The answer beside what happened. That it runs only by giving back cache is an answer of its own."""
         if self.ran is None:
             return "undecided"
         if self.fits == self.ran:
             return "right"
-        return "wrong fit" if self.fits else "false refusal"
+        if self.fits:
+            return "wrong fit"
+        return "false refusal" if self.predicted_releases_per_step is None else "only by giving back cache"
 
     @property
     def headroom_bytes(self) -> int:
@@ -122,6 +125,8 @@ def counts(outcomes: Sequence[Outcome]) -> str:
     """How many answers were wrong, in either way."""
     counted = Counter(outcome.verdict for outcome in outcomes)
     text = f"{counted['wrong fit']} wrong fits, {counted['false refusal']} false refusals"
+    if squeezed := counted["only by giving back cache"]:
+        text += f", {squeezed} as foreseen only by giving back cache"
     return f"{text}, {counted['undecided']} failed" if counted["undecided"] else text
 
 

@@ -40,12 +40,17 @@ def prepare(draw: Draw, target: Target, command: str) -> Prepared:
         InputError: if the model cannot be cut or rehearsed as drawn.
     """
     plan, tree, _ = case_plan(draw.case, target, command)
-    known = Evaluator(tree).worst_block(plan)
+    evaluator = Evaluator(tree)
+    known = evaluator.worst_block(plan)
     blocks = plan.partition.blocks
     others = [index for index in range(len(blocks)) if index != known.worst_block]
     chosen = tuple(blocks[index] for index in (known.worst_block, *others[-1:]))
     worst = known.worst
     predicted = worst.peak_allocated_bytes if target.gpu == "cpu" else worst.peak_reserved_bytes
+    limit = round(predicted * draw.fraction)
+    within = plan.model_copy(
+        update={"target": target.model_copy(update={"usable_bytes": limit + target.outside_bytes})}
+    )
     return Prepared(
         plan.model_copy(update={"partition": plan.partition.model_copy(update={"blocks": chosen})}),
         Outcome(
@@ -53,7 +58,8 @@ def prepare(draw: Draw, target: Target, command: str) -> Prepared:
             blocks=tuple(block.name for block in chosen),
             predicted_allocated_bytes=worst.peak_allocated_bytes,
             predicted_bytes=predicted,
-            limit_bytes=round(predicted * draw.fraction),
+            limit_bytes=limit,
+            predicted_releases_per_step=evaluator.cache_releases(within, known),
             ran=None,
         ),
     )

@@ -26,7 +26,7 @@ def gpu() -> Target:
 
 
 def ask(spec: ModelSpec, target: Target, **options: Any) -> Answer:
-    choices = {"partition": "layer", "batch_size": 2, "seq_len": 512, "checkpointing": "all", "loss": "full"}
+    choices = {"partition": "layer", "batch_size": 2, "seq_len": 256, "checkpointing": "all", "loss": "full"}
     return make_plan(Request(spec=spec, target=target, **{**choices, **options}))
 
 
@@ -82,3 +82,35 @@ def test_a_model_whose_weights_no_card_holds_is_to_be_sharded(gpt2: ModelSpec, g
     on_this_machine = ask(gpt2, small.model_copy(update={"gpu": "cpu"}), partition="auto").refusal
     assert on_this_machine is not None
     assert "Choose a larger card or a smaller model." in (on_this_machine.advice or "")
+
+
+def test_what_runs_only_by_giving_back_cached_segments_is_planned_on_request(
+    gpt2: ModelSpec, gpu: Target, needed: dict[str, int]
+) -> None:
+    just_short = gpu.model_copy(update={"usable_bytes": needed["off"] - 1})
+    refused = ask(gpt2, just_short, expandable_segments="off")
+    assert refused.plan is None
+    assert refused.refusal is not None
+    assert "gives back its cached segments" in refused.refusal.message
+    assert "--allow-cache-release" in refused.refusal.message
+    answer = ask(gpt2, just_short, expandable_segments="off", allow_cache_release=True)
+    assert answer.refusal is None
+    assert answer.plan is not None
+    assert answer.plan.prediction is not None
+    assert answer.plan.prediction.cache_releases_per_step is not None
+    assert answer.plan.prediction.peak_device_bytes > just_short.usable_bytes
+    assert any("does not fit" in note for note in answer.notes)
+
+
+def test_a_plan_that_fits_gives_back_nothing_and_what_runs_out_even_so_is_refused(
+    gpt2: ModelSpec, gpu: Target, needed: dict[str, int]
+) -> None:
+    fits = ask(gpt2, gpu, allow_cache_release=True)
+    assert fits.plan is not None
+    assert fits.plan.prediction is not None
+    assert fits.plan.prediction.cache_releases_per_step is None
+    far_short = gpu.model_copy(update={"usable_bytes": needed["on"] // 2})
+    refused = ask(gpt2, far_short, allow_cache_release=True)
+    assert refused.plan is None
+    assert refused.refusal is not None
+    assert "--allow-cache-release" not in refused.refusal.message
