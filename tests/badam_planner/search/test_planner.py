@@ -51,9 +51,14 @@ def test_expandable_segments_are_used_only_where_the_usual_ones_do_not_fit(
 
 
 def test_a_refusal_offers_what_was_switched_off(gpt2: ModelSpec, gpu: Target) -> None:
-    leanest = {"checkpointing": "all", "loss": "chunked"}
-    answer = ask(gpt2, gpu, **leanest, expandable_segments="on")
-    just_enough = gpu.model_copy(update={"usable_bytes": answer.result.candidates[0].peak_device_bytes})
+    def device_bytes(seq_len: int, choice: str) -> int:
+        found = ask(gpt2, gpu, checkpointing="all", loss="chunked", seq_len=seq_len, expandable_segments=choice)
+        return found.result.candidates[0].peak_device_bytes
+
+    lengths = (128, 256, 384, 512, 768)
+    seq_len = next(each for each in lengths if device_bytes(each, "on") < device_bytes(each, "off"))
+    leanest = {"checkpointing": "all", "loss": "chunked", "seq_len": seq_len}
+    just_enough = gpu.model_copy(update={"usable_bytes": device_bytes(seq_len, "on")})
     refused = ask(gpt2, just_enough, **leanest, expandable_segments="off")
     assert refused.plan is None
     assert refused.refusal is not None
