@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import pytest
 import torch
 
 from badam import phases
+from badam.profiling.record import load_measured
 from badam.training import trainer as trainer_module
 from badam.training.build import build_model, build_optimizer
+from badam.training.methods import base as base_module
 from badam.training.methods import method_of
 from badam.training.step import train_step
 from badam_planner.rehearsal import rehearse as rehearse_module
@@ -50,3 +54,27 @@ def test_trainer_and_rehearsal_make_the_same_step(tmp_path: Path, monkeypatch: p
     rehearse_module.rehearse(tiny_plan(), 0)
     run_tiny(tiny_plan(), tmp_path, max_steps=2)
     assert made == ["BlockOptimizer"] * 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_logged_as_it_is_and_those_after_it_too(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update of its step is left out, so the next loss is a number again."""
+    forward_loss = base_module.forward_loss
+    calls = 0
+
+    def diverging(*args: Any, **options: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return forward_loss(*args, **options) * (value if calls == 2 else 1.0)
+
+    monkeypatch.setattr(base_module, "forward_loss", diverging)
+    result, printed = run_tiny(tiny_plan(), tmp_path, max_steps=3)
+    lines = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    first, second, third = (json.loads(line)["loss"] for line in lines)
+    assert math.isfinite(first)
+    assert str(second) == str(value)
+    assert math.isfinite(third)
+    assert f"loss {value}" in printed
+    assert load_measured(result.measured_path).measurement.last_loss == third
