@@ -21,6 +21,7 @@ from badam.errors import InputError
 from badam.optim.base import hides_gradients
 from badam.optim.block import BlockOptimizer
 from badam.plan import Plan
+from badam.vocabulary import Engine as EngineName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +35,8 @@ SHARDS = "shards"
 class Engine:
     """One process, which needs nothing of all this; and the parent of the others."""
 
-    keeps_shards: ClassVar[bool] = False  # whether checkpoints are written by several processes
+    is_for_several: ClassVar[bool] = False  # processes, which write checkpoints together
+    optimizer_averages: ClassVar[bool] = False  # gradients over the processes, as opposed to a library
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -107,7 +109,8 @@ class Engine:
 class Copies(Engine):
     """A whole copy in every process; the optimizer averages the active block's gradients."""
 
-    keeps_shards = True
+    is_for_several = True
+    optimizer_averages = True
 
     def loss(self, compute: Callable[..., Tensor], model: PreTrainedModel, *args: Any) -> Tensor:
         """The mean of the processes' losses, as which their gradients are averaged, is that of all labels."""
@@ -142,6 +145,8 @@ class Copies(Engine):
 
 class Sharded(Copies):
     """PyTorch's FSDP2: every process keeps its part of each parameter, in one copy of the model or in several."""
+
+    optimizer_averages = False
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -194,6 +199,8 @@ class Sharded(Copies):
 
 class ZeroThree(Copies):
     """DeepSpeed's ZeRO-3, which partitions the model when the optimizer is there."""
+
+    optimizer_averages = False
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -282,8 +289,18 @@ def engine_of(plan: Plan) -> Engine:
     """What runs the plan's engine in this process; one process alone where there is no group of them."""
     if not dist.is_available() or not dist.is_initialized():
         return Engine(plan)
-    kinds: dict[str, type[Engine]] = {"fsdp2": Sharded, "ddp": Copies, "zero3": ZeroThree}
-    return kinds.get(plan.target.engine, Engine)(plan)
+    return kind_of(plan)(plan)
+
+
+def kind_of(plan: Plan) -> type[Engine]:
+    """The class of the plan's engine, for what is true of it in any process."""
+    kinds: dict[EngineName, type[Engine]] = {
+        "single": Engine,
+        "ddp": Copies,
+        "fsdp2": Sharded,
+        "zero3": ZeroThree,
+    }
+    return kinds[plan.target.engine]
 
 
 def check_kind(checkpoint: Path, engine: Engine) -> None:
@@ -293,7 +310,7 @@ def check_kind(checkpoint: Path, engine: Engine) -> None:
         InputError: if one process wrote it and several are here, or the other way round.
     """
     written_together = (checkpoint / SHARDS).is_dir()
-    if written_together != engine.keeps_shards:
+    if written_together != engine.is_for_several:
         was = "several processes" if written_together else "one process"
         raise InputError(
             f"{checkpoint} was written by {was}, and the plan is for the engine {engine.plan.target.engine}.",

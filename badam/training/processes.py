@@ -19,6 +19,7 @@ from rich.console import Console
 
 from badam.errors import BadamError, InputError, RanksDisagree, in_one_line
 from badam.plan import Plan
+from badam.training.engines import kind_of
 from badam.training.options import RunOptions
 from badam.training.run_directory import written_whole
 
@@ -130,7 +131,7 @@ def join_processes(plan: Plan, options: RunOptions, device: torch.device) -> Pro
             is not known among several processes.
     """
     engine, count = plan.target.engine, started_processes()
-    if engine == "single":
+    if not kind_of(plan).is_for_several:
         if count > 1:
             raise InputError(
                 f"The plan is for one card, and {count} processes were started.",

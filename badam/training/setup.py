@@ -18,6 +18,7 @@ from badam.profiling.recorder import Recorder
 from badam.training.data.batches import LengthReport, PlanCollator
 from badam.training.data.classes import ClassCollator, Classes, encode
 from badam.training.data.inputs import Inputs
+from badam.training.engines import kind_of
 from badam.training.options import RunOptions
 from badam.training.trainer import LanguageModelTrainer, PlanTrainer
 
@@ -85,7 +86,7 @@ def prepare_trainer(
 def _callbacks(plan: Plan, options: RunOptions) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [EarlyStoppingCallback(options.patience)] if options.patience else []
     # Of several processes the optimizer keeps the gradients, so that it alone can clip them.
-    return callbacks if plan.target.engine == "single" else [*callbacks, BAdamCallback()]
+    return [*callbacks, BAdamCallback()] if kind_of(plan).is_for_several else callbacks
 
 
 def _language_model(plan: Plan, _options: RunOptions, inputs: Inputs, shared: dict[str, Any]) -> Prepared:
@@ -149,7 +150,7 @@ def training_arguments(plan: Plan, options: RunOptions, device: torch.device) ->
         "fp16": False,
         "report_to": list(options.report_to) or "none",
         "disable_tqdm": True,
-        "average_tokens_across_devices": plan.target.engine != "single",
+        "average_tokens_across_devices": kind_of(plan).is_for_several,
         **_saving(options),
         **_evaluating(plan, options),
     }

@@ -297,7 +297,7 @@ class PlanTrainer(Trainer):
             self._tell(f"the best checkpoint, of step {self.state.best_global_step}, is damaged; the last weights stay")
             return
         self.state.best_model_checkpoint = str(best)
-        if self.engine.keeps_shards:
+        if self.engine.is_for_several:
             self.engine.load_weights(best, self.model)
         elif self.method.saves_adapters_only:
             self.method.load(self.model, best)
@@ -337,7 +337,7 @@ class PlanTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model within a checkpoint; of several processes the weights are with the optimizer's state."""
-        if not self.engine.keeps_shards:
+        if not self.engine.is_for_several:
             super().save_model(output_dir, _internal_call)
         elif self.processes.is_first:
             directory = Path(output_dir or self.args.output_dir)
@@ -346,7 +346,7 @@ class PlanTrainer(Trainer):
             cast(Any, self.processing_class).save_pretrained(directory)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.engine.keeps_shards:
+        if not self.engine.is_for_several:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         self.engine.save(Path(output_dir), self.model, self.plan_optimizer)
@@ -367,7 +367,7 @@ class PlanTrainer(Trainer):
 
         Those are written and read together with the optimizer's state.
         """
-        if self.engine.keeps_shards:
+        if self.engine.is_for_several:
             return
         if self.method.saves_adapters_only:
             self.method.load(self.model, Path(resume_from_checkpoint))
@@ -376,7 +376,7 @@ class PlanTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The optimizer's and scheduler's state, and the scale of losses."""
-        if checkpoint is not None and self.engine.keeps_shards:
+        if checkpoint is not None and self.engine.is_for_several:
             self.engine.load(Path(checkpoint), self.model, self.plan_optimizer)
             state = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
             cast(Any, self.lr_scheduler).load_state_dict(state)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from badam.optim.block import BlockOptimizer
 from badam.plan import Plan
+from badam.training.engines import kind_of
 from badam.training.methods.base import TrainingMethod, adamw_options, parameter_groups
 from badam.vocabulary import Method
 
@@ -31,7 +32,7 @@ def block_optimizer(
         "write_back": plan.training.optimizer.write_back,
         "seed": plan.schedule.seed,
         # The rehearsal is alone: the planner adds what averaging takes.
-        "average_gradients": plan.target.engine == "ddp" and torch.distributed.is_initialized(),
+        "average_gradients": kind_of(plan).optimizer_averages and torch.distributed.is_initialized(),
     }
     return kind(base, list(model.named_parameters()), **{**settings, **changes})
 
