@@ -48,7 +48,7 @@ class RanksDisagree(BadamError):
 
 
 class DoesNotFit(BadamError):
-    """The answer is no: the configuration needs more memory than the card has."""
+    """The answer is no: the configuration needs more memory than the GPU has."""
 
     exit_code = 1
 
