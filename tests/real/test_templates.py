@@ -8,14 +8,17 @@ last question), DeepSeek's (thoughts cut out, arguments of calls as text), Llama
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 
 from badam.errors import DataError, InputError
 from badam.training.data.bad_rows import BadRows
+from badam.training.data.chat import ChatTemplate, Conversation
 from badam.training.data.tokens import Labeller
-from tests.real.conversations import TEMPLATES, assistant, calling, marked, system, tokenizer_of, tool, user
+from tests.real.conversations import STOPS, TEMPLATES, assistant, calling, marked, system, tokenizer_of, tool, user
 
 PLACE = "data.jsonl, line 3"
 
@@ -228,6 +231,48 @@ def test_of_several_templates_that_for_tools_is_taken_where_there_are_some() -> 
     plain, with_tools = label([({"messages": ONE}, PLACE), ({"messages": ONE, "tools": tools}, PLACE)])
     assert marked(plain, made) == ["a1<|im_end|>"]
     assert marked(with_tools, made) == ["<think>\n\n</think>\n\na1<|im_end|>"]
+
+
+TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+
+
+@pytest.mark.parametrize("name", ["gemma", "gptoss", "llama3", "phi3", "qwen2_5", "qwen3", "qwen3_5_think", "smolvlm"])
+def test_what_is_found_by_comparing_lies_within_what_trl_marks_in_templates_of_real_models(name: str) -> None:
+    made = tokenizer_of("plain")
+    made.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<|return|>", *STOPS]})
+    made.chat_template = (TRL_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    template = ChatTemplate(made)
+    conversation = Conversation([user("q1"), assistant("a1"), user("q2"), assistant("a2")])
+    text = template.text(conversation, marking=True)
+    by_trl: dict[int, str] = {}  # the first piece of each message: Phi-3's has the end of everything in one of its own
+    for turn in template.turns(conversation, text):
+        by_trl.setdefault(turn.message, text[turn.start : turn.end])
+    made.chat_template += "{# another text, which TRL does not know #}"
+    text = template.text(conversation)
+    assert not template.marks(conversation)
+    compared = [text[turn.start : turn.end] for turn in template.turns(conversation, text)]
+    assert len(compared) == 2
+    for found, marks, words in zip(compared, by_trl.values(), ("a1", "a2"), strict=True):
+        assert words in found
+        assert found.endswith((*STOPS, "<|eot_id|>", "<|return|>"))
+        assert found in marks
+
+
+def test_marks_in_several_pieces_are_learned_together() -> None:
+    pieces = (
+        "{% for message in messages %}{{ '<' + message.role + '>' }}{% if message.role == 'assistant' %}"
+        "{% generation %}{{ message.content }}{% endgeneration %}{% generation %}{{ eos_token }}{% endgeneration %}"
+        "{% else %}{{ message.content }}{% endif %}{% endfor %}"
+    )
+    made = tokenizer_of("plain")
+    made.chat_template = pieces
+    for loss_on, expected in ((None, ["a1<|end|>", "a2<|end|>"]), ("completion", ["a2<|end|>"])):
+        label = Labeller(made, loss_on=loss_on, rows=10**6, bad=BadRows())  # type: ignore[arg-type]
+        (row,) = label([({"messages": [user("q1"), assistant("a1"), user("q2"), assistant("a2")]}, PLACE)])
+        assert marked(row, made) == expected
+    weighed = [user("q1"), assistant("a1", weight=0), user("q2"), assistant("a2")]
+    (row,) = Labeller(made, loss_on=None, rows=10**6, bad=BadRows())([({"messages": weighed}, PLACE)])
+    assert marked(row, made) == ["a2<|end|>"]
 
 
 def test_every_template_of_the_corpus_has_an_outcome() -> None:

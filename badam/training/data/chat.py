@@ -51,7 +51,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What the assistant says in one message: characters ``start`` to ``end`` of the text."""
+    """What the assistant says in one message, or a part of it: characters ``start`` to ``end`` of the text."""
 
     message: int
     start: int
@@ -160,7 +160,8 @@ class ChatTemplate:
             if any(turn.end > later.start for turn, later in pairwise(turns)):
                 raise Unmarked("the chat template writes the assistant's turns in another order")
             self.unstopped += sum(not text[turn.start : turn.end].endswith(tuple(self._stops)) for turn in turns)
-        return [turn for turn in turns if self._says_something(text[turn.start : turn.end])]
+        said = {turn.message for turn in turns if self._says_something(text[turn.start : turn.end])}
+        return [turn for turn in turns if turn.message in said]
 
     def begin_of_completion(self, conversation: Conversation, prompt: int, text: str) -> int:
         """The character at which everything after the first ``prompt`` messages begins.
@@ -225,9 +226,15 @@ class ChatTemplate:
             text, changed = self._render(other, marking), self._marked_spans(other, marking)
             if len(changed) == len(spans):
                 owners |= {number: message for number, span in enumerate(changed) if _STAND_IN in text[slice(*span)]}
-        if len(owners) != len(spans):
-            raise Unmarked("the marks in the chat template are not one for each of the assistant's turns")
-        return [Turn(owners[number], *span) for number, span in enumerate(spans)]
+        if not owners:
+            raise Unmarked("the marks in the chat template enclose none of the assistant's words")
+        # A mark without words, such as one around the token that ends everything, belongs to the words before it.
+        first, last = min(owners), owners[min(owners)]
+        turns = []
+        for number, span in enumerate(spans):
+            last = owners.get(number, last)
+            turns.append(Turn(last if number >= first else owners[first], *span))
+        return turns
 
     def _marked_spans(self, conversation: Conversation, marking: str) -> list[tuple[int, int]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -252,10 +259,20 @@ class ChatTemplate:
         before, after = changed[: changed.index(_STAND_IN)], _after(changed)
         if not text.startswith(before) or not text.endswith(after) or len(before) + len(after) > len(text):
             raise Unmarked("the chat template writes more than a turn differently by what the assistant says in it")
-        closing = after[: _alike(after, _after(ending))]
-        stops = [closing.index(stop) + len(stop) for stop in self._stops if stop in closing]
-        end = len(text) - len(after) + (min(stops) if stops else len(closing))
+        end = len(text) - len(after) + self._closing(after, _after(ending))
         return Turn(index, self._begin(conversation.until(index), before), end)
+
+    def _closing(self, after: str, ending: str) -> int:
+        """How many characters after the words of a turn end it.
+
+        Args:
+            after: all that follows the words.
+            ending: what follows them where nothing comes after the turn.
+        """
+        alike = _alike(after, ending)
+        stops = [(after.index(stop), len(stop)) for stop in self._stops if stop in after[: alike + len(stop)]]
+        begun = [(begin, length) for begin, length in stops if begin < alike]
+        return sum(min(begun)) if begun else alike
 
     def _begin(self, earlier: Conversation, before: str) -> int:
         """The character at which a turn begins: after what opens it, or with its text where nothing is known of that.

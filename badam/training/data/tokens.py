@@ -181,7 +181,8 @@ class Labeller:
         """The spans of the turns that are learned; with ``all`` everything but those that are not."""
         masked = {index for index, message in enumerate(conversation.messages) if message.get(MASKED) == 0}
         if self._loss_on != "all":
-            chosen = turns[-1:] if self._loss_on == "completion" else turns
+            last = turns[-1].message if turns and self._loss_on == "completion" else None
+            chosen = [turn for turn in turns if last in (None, turn.message)]
             return [(turn.start, turn.end) for turn in chosen if turn.message not in masked]
         edges = [0, *(edge for turn in turns if turn.message in masked for edge in (turn.start, turn.end)), length]
         return list(zip(edges[::2], edges[1::2], strict=True))
