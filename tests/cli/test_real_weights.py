@@ -49,7 +49,7 @@ NOT_YET = {("minilm-l6", "lora"): "forward of an encoder with adapters takes 0.9
 )
 def test_what_was_planned_for_real_weights_is_what_is_measured(name: str, method: str, tmp_path: Path) -> None:
     model, plan = pretrained(name), tmp_path / "plan.json"
-    sizes = ("--batch-size", 1, "--seq-len", 32) if name == "smollm2-135m" else ("--batch-size", 4, "--seq-len", 32)
+    sizes = ("--batch-size", 1, "--seq-len", 64) if name == "smollm2-135m" else ("--batch-size", 4, "--seq-len", 32)
     task = () if name == "smollm2-135m" else ("--task", "sequence-classification", "--num-labels", 2)
     data = write_jsonl(tmp_path / "data.jsonl", records() if name == "smollm2-135m" else SENTENCES)
     run("badam_cli.plan", model, "--gpu", "cpu", "--method", method, *METHODS[method], *sizes, *task,
