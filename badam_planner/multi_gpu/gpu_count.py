@@ -15,7 +15,7 @@ def smallest_number(fits: Callable[[int], bool], guess: int = 1) -> int | None:
 
     Args:
         fits: asked of few numbers: two if the guess is right.
-        guess: where to begin; away from it the steps double.
+        guess: where to begin; below it steps double, above it powers of two are tried.
     """
     least, most, step = 0, guess, 1
     if fits(guess):
@@ -24,10 +24,12 @@ def smallest_number(fits: Callable[[int], bool], guess: int = 1) -> int | None:
         least = max(most - step, 1) if most > 1 else 0
     else:
         least = guess
-        while not fits(most := min(least + step, MOST_GPUS)):
+        # Powers of two above it: they divide what models are made of, and past one of them padding can make all of
+        # its shards larger, so that a step beyond may need more again.
+        while not fits(most := min(1 << least.bit_length(), MOST_GPUS)):
             if most == MOST_GPUS:
                 return None
-            least, step = most, 2 * step
+            least = most
     while most - least > 1:
         middle = (least + most) // 2
         least, most = (least, middle) if fits(middle) else (middle, most)

@@ -28,6 +28,10 @@ def test_a_guess_changes_how_many_are_asked_and_not_the_answer(wanted: int, gues
         assert len(asked) <= 2
 
 
+def test_a_power_of_two_is_found_past_which_padding_takes_more_again() -> None:
+    assert smallest_number(lambda number: 256 <= number < 270, 200) == 256
+
+
 @pytest.mark.parametrize("guess", [1, 100, 4096])
 def test_a_guess_finds_no_number_where_none_fits(guess: int) -> None:
     assert smallest_number(lambda _: False, guess) is None
