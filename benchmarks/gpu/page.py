@@ -12,7 +12,7 @@ from badam_planner.accuracy.comparison import Pair
 from badam_planner.recording.caching_allocator import CachingAllocator
 from badam_planner.report.text import bytes_or_nothing, error_percent, percent, signed_percent
 from benchmarks.gpu.draws import BudgetRecord, Outcome, summary
-from benchmarks.gpu.figures import Rivals, Row, rivals, rows, seconds, spreads
+from benchmarks.gpu.figures import Rivals, Row, Spread, rivals, rows, seconds, spreads
 from benchmarks.gpu.record import Assumptions, CaseRecord, Scratch
 
 HEAD = """# Accuracy on GPUs
@@ -21,6 +21,19 @@ Written by `python -m benchmarks.gpu.table` from the records in `benchmarks/reco
 says how to make more. The error is predicted less measured, as a share of the measured bytes: with a minus the
 prediction was too low. The CPU has a page of its own, [accuracy-cpu.md](accuracy-cpu.md).
 """
+
+NULL_HEAD = """# Accuracy on the null device
+
+Written by `python -m benchmarks.gpu.table --null-device` from the records in `benchmarks/records/null_device`, which
+`python -m benchmarks.card` makes. torch's CUDA build and its caching allocator are real, the device computes nothing
+(`benchmarks/null_cuda/README.md`): allocated and reserved bytes are what torch's host code asks of a GPU of that name.
+The context, time and what closed libraries take for themselves cannot be seen there, and are not shown; no GPU has
+confirmed these figures yet. The error is predicted less measured, as a share of the measured bytes: with a minus the
+prediction was too low.
+"""
+
+NULL_DEVICE = "(null device)"
+"""Ends the name of a device that computes nothing."""
 
 NONE_YET = """
 No record has been made on a CUDA device yet, so nothing is claimed here about how close a prediction comes on one. What
@@ -39,24 +52,35 @@ class Machines:
     budgets: list[BudgetRecord]
 
 
-def page(found: Sequence[Machines]) -> str:
-    """The whole page."""
-    return HEAD + "".join([section(machine) for machine in found] or [NONE_YET])
+def page(found: Sequence[Machines], *, null_device: bool = False) -> str:
+    """The whole page; records of real GPUs and of the null device never stand on one.
+
+    Raises:
+        ValueError: if a record is of the other kind.
+    """
+    for machine in found:
+        if machine.name.endswith(NULL_DEVICE) != null_device:
+            raise ValueError(f"Records of {machine.name} do not belong on this page.")
+    head = NULL_HEAD if null_device else HEAD
+    return head + "".join([section(machine) for machine in found] or [NONE_YET])
 
 
 def section(machine: Machines) -> str:
     """Everything about one kind of card."""
     compared = rows(machine.cases)
+    is_null = machine.name.endswith(NULL_DEVICE)
+    peaks = ("allocated", "reserved") if is_null else ("allocated", "reserved", "device")
     parts = [f"\n## {machine.name}\n\n{_origin(machine)}\n"]
     if compared:
-        parts += ["\n### Peak memory\n\n", _accuracy(compared), "\n", _spread(compared)]
+        parts += ["\n### Peak memory\n\n", _accuracy(compared, peaks), "\n", _spread(compared, peaks)]
+    if compared and not is_null:
         parts += ["\n### Time of an optimizer step\n\n", _times(compared)]
     parts += _ended(machine.cases)
     if pairs := rivals(machine.cases):
         parts += ["\n### Beside badam 1.4's optimizer\n\n", _beside(pairs)]
     if machine.budgets:
         parts += ["\n### Decisions near a limit\n\n", _decisions(machine.budgets)]
-    for assumptions in machine.assumptions:
+    for assumptions in () if is_null else machine.assumptions:
         parts += [
             "\n### What the predictor assumes of this card\n\n",
             _assumed(assumptions, compared[0].comparison.plan.target if compared else None),
@@ -85,12 +109,12 @@ def _table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _accuracy(compared: Sequence[Row]) -> str:
-    heads = ["case (sizes in GiB: predicted / measured)", "allocated", "error", "reserved", "error", "device", "error"]
+def _accuracy(compared: Sequence[Row], peaks: Sequence[str]) -> str:
+    heads = ["case (sizes in GiB: predicted / measured)", *(word for name in peaks for word in (name, "error"))]
     body = []
     for row in compared:
         cells = [f"`{row.record.case.name}`"]
-        for name in ("allocated", "reserved", "device"):
+        for name in peaks:
             pair = row.total(name)
             cells += [_sizes(pair), error_percent(pair)]
         body.append([*cells, "-" if row.worst_block is None else error_percent(row.worst_block)])
@@ -101,14 +125,24 @@ def _sizes(pair: Pair) -> str:
     return " / ".join("-" if size is None else format_gib(size) for size in (pair.predicted, pair.measured))
 
 
-def _spread(compared: Sequence[Row]) -> str:
+def _spread(compared: Sequence[Row], peaks: Sequence[str]) -> str:
     body = [
-        [each.name, str(each.cases), percent(each.median), f"{signed_percent(each.worst)} (`{each.worst_case}`)"]
-        for each in spreads(compared)
+        [
+            spread.name,
+            str(spread.cases),
+            percent(spread.median),
+            f"{signed_percent(spread.worst)} (`{spread.worst_case}`)",
+        ]
+        for spread in spreads(compared)
+        if spread.name in peaks
     ]
     later = sum(row.record.repredicted is not None for row in compared)
     note = f"\n{later} of {len(compared)} predictions were made again after the run, by newer code.\n" if later else ""
     return _table(["peak", "cases", "median error", "worst error"], body) + note
+
+
+def _worst(spread: Spread) -> str:
+    return f"{signed_percent(spread.worst)} (`{spread.worst_case}`)"
 
 
 def _times(compared: Sequence[Row]) -> str:

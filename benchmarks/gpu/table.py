@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu.table             # writes the page
     python -m benchmarks.gpu.table --check     # 1 if the page is not the one that the records make
+    python -m benchmarks.gpu.table --null-device  # the page about the null device, docs/accuracy-null-device.md
     python -m benchmarks.gpu.table --export D  # plan and measured run of each case, as badam-report reads them
 
 Loads no torch.
@@ -24,20 +25,25 @@ from benchmarks.gpu.record import Assumptions, CaseRecord, load_assumptions, loa
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "benchmarks" / "records" / "gpu"
 PAGE = ROOT / "docs" / "accuracy.md"
+NULL_RECORDS = ROOT / "benchmarks" / "records" / "null_device"
+NULL_PAGE = ROOT / "docs" / "accuracy-null-device.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 done, 1 if ``--check`` found another page."""
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.table", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--null-device", action="store_true", help="of the device that computes nothing")
+    parser.add_argument("--records", type=Path)
+    parser.add_argument("--page", type=Path)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write plans and measured runs there instead")
     options = parser.parse_args(arguments)
+    options.records = options.records or (NULL_RECORDS if options.null_device else RECORDS)
+    options.page = options.page or (NULL_PAGE if options.null_device else PAGE)
     if options.export is not None:
         print(f"{export(options.records, options.export)} cases exported to {options.export}")
         return 0
-    text = page(machines(options.records))
+    text = page(machines(options.records), null_device=options.null_device)
     if options.check:
         current = options.page.read_text(encoding="utf-8") if options.page.exists() else ""
         if current != text:

@@ -13,7 +13,7 @@ from badam_planner.accuracy.compare import compare
 from benchmarks.gpu import predict, table
 from benchmarks.gpu.draws import BudgetRecord
 from benchmarks.gpu.figures import rivals, rows, spreads
-from benchmarks.gpu.page import NONE_YET, segment_bytes
+from benchmarks.gpu.page import NONE_YET, page, segment_bytes
 from benchmarks.gpu.record import Assumptions, CaseRecord, Scratch, load_case, plain_provenance, record_path
 from benchmarks.gpu.worker import Job, run_case
 from tests.benchmarks.test_gpu_budget import outcome
@@ -186,3 +186,17 @@ def peak(plan: Plan | None) -> int:
     assert plan is not None
     assert plan.prediction is not None
     return plan.prediction.peak_allocated_bytes
+
+
+def test_the_page_of_the_null_device_is_what_its_records_make_and_claims_neither_time_nor_device_memory() -> None:
+    assert table.main(["--null-device", "--check"]) == 0
+    text = table.NULL_PAGE.read_text(encoding="utf-8")
+    assert "(null device)" in text
+    assert "device | error" not in text
+    assert "tokens/s" not in text
+
+
+def test_records_of_the_null_device_never_stand_beside_those_of_gpus() -> None:
+    found = table.machines(table.NULL_RECORDS)
+    with pytest.raises(ValueError, match="do not belong on this page"):
+        page(found)
