@@ -54,6 +54,8 @@ def test_data_goes_through_all_commands_or_ends_in_its_sentence(name: str, tmp_p
         "2",
         "--seq-len",
         "512",
+        "--switch-every",
+        "1",
         "--output",
         "plan.json",
         directory=tmp_path,
@@ -81,7 +83,7 @@ def test_data_goes_through_all_commands_or_ends_in_its_sentence(name: str, tmp_p
     assert trained.returncode == 0, trained.stderr
     for note in case.notes:
         assert note.replace("{path}", name) in trained.stderr
-    resumed = command("train", *training, "--max-steps", "4", "--resume", directory=tmp_path)
+    resumed = command("train", *training, "--max-steps", "8", "--resume", directory=tmp_path)  # each block twice
     assert resumed.returncode == 0, resumed.stderr
     report = command("report", "plan.json", "run/measured.json", "--json", directory=tmp_path)
     assert report.returncode == 0, report.stdout
