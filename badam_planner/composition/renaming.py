@@ -43,6 +43,7 @@ class Renamer:
         return Allocation(
             one.nbytes, born, died, one.phase, where, one.operation, one.shape, one.dtype, one.category, one.role,
             parameter, one.state, one.gpu_only, owner, shares, one.grown, one.size_law, one.rule, one.rows,
+            one.stream,
         )  # fmt: skip
 
 

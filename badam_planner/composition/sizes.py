@@ -159,7 +159,7 @@ def _likeness(recording: Recording) -> tuple[object, ...]:
     """All that must be the same at every size."""
     events = [
         (one.born, one.died, one.phase, one.module, one.operation, one.dtype, one.category, one.role,
-         one.parameter, one.state, one.gpu_only, one.owner, one.shares, one.rule)
+         one.parameter, one.state, one.gpu_only, one.owner, one.shares, one.rule, one.stream)
         for one in recording.allocations
     ]  # fmt: skip
     return events, recording.phase_starts, recording.layer_marks, list(recording.flops), recording.end

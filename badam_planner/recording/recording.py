@@ -106,6 +106,7 @@ class Allocation:
     size_law: int = NO_LAW  # by which number of its family its bytes grow with the size; see composition.sizes
     rule: ScratchRule | None = None  # of a kernel's scratch: what its bytes follow from, with ``rows``
     rows: int = 0  # that the rule is applied to
+    stream: int = 0  # that runs when it is made; the allocator keeps a pool for each
 
     @property
     def label(self) -> str | None:
