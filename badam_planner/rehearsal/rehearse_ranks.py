@@ -3,8 +3,8 @@
 A visit's first two steps are rehearsed: FSDP2 prepares itself in the first forward, and masters and moments come into
 being in the first update. The second step holds what every later one holds.
 
-Plans are not predicted from this yet: :mod:`badam_planner.multi_gpu.fsdp2`, which derives a rank's step from that of one
-GPU, answers until families of sizes, gloo's copies and traffic follow from this one too.
+Plans are not predicted from this yet: :mod:`badam_planner.multi_gpu.fsdp2`, which derives a rank's step from that of
+one GPU, answers until families of sizes, gloo's copies and traffic follow from this one too.
 """
 
 from __future__ import annotations
